@@ -1,0 +1,56 @@
+"""Everything that can go wrong, as one tree.
+
+HapOnnxError                     exit code 1: the model or the data cannot be processed
+├── ModelError                   the input is not a model that can be loaded, run or compressed
+├── CalibrationError             the data does not fit the model, or is damaged or empty
+├── SurgeryError                 an edited graph broke a promise (a bug in hap-onnx: please report)
+├── ValidationError              the result does not load or run in onnxruntime, or cannot be written
+├── UsageError                   exit code 2: the request itself makes no sense
+└── TargetError                  exit code 3: nothing is written
+    ├── BudgetError              the budget cannot be reached
+    └── GateError                the quality or the speed gate is not met
+
+Each message is one sentence that says what is wrong, where, what was expected and what to do.
+"""
+
+
+class HapOnnxError(Exception):
+    """Base of all errors that hap-onnx raises on purpose; ``exit_code`` is the command line's."""
+
+    exit_code = 1
+
+
+class ModelError(HapOnnxError):
+    """The input is not a model that can be loaded, run or compressed."""
+
+
+class CalibrationError(HapOnnxError):
+    """The data does not fit the model, or is damaged or empty."""
+
+
+class SurgeryError(HapOnnxError):
+    """An edited graph broke a promise: a bug in hap-onnx."""
+
+
+class ValidationError(HapOnnxError):
+    """The result does not load or run in onnxruntime, or cannot be written."""
+
+
+class UsageError(HapOnnxError, ValueError):
+    """The request itself makes no sense."""
+
+    exit_code = 2
+
+
+class TargetError(HapOnnxError):
+    """A target was not met; nothing is written."""
+
+    exit_code = 3
+
+
+class BudgetError(TargetError):
+    """The budget cannot be reached."""
+
+
+class GateError(TargetError):
+    """The quality or the speed gate is not met."""

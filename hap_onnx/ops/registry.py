@@ -1,0 +1,85 @@
+"""The one registry of operators.
+
+An operator is known by ``(domain, op_type)``. For each there are up to three plain functions,
+side by side in the module of its family:
+
+* ``@run_op("Conv", since=1)``: the torch computation. The function is named as the operator, takes
+  its inputs as positional tensors (``None`` for an omitted optional one) and its attributes as
+  keyword arguments with the names and defaults of the ONNX specification. A second registration
+  with a higher ``since`` is needed only where an opset changed the meaning. A function that
+  declares ``n_outputs`` is told how many outputs the node has.
+* ``@flow_op("Conv")``: how channel ids pass through (see ``hap_onnx.channels``).
+* ``@macs_op("Conv")``: multiply-accumulates of one node from its input and output shapes.
+
+No other part of hap-onnx branches on the name of an operator.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+F = TypeVar("F", bound=Callable[..., Any])
+Key = tuple[str, str]
+
+_RUN: dict[Key, list[tuple[int, Callable[..., Any]]]] = {}
+_FLOW: dict[Key, Callable[..., Any]] = {}
+_MACS: dict[Key, Callable[..., Any]] = {}
+
+
+def _key(op_type: str, domain: str) -> Key:
+    return ("" if domain == "ai.onnx" else domain, op_type)
+
+
+def run_op(op_type: str, *, since: int = 1, domain: str = "") -> Callable[[F], F]:
+    """Register the torch computation of an operator from opset ``since`` on."""
+
+    def register(function: F) -> F:
+        versions = _RUN.setdefault(_key(op_type, domain), [])
+        if any(version == since for version, _ in versions):
+            raise ValueError(f"{op_type} since opset {since} is registered twice")
+        versions.append((since, function))
+        versions.sort(key=lambda entry: entry[0], reverse=True)
+        return function
+
+    return register
+
+
+def _register_once(table: dict[Key, Callable[..., Any]], op_types: tuple[str, ...], domain: str) -> Callable[[F], F]:
+    def register(function: F) -> F:
+        for op_type in op_types:
+            key = _key(op_type, domain)
+            if key in table:
+                raise ValueError(f"{op_type} is registered twice")
+            table[key] = function
+        return function
+
+    return register
+
+
+def flow_op(*op_types: str, domain: str = "") -> Callable[[F], F]:
+    """Register how channel ids pass through operators."""
+    return _register_once(_FLOW, op_types, domain)
+
+
+def macs_op(*op_types: str, domain: str = "") -> Callable[[F], F]:
+    """Register how multiply-accumulates of operators are counted."""
+    return _register_once(_MACS, op_types, domain)
+
+
+def find_run(op_type: str, *, opset: int, domain: str = "") -> Callable[..., Any] | None:
+    """Return the newest computation that is not newer than ``opset``, or None if there is none."""
+    for since, function in _RUN.get(_key(op_type, domain), []):
+        if since <= opset:
+            return function
+    return None
+
+
+def find_flow(op_type: str, *, domain: str = "") -> Callable[..., Any] | None:
+    """Return the flow rule of an operator, or None if it has none (its channels are then frozen)."""
+    return _FLOW.get(_key(op_type, domain))
+
+
+def find_macs(op_type: str, *, domain: str = "") -> Callable[..., Any] | None:
+    """Return the counting rule of an operator, or None if its multiply-accumulates count as zero."""
+    return _MACS.get(_key(op_type, domain))
