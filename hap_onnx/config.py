@@ -1,0 +1,442 @@
+"""The options of hap-onnx: each is named, explained and checked once, here.
+
+The command line, ``hap.toml`` and the Python functions share these words. A value may come as text
+(from a shell) or as a Python value; the check of its field turns both into the same thing or raises
+``UsageError`` with what was expected.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import re
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import Field, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from hap_onnx.errors import UsageError
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:  # pragma: no cover - the backport has the same interface
+    import tomli as tomllib
+
+METRICS = ("auto", "accuracy", "agreement", "r2")
+METHODS = ("hap", "prune")
+SENSITIVITIES = ("auto", "hutchinson", "gauss-newton", "magnitude", "random")
+RECOVERIES = ("none", "refit")
+PREPROCESSES = ("imagenet", "unit", "signed", "raw")
+DEVICES = ("auto", "cpu", "cuda")
+
+DEFAULT_MAX_DROP = 0.01
+
+# ---------------------------------------------------------------- checks: (option name, value) -> value
+
+Check = Callable[[str, Any], Any]
+
+
+def flag_of(name: str) -> str:
+    """Return the command-line spelling of an option: ``keep_params`` is ``--keep-params``."""
+    return "--" + name.replace("_", "-")
+
+
+def _wrong(name: str, expected: str, value: Any) -> UsageError:
+    return UsageError(f"{flag_of(name)} must be {expected}, not {value!r}")
+
+
+def _number(name: str, value: Any, expected: str) -> float:
+    if isinstance(value, bool):
+        raise _wrong(name, expected, value)
+    try:
+        number = float(value)
+    except (TypeError, ValueError, OverflowError):
+        raise _wrong(name, expected, value) from None
+    if not math.isfinite(number):
+        raise _wrong(name, expected, value)
+    return number
+
+
+def _check_fraction(name: str, value: Any) -> float:
+    expected = "a fraction of the original in (0, 1]"
+    number = _number(name, value, expected)
+    if not 0.0 < number <= 1.0:
+        raise _wrong(name, expected, value)
+    return number
+
+
+def _whole(minimum: int) -> Check:
+    def check(name: str, value: Any) -> int:
+        expected = f"a whole number of at least {minimum}"
+        number = _number(name, value, expected)
+        if number != int(number) or number < minimum:
+            raise _wrong(name, expected, value)
+        return int(number)
+
+    return check
+
+
+def _check_max_drop(name: str, value: Any) -> float | str:
+    if value == "none":
+        return "none"
+    expected = "a number of at least 0 (0.01 is one point of accuracy) or 'none'"
+    number = _number(name, value, expected)
+    if number < 0.0:
+        raise _wrong(name, expected, value)
+    return number
+
+
+def _check_align(name: str, value: Any) -> int | str:
+    if value == "auto":
+        return "auto"
+    expected = "'auto' or a whole number of at least 1"
+    number = _number(name, value, expected)
+    if number != int(number) or number < 1:
+        raise _wrong(name, expected, value)
+    return int(number)
+
+
+def _one_of(choices: tuple[str, ...]) -> Check:
+    def check(name: str, value: Any) -> str:
+        if not isinstance(value, str) or value not in choices:
+            hint = _nearest(str(value), choices)
+            raise UsageError(f"{flag_of(name)} must be one of {', '.join(choices)}, not {value!r}{hint}")
+        return value
+
+    return check
+
+
+_FUNCTION = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
+
+
+def _check_metric(name: str, value: Any) -> str:
+    if isinstance(value, str) and (value in METRICS or _FUNCTION.fullmatch(value)):
+        return value
+    hint = _nearest(str(value), METRICS)
+    raise UsageError(
+        f"{flag_of(name)} must be one of {', '.join(METRICS)}, or package.module:function, "
+        f"not {value!r}{hint}"
+    )
+
+
+def _check_path(name: str, value: Any) -> Path:
+    if not isinstance(value, (str, Path)) or not str(value):
+        raise _wrong(name, "a path", value)
+    return Path(value)
+
+
+def _check_preprocess(name: str, value: Any) -> str | Path:
+    if isinstance(value, str) and value in PREPROCESSES:
+        return value
+    if isinstance(value, (str, Path)) and Path(value).suffix == ".toml":
+        return Path(value)
+    hint = _nearest(str(value), PREPROCESSES)
+    raise UsageError(
+        f"{flag_of(name)} must be one of {', '.join(PREPROCESSES)}, or a .toml file, not {str(value)!r}{hint}"
+    )
+
+
+def _check_data(name: str, value: Any) -> Any:
+    return Path(value) if isinstance(value, str) else value  # arrays and iterables are checked when opened
+
+
+def _check_switch(name: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise _wrong(name, "true or false", value)
+    return value
+
+
+def _check_globs(name: str, value: Any) -> tuple[str, ...]:
+    globs = (value,) if isinstance(value, str) else value
+    if not isinstance(globs, Iterable) or isinstance(globs, (bytes, Mapping)):
+        raise _wrong(name, "a pattern or a list of patterns", value)
+    globs = tuple(globs)
+    if not all(isinstance(glob, str) and glob for glob in globs):
+        raise _wrong(name, "a pattern or a list of patterns", value)
+    return globs
+
+
+def _check_providers(name: str, value: Any) -> tuple[str, ...]:
+    names = value.split(",") if isinstance(value, str) else value
+    if not isinstance(names, Iterable) or isinstance(names, (bytes, Mapping)):
+        raise _wrong(name, "a comma-separated list of onnxruntime execution providers", value)
+    cleaned = tuple(entry.strip() if isinstance(entry, str) else entry for entry in names)
+    if not all(isinstance(entry, str) and entry for entry in cleaned):
+        raise _wrong(name, "a comma-separated list of onnxruntime execution providers", value)
+    return cleaned
+
+
+# ---------------------------------------------------------------- the options
+
+
+def _option(
+    default: Any,
+    check: Check,
+    help: str,  # noqa: A002 - the word that click and argparse use
+    *,
+    section: str,
+    metavar: str | None = None,
+    choices: tuple[str, ...] | None = None,
+    flags: tuple[str, ...] = (),
+    repeatable: bool = False,
+    is_path: bool = False,
+    compare: bool = True,
+) -> Any:
+    """Declare one option; ``help`` is what ``--help`` shows and the documentation of the field."""
+    metadata = {
+        "check": check,
+        "help": help,
+        "section": section,
+        "metavar": metavar,
+        "choices": choices,
+        "flags": flags,
+        "repeatable": repeatable,
+        "is_path": is_path,
+    }
+    return field(default=default, metadata=metadata, compare=compare)
+
+
+def _choice(default: str, choices: tuple[str, ...], help: str, *, section: str) -> Any:  # noqa: A002
+    return _option(default, _one_of(choices), help, section=section, choices=choices)
+
+
+def _switch(help: str, *, section: str) -> Any:  # noqa: A002
+    return _option(False, _check_switch, help, section=section)
+
+
+@dataclass(frozen=True)
+class CompressConfig:
+    """All options of ``compress``, checked. What each means: ``describe_options()`` or ``--help``.
+
+    ``None`` means "not given": the default then depends on the model, the data or the machine.
+    Raises UsageError for a value that makes no sense.
+    """
+
+    output: Path | None = _option(
+        None, _check_path, "The compressed model. Default: MODEL's name with .hap.onnx, beside it.",
+        section="Output", metavar="OUT.onnx", flags=("-o", "--output"), is_path=True,
+    )  # fmt: skip
+
+    keep_params: float | None = _option(
+        None, _check_fraction, "Budget: keep at most this fraction of the parameters, in (0, 1].",
+        section="Target", metavar="R",
+    )  # fmt: skip
+    keep_macs: float | None = _option(
+        None, _check_fraction, "Budget: keep at most this fraction of the multiply-accumulates, in (0, 1].",
+        section="Target", metavar="R",
+    )  # fmt: skip
+    max_bytes: int | None = _option(
+        None, _whole(1), "Budget: the file, with its external data, has at most N bytes.",
+        section="Target", metavar="N",
+    )  # fmt: skip
+    max_drop: float | str | None = _option(
+        None, _check_max_drop,
+        "Largest acceptable loss of the quality metric, absolute (0.01: one point of accuracy); 'none' "
+        f"switches the gate off. Default: without a budget {DEFAULT_MAX_DROP}, and the smallest model within "
+        "it is searched; with a budget none, and the drop is reported.",
+        section="Target", metavar="D|none",
+    )  # fmt: skip
+    metric: str = _option(
+        "auto", _check_metric,
+        "Quality metric: auto, accuracy (needs labels), agreement (same top class as the original), r2, or "
+        "your own package.module:function(reference, candidate, labels) -> float, larger is better.",
+        section="Target", metavar="NAME",
+    )  # fmt: skip
+
+    method: str = _choice(
+        "hap", METHODS, "What may be done to the model. In this release hap does the same as prune: "
+        "its neural implants come with a later one.", section="Method",
+    )  # fmt: skip
+    sensitivity: str = _choice(
+        "auto", SENSITIVITIES, "How channels are ranked; hutchinson is the paper's relative Hessian trace, "
+        "auto is the one that does best in our benchmark.", section="Method",
+    )  # fmt: skip
+    probes: int = _option(
+        300, _whole(1), "Largest number of random probes of the hutchinson ranking.",
+        section="Method", metavar="N",
+    )  # fmt: skip
+    recover: str = _choice(
+        "refit", RECOVERIES, "What repairs the model after pruning: refit solves for the weights of "
+        "the layers behind pruned channels, in closed form and without labels.", section="Method",
+    )  # fmt: skip
+    align: int | str = _option(
+        "auto", _check_align, "Keep channels in multiples of N; auto: of 8 in wide layers, finer in narrow.",
+        section="Method", metavar="auto|N",
+    )  # fmt: skip
+    exclude: tuple[str, ...] = _option(
+        (), _check_globs, "Leave alone nodes or initializers whose name matches; may be repeated.",
+        section="Method", metavar="GLOB", repeatable=True,
+    )  # fmt: skip
+    only: tuple[str, ...] = _option(
+        (), _check_globs, "Touch only nodes or initializers whose name matches; may be repeated.",
+        section="Method", metavar="GLOB", repeatable=True,
+    )  # fmt: skip
+
+    preprocess: str | Path | None = _option(
+        None, _check_preprocess, "How images become inputs: imagenet (default for 3-channel image folders), "
+        "unit (0..1), signed (-1..1), raw (0..255), or a .toml file.",
+        section="Data", metavar="NAME|FILE.toml", is_path=True,
+    )  # fmt: skip
+    val: Any = _option(
+        None, _check_data, "Data of the final report. Default: a fifth of --data, used for nothing else.",
+        section="Data", metavar="DATA", is_path=True, compare=False,
+    )  # fmt: skip
+    max_samples: int | None = _option(
+        None, _whole(1), "Use at most N samples of --data, drawn by the seed.", section="Data", metavar="N"
+    )
+    batch_size: int = _option(32, _whole(1), "Samples per batch.", section="Data", metavar="N")
+
+    device: str = _choice("auto", DEVICES, "Where gradients and statistics are computed.", section="Machine")
+    providers: tuple[str, ...] = _option(
+        (), _check_providers, "onnxruntime execution providers that validate and time the model, "
+        "comma-separated. Default: CPUExecutionProvider.", section="Machine", metavar="LIST",
+    )  # fmt: skip
+    threads: int | None = _option(
+        None, _whole(1), "Threads of torch and of onnxruntime. Default: their own choice.",
+        section="Machine", metavar="N",
+    )  # fmt: skip
+    seed: int = _option(
+        0, _whole(0), "Same seed, inputs and threads: the same bytes.", section="Machine", metavar="N"
+    )
+
+    report: Path | None = _option(
+        None, _check_path, "Write the report as JSON.", section="Output", metavar="FILE.json", is_path=True
+    )
+    save_plan: Path | None = _option(
+        None, _check_path, "Write the plan, with a .safetensors file beside it, for 'hap-onnx apply'.",
+        section="Output", metavar="FILE.json", is_path=True,
+    )  # fmt: skip
+    work_dir: Path | None = _option(
+        None, _check_path, "Where large intermediate results go. Default: a temporary folder.",
+        section="Output", metavar="DIR", is_path=True,
+    )  # fmt: skip
+    dry_run: bool = _switch("Stop after the plan: report it and write no model.", section="Output")
+    json: bool = _switch("Print the report as JSON in place of the table.", section="Output")
+    allow_slower: bool = _switch(
+        "Accept a model that onnxruntime runs slower than the original.", section="Target"
+    )
+    keep_rejected: bool = _switch(
+        "Write a model that fails a gate to OUT.rejected.onnx (the exit code stays 3).", section="Output"
+    )
+
+    def __post_init__(self) -> None:
+        for option in fields(self):
+            value = getattr(self, option.name)
+            object.__setattr__(self, option.name, _check(option, value))
+        if self.max_drop == "none" and not self.has_budget:
+            raise UsageError(
+                "--max-drop none without a budget leaves nothing to aim at: give --keep-params, --keep-macs "
+                "or --max-bytes, or a largest drop"
+            )
+
+    @property
+    def has_budget(self) -> bool:
+        """Whether a size was asked for."""
+        return any(value is not None for value in (self.keep_params, self.keep_macs, self.max_bytes))
+
+    @property
+    def drop_limit(self) -> float | None:
+        """The quality gate: largest drop of the metric, or None for no gate."""
+        return resolve_max_drop(self.max_drop, has_budget=self.has_budget)
+
+    @classmethod
+    def from_options(cls, options: Mapping[str, Any]) -> CompressConfig:
+        """Build a config from words; an unknown word is a UsageError that names the nearest one."""
+        return cls(**check_options(options, command="compress"))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the options as JSON-ready values (paths as text, data other than a path as its type)."""
+        values = {option.name: getattr(self, option.name) for option in fields(self)}
+        return {name: _json_ready(value) for name, value in values.items()}
+
+
+def resolve_max_drop(max_drop: float | str | None, *, has_budget: bool) -> float | None:
+    """Return the quality gate that ``max_drop`` stands for: a number, or None for no gate."""
+    if max_drop is None:
+        return None if has_budget else DEFAULT_MAX_DROP
+    return None if isinstance(max_drop, str) else max_drop
+
+
+# Which of the words above the other commands take.
+COMMAND_OPTIONS: Mapping[str, tuple[str, ...]] = {
+    "compress": tuple(option.name for option in fields(CompressConfig)),
+    "inspect": (
+        "align", "exclude", "only", "preprocess", "max_samples", "batch_size", "seed", "report", "json",
+    ),
+    "apply": ("output", "report", "json"),
+    "validate": (
+        "max_drop", "metric", "allow_slower", "preprocess", "max_samples", "batch_size", "providers",
+        "threads", "seed", "report", "json",
+    ),
+}  # fmt: skip
+
+_FIELDS: Mapping[str, Field[Any]] = {option.name: option for option in fields(CompressConfig)}
+
+
+def describe_options(command: str = "compress") -> tuple[Field[Any], ...]:
+    """Return the fields of ``CompressConfig`` that a command takes; ``.metadata`` holds help and choices."""
+    return tuple(_FIELDS[name] for name in COMMAND_OPTIONS[command])
+
+
+def check_options(options: Mapping[str, Any], *, command: str) -> dict[str, Any]:
+    """Return all options of ``command``, checked and with defaults filled in.
+
+    Raises UsageError for an unknown word or a value that makes no sense.
+    """
+    known = COMMAND_OPTIONS[command]
+    for name in options:
+        if name not in known:
+            raise UsageError(f"{command} has no option {name!r}{_nearest(name, known)}")
+    return {name: _check(_FIELDS[name], options.get(name, _FIELDS[name].default)) for name in known}
+
+
+def read_config(path: str | Path, *, also: tuple[str, ...] = ()) -> dict[str, Any]:
+    """Read options from a TOML file, with ``-`` or ``_`` in their names; relative paths start at the file.
+
+    ``also`` names words that are allowed though no field of ``CompressConfig``; their values are paths.
+    Raises UsageError for an unreadable file, an unknown word or a value that makes no sense.
+    """
+    path = Path(path)
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(f"--config: cannot read {path}: {error.strerror or error}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UsageError(f"--config: {path} is not valid TOML: {error}") from error
+    known = COMMAND_OPTIONS["compress"] + also
+    options: dict[str, Any] = {}
+    for key, value in table.items():
+        name = key.replace("-", "_")
+        if name not in known:
+            spelt = tuple(word.replace("_", "-") for word in known)
+            raise UsageError(f"{path}: unknown option {key!r}{_nearest(key, spelt)}")
+        if name in options:
+            raise UsageError(f"{path}: option {key!r} is given twice")
+        try:
+            value = _check_path(name, value) if name in also else _check(_FIELDS[name], value)
+        except UsageError as error:
+            raise UsageError(f"{path}: {error}") from error
+        is_path = name in also or _FIELDS[name].metadata["is_path"]
+        options[name] = path.parent / value if is_path and isinstance(value, Path) else value
+    return options
+
+
+def _check(option: Field[Any], value: Any) -> Any:
+    if value is None and option.default is None:
+        return None
+    return option.metadata["check"](option.name, value)
+
+
+def _nearest(word: str, known: Iterable[str]) -> str:
+    """Return a "did you mean" ending, or nothing when no known word is near."""
+    matches = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    return f" (did you mean {matches[0]!r}?)" if matches else ""
+
+
+def _json_ready(value: Any) -> Any:
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, tuple):
+        return list(value)
+    return str(value) if isinstance(value, Path) else type(value).__name__

@@ -1,0 +1,225 @@
+"""What hap-onnx says about a job, as data; ``to_dict()`` is ready for strict JSON.
+
+The keys are a contract that other programs read. Rendering for people is the command line's.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+COMPRESS_SCHEMA = "hap-onnx/compress/1"
+INSPECT_SCHEMA = "hap-onnx/inspect/1"
+VALIDATE_SCHEMA = "hap-onnx/validate/1"
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """Size, cost and quality of one model.
+
+    ``params``: elements of float initializers, shared ones once. ``macs``: multiply-accumulates of one
+    run at the data's input shape, for one sample; None when the shape is not known. ``bytes``: the
+    file with its external data. ``latency_ms``: median milliseconds of one run in onnxruntime.
+    ``metric``: the quality metric. None where it was not measured.
+    """
+
+    params: int
+    macs: int | None
+    bytes: int
+    latency_ms: float | None = None
+    metric: float | None = None
+
+
+@dataclass(frozen=True)
+class Quality:
+    """The gate: the metric of both models on the report part of the data.
+
+    ``drop`` is ``before - after``; ``interval`` its 95 % interval; ``max_drop`` None means no gate.
+    """
+
+    metric: str
+    before: float
+    after: float
+    drop: float
+    interval: tuple[float, float]
+    n_samples: int
+    max_drop: float | None
+    passed: bool
+
+
+@dataclass(frozen=True)
+class Fidelity:
+    """How near the outputs are to the original's; ``agreement`` is None without class scores."""
+
+    r2: float | None
+    agreement: float | None
+    max_abs_error: float | None
+
+
+@dataclass(frozen=True)
+class GroupKept:
+    """One channel group in a plan: ``kept`` of ``size`` channels stay."""
+
+    name: str
+    size: int
+    kept: int
+
+
+@dataclass(frozen=True)
+class ImplantUsed:
+    """A cheaper replacement of (part of) a node; ``kind`` is pointwise, lowrank or spatial."""
+
+    node: str
+    kind: str
+    rank: int | None
+
+
+@dataclass(frozen=True)
+class PlanSummary:
+    """What a plan does; ``removed_branches`` names the last node of each residual branch that goes."""
+
+    groups: tuple[GroupKept, ...] = ()
+    implants: tuple[ImplantUsed, ...] = ()
+    removed_branches: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class FrozenNode:
+    """A node whose channels cannot be removed, and why, in words for a user."""
+
+    node: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Budgets by option name (``keep_params``, ``keep_macs``, ``max_bytes``): asked for and reached.
+
+    ``reached`` may tell more than was asked.
+    """
+
+    asked: Mapping[str, float] = field(default_factory=dict)
+    reached: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class CompressReport:
+    """The result of ``compress``, and of ``apply`` (there without quality and fidelity).
+
+    ``output`` is None when no model was written (a dry run); ``seconds`` is per stage.
+    """
+
+    model: str
+    output: str | None
+    before: ModelFacts
+    after: ModelFacts
+    quality: Quality | None
+    fidelity: Fidelity | None
+    plan: PlanSummary
+    frozen: tuple[FrozenNode, ...]
+    budget: Budget
+    seconds: Mapping[str, float]
+    seed: int
+    versions: Mapping[str, str]
+    schema: str = COMPRESS_SCHEMA
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the report with plain types only; numbers that are not finite become None."""
+        return _to_dict(self)
+
+
+@dataclass(frozen=True)
+class GroupInfo:
+    """One channel group that may shrink.
+
+    ``role`` says where it is, such as ``inner`` or ``residual``; channels go in steps of
+    ``multiple``; ``params`` and ``macs`` are what removing all of it could save at most.
+    """
+
+    name: str
+    size: int
+    role: str
+    multiple: int = 1
+    params: int | None = None
+    macs: int | None = None
+
+
+@dataclass(frozen=True)
+class Prunable:
+    """Share of the model in [0, 1] that belongs to groups that may shrink."""
+
+    params_ratio: float
+    macs_ratio: float | None
+
+
+@dataclass(frozen=True)
+class InspectReport:
+    """The result of ``inspect``: size, channel groups, and what is frozen and why."""
+
+    model: str
+    size: ModelFacts
+    groups: tuple[GroupInfo, ...]
+    frozen: tuple[FrozenNode, ...]
+    prunable: Prunable
+    versions: Mapping[str, str]
+    schema: str = INSPECT_SCHEMA
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the report with plain types only; numbers that are not finite become None."""
+        return _to_dict(self)
+
+
+@dataclass(frozen=True)
+class ValidateReport:
+    """The result of ``validate``: two models compared on the same data.
+
+    ``slower`` tells whether the candidate is slower than the reference beyond noise; ``passed``
+    whether all gates hold.
+    """
+
+    reference: str
+    candidate: str
+    before: ModelFacts
+    after: ModelFacts
+    quality: Quality
+    fidelity: Fidelity
+    slower: bool
+    passed: bool
+    seconds: Mapping[str, float]
+    seed: int
+    versions: Mapping[str, str]
+    schema: str = VALIDATE_SCHEMA
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the report with plain types only; numbers that are not finite become None."""
+        return _to_dict(self)
+
+
+Report = CompressReport | InspectReport | ValidateReport
+
+
+def _to_dict(report: Report) -> dict[str, Any]:
+    plain: dict[str, Any] = _plain(report)
+    return {"schema": plain.pop("schema"), **plain}  # schema first: a reader looks there before anything else
+
+
+def _plain(value: Any) -> Any:
+    if is_dataclass(value) and not isinstance(value, type):
+        return {entry.name: _plain(getattr(value, entry.name)) for entry in fields(value)}
+    if isinstance(value, Mapping):
+        return {str(key): _plain(entry) for key, entry in value.items()}
+    if isinstance(value, (tuple, list)):
+        return [_plain(entry) for entry in value]
+    if value is None or isinstance(value, (bool, str)):
+        return value
+    if isinstance(value, Path):
+        return str(value)
+    number = value.item() if hasattr(value, "item") else value  # numpy scalars
+    if isinstance(number, float) and not math.isfinite(number):
+        return None
+    if isinstance(number, (bool, int, float)):
+        return number
+    raise TypeError(f"a report cannot hold {type(value).__name__}")
