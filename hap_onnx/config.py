@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Mapping
@@ -16,7 +17,7 @@ from dataclasses import Field, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from hap_onnx.errors import UsageError
+from hap_onnx.errors import UsageError, ValidationError
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -173,7 +174,7 @@ def _check_providers(name: str, value: Any) -> tuple[str, ...]:
 def _option(
     default: Any,
     check: Check,
-    help: str,  # noqa: A002 - the word that click and argparse use
+    help: str,
     *,
     section: str,
     metavar: str | None = None,
@@ -197,11 +198,11 @@ def _option(
     return field(default=default, metadata=metadata, compare=compare)
 
 
-def _choice(default: str, choices: tuple[str, ...], help: str, *, section: str) -> Any:  # noqa: A002
+def _choice(default: str, choices: tuple[str, ...], help: str, *, section: str) -> Any:
     return _option(default, _one_of(choices), help, section=section, choices=choices)
 
 
-def _switch(help: str, *, section: str) -> Any:  # noqa: A002
+def _switch(help: str, *, section: str) -> Any:
     return _option(False, _check_switch, help, section=section)
 
 
@@ -420,6 +421,66 @@ def read_config(path: str | Path, *, also: tuple[str, ...] = ()) -> dict[str, An
         is_path = name in also or _FIELDS[name].metadata["is_path"]
         options[name] = path.parent / value if is_path and isinstance(value, Path) else value
     return options
+
+
+# ---------------------------------------------------------------- the files a job reads and writes
+
+
+def default_output(model: Path) -> Path:
+    """Return where the compressed model goes when nothing is said: ``x.onnx`` gives ``x.hap.onnx``."""
+    stem = model.name[: -len(".onnx")] if model.name.lower().endswith(".onnx") else model.name
+    return model.with_name(stem + ".hap.onnx")
+
+
+def rejected_path(output: Path) -> Path:
+    """Return where ``keep_rejected`` puts a model that fails a gate."""
+    return output.with_name(output.name + ".rejected.onnx")
+
+
+def plan_weights_path(plan: Path) -> Path:
+    """Return the file beside a saved plan that holds its weights."""
+    return plan.with_suffix(".safetensors")
+
+
+def files_of(config: CompressConfig, *, output: Path) -> dict[str, Path]:
+    """Return all files that a job with this config may write, by the option that asks for them."""
+    files = {"--output": None if config.dry_run else output, "--report": config.report}
+    if config.keep_rejected and not config.dry_run:
+        files["--keep-rejected"] = rejected_path(output)
+    if config.save_plan is not None:
+        files["--save-plan"] = config.save_plan
+        files["--save-plan (weights)"] = plan_weights_path(config.save_plan)
+    return {option: path for option, path in files.items() if path is not None}
+
+
+def check_outputs(outputs: Mapping[str, Path], *, inputs: Mapping[str, Any]) -> None:
+    """Refuse, before any work is done, what could not be written or would overwrite an input.
+
+    Both map what the user calls a file to its path; inputs that are not paths are passed over. Links
+    of both kinds are seen through. Raises UsageError for a collision, ValidationError for a folder that
+    is missing or not writable.
+    """
+    taken = {name: Path(path) for name, path in inputs.items() if isinstance(path, (str, Path))}
+    for option, path in outputs.items():
+        for other, known in taken.items():
+            if _same_file(path, known):
+                raise UsageError(f"{option} {path} is the same file as {other} {known}: choose another name")
+        if path.is_dir():
+            raise UsageError(f"{option} {path} is a folder: give the name of a file")
+        if not path.parent.is_dir():
+            raise ValidationError(f"{option} {path} cannot be written: there is no folder {path.parent}")
+        if not os.access(path.parent, os.W_OK):
+            raise ValidationError(f"{option} {path} cannot be written: no permission in {path.parent}")
+        taken[option] = path
+
+
+def _same_file(first: Path, second: Path) -> bool:
+    if os.path.realpath(first) == os.path.realpath(second):
+        return True
+    try:
+        return os.path.samefile(first, second)
+    except OSError:  # one of them does not exist, so they are not the same
+        return False
 
 
 def _check(option: Field[Any], value: Any) -> Any:
