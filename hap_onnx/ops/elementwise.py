@@ -1,0 +1,328 @@
+"""Operators that act on each element by itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import reduce
+from typing import Any
+
+import onnx
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hap_onnx.ops.arguments import is_float, together
+from hap_onnx.ops.registry import run_op
+
+# --- One input, no attributes ---
+
+
+def _register_plain(table: dict[str, Callable[..., Tensor]]) -> None:
+    for op_type, function in table.items():
+        run_op(op_type)(function)
+
+
+_register_plain(
+    {
+        "Abs": lambda x: torch.abs(x),
+        "Acos": lambda x: torch.acos(x),
+        "Acosh": lambda x: torch.acosh(x),
+        "Asin": lambda x: torch.asin(x),
+        "Asinh": lambda x: torch.asinh(x),
+        "Atan": lambda x: torch.atan(x),
+        "Atanh": lambda x: torch.atanh(x),
+        "BitwiseNot": lambda x: torch.bitwise_not(x),
+        "Ceil": lambda x: torch.ceil(x),
+        "Cos": lambda x: torch.cos(x),
+        "Cosh": lambda x: torch.cosh(x),
+        "Erf": lambda x: torch.erf(x),
+        "Exp": lambda x: torch.exp(x),
+        "Floor": lambda x: torch.floor(x),
+        "HardSwish": lambda x: x * (x / 6 + 0.5).clamp(0, 1),
+        "Identity": lambda x: x,
+        "IsNaN": lambda x: torch.isnan(x),
+        "Log": lambda x: torch.log(x),
+        "Mish": lambda x: x * torch.tanh(F.softplus(x)),
+        "Neg": lambda x: torch.neg(x),
+        "Not": lambda x: torch.logical_not(x),
+        "Reciprocal": lambda x: torch.reciprocal(x),
+        "Relu": lambda x: torch.relu(x),
+        "Round": lambda x: torch.round(x),  # half to even, as ONNX wants
+        "Sigmoid": lambda x: torch.sigmoid(x),
+        "Sign": lambda x: torch.sign(x),
+        "Sin": lambda x: torch.sin(x),
+        "Sinh": lambda x: torch.sinh(x),
+        "Softplus": lambda x: F.softplus(x),
+        "Softsign": lambda x: x / (1 + torch.abs(x)),
+        "Sqrt": lambda x: torch.sqrt(x),
+        "Tan": lambda x: torch.tan(x),
+        "Tanh": lambda x: torch.tanh(x),
+    }
+)
+
+
+# --- One input with attributes ---
+
+
+@run_op("Celu")
+def Celu(x: Tensor, *, alpha: float = 1.0) -> Tensor:
+    """max(0, x) + min(0, alpha * (exp(x / alpha) - 1))."""
+    return F.celu(x, alpha)
+
+
+@run_op("Elu")
+def Elu(x: Tensor, *, alpha: float = 1.0) -> Tensor:
+    """x, or alpha * (exp(x) - 1) below zero."""
+    return F.elu(x, alpha)
+
+
+@run_op("Gelu", since=20)
+def Gelu(x: Tensor, *, approximate: str = "none") -> Tensor:
+    """Gaussian error linear unit."""
+    return F.gelu(x, approximate=approximate)
+
+
+@run_op("HardSigmoid")
+def HardSigmoid(x: Tensor, *, alpha: float = 0.2, beta: float = 0.5) -> Tensor:
+    """alpha * x + beta, clipped to [0, 1]."""
+    return (x * alpha + beta).clamp(0, 1)
+
+
+@run_op("LeakyRelu")
+def LeakyRelu(x: Tensor, *, alpha: float = 0.01) -> Tensor:
+    """x, or alpha * x below zero."""
+    return F.leaky_relu(x, alpha)
+
+
+@run_op("Selu")
+def Selu(
+    x: Tensor, *, alpha: float = 1.67326319217681884765625, gamma: float = 1.05070102214813232421875
+) -> Tensor:
+    """gamma * x, or gamma * alpha * (exp(x) - 1) below zero."""
+    return gamma * F.elu(x, alpha)
+
+
+@run_op("Shrink")
+def Shrink(x: Tensor, *, bias: float = 0.0, lambd: float = 0.5) -> Tensor:
+    """Move x towards zero by ``bias`` where its size exceeds ``lambd``; zero elsewhere."""
+    return torch.where(x < -lambd, x + bias, torch.where(x > lambd, x - bias, torch.zeros_like(x)))
+
+
+@run_op("Swish", since=24)
+def Swish(x: Tensor, *, alpha: float = 1.0) -> Tensor:
+    """x * sigmoid(alpha * x)."""
+    return x * torch.sigmoid(x if alpha == 1.0 else x * alpha)
+
+
+@run_op("ThresholdedRelu")
+def ThresholdedRelu(x: Tensor, *, alpha: float = 1.0) -> Tensor:
+    """x where it exceeds alpha, zero elsewhere."""
+    return torch.where(x > alpha, x, torch.zeros_like(x))
+
+
+@run_op("IsInf")
+def IsInf(x: Tensor, *, detect_negative: int = 1, detect_positive: int = 1) -> Tensor:
+    """Say which elements are infinite, of the signs asked for."""
+    found = torch.zeros_like(x, dtype=torch.bool)
+    if detect_negative:
+        found = found | torch.isneginf(x)
+    if detect_positive:
+        found = found | torch.isposinf(x)
+    return found
+
+
+@run_op("Clip")
+def Clip(x: Tensor, min: Tensor | float | None = None, max: Tensor | float | None = None) -> Tensor:
+    """Clip x to [min, max]: attributes before opset 11, inputs since."""
+    if min is None and max is None:
+        return x
+    if isinstance(min, Tensor):
+        x, min = together(x, min)
+    if isinstance(max, Tensor):
+        x, max = together(x, max)
+    # As scalar tensors both may be mixed; a lower bound above the upper one yields the upper one.
+    if min is not None:
+        x = torch.maximum(x, torch.as_tensor(min, dtype=x.dtype, device=x.device))
+    if max is not None:
+        x = torch.minimum(x, torch.as_tensor(max, dtype=x.dtype, device=x.device))
+    return x
+
+
+@run_op("Dropout")
+def Dropout(
+    x: Tensor,
+    ratio: Tensor | float = 0.5,
+    training_mode: Tensor | None = None,
+    *,
+    seed: int | None = None,
+    n_outputs: int = 1,
+) -> Tensor | tuple[Tensor, ...]:
+    """The identity: inference keeps everything."""
+    if training_mode is not None and bool(training_mode):
+        raise NotImplementedError("Dropout in training mode")
+    return (x, torch.ones_like(x, dtype=torch.bool)) if n_outputs > 1 else x
+
+
+# --- Two inputs ---
+
+
+def _binary(function: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
+    def run(a: Tensor, b: Tensor) -> Tensor:
+        a, b = together(a, b)
+        return function(a, b)
+
+    return run
+
+
+def _divide(a: Tensor, b: Tensor) -> Tensor:
+    """Division; between integers it drops the fraction as C does."""
+    return a / b if is_float(a) else torch.div(a, b, rounding_mode="trunc")
+
+
+def _power(a: Tensor, b: Tensor) -> Tensor:
+    """a to the power of b, in the type of a."""
+    if is_float(a) and b.numel() == 1 and not b.requires_grad:
+        # A plain number lets torch use the exact rules for 2, 0.5 and so on, also in the gradient at zero.
+        power = torch.pow(a, b.item())
+        return power.expand(torch.broadcast_shapes(a.shape, b.shape))
+    if is_float(b) and not is_float(a):
+        return torch.pow(a.to(b.dtype), b).to(a.dtype)
+    return torch.pow(a, b.to(a.dtype))
+
+
+_register_plain(
+    {
+        op_type: _binary(function)
+        for op_type, function in {
+            "Add": torch.add,
+            "And": torch.logical_and,
+            "BitwiseAnd": torch.bitwise_and,
+            "BitwiseOr": torch.bitwise_or,
+            "BitwiseXor": torch.bitwise_xor,
+            "Div": _divide,
+            "Equal": torch.eq,
+            "Greater": torch.gt,
+            "GreaterOrEqual": torch.ge,
+            "Less": torch.lt,
+            "LessOrEqual": torch.le,
+            "Mul": torch.mul,
+            "Or": torch.logical_or,
+            "Pow": _power,
+            "Sub": torch.sub,
+            "Xor": torch.logical_xor,
+        }.items()
+    }
+)
+
+
+@run_op("Mod")
+def Mod(a: Tensor, b: Tensor, *, fmod: int = 0) -> Tensor:
+    """The remainder, with the sign of the divisor, or of the dividend with ``fmod``."""
+    a, b = together(a, b)
+    return torch.fmod(a, b) if fmod else torch.remainder(a, b)
+
+
+@run_op("BitShift")
+def BitShift(a: Tensor, b: Tensor, *, direction: str) -> Tensor:
+    """Shift the bits of a by b."""
+    a, b = together(a, b)
+    return torch.bitwise_left_shift(a, b) if direction == "LEFT" else torch.bitwise_right_shift(a, b)
+
+
+@run_op("PRelu")
+def PRelu(x: Tensor, slope: Tensor) -> Tensor:
+    """x, or slope * x below zero."""
+    x, slope = together(x, slope)
+    return torch.where(x < 0, x * slope, x)
+
+
+# --- Where and variadic operators ---
+
+
+@run_op("Where")
+def Where(condition: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    """x where the condition holds, else y."""
+    condition, x, y = together(condition, x, y)
+    return torch.where(condition, x, y)
+
+
+def _variadic(function: Callable[[Tensor, Tensor], Tensor]) -> Callable[..., Tensor]:
+    def run(*operands: Tensor) -> Tensor:
+        return reduce(function, together(*operands))
+
+    return run
+
+
+_register_plain({"Max": _variadic(torch.maximum), "Min": _variadic(torch.minimum), "Sum": _variadic(torch.add)})
+
+
+@run_op("Mean")
+def Mean(*operands: Tensor) -> Tensor:
+    """The mean of all inputs."""
+    return reduce(torch.add, together(*operands)) / len(operands)
+
+
+# --- Cast, CastLike ---
+
+_TORCH_TYPE: dict[int, torch.dtype] = {
+    onnx.TensorProto.FLOAT: torch.float32,
+    onnx.TensorProto.FLOAT16: torch.float32,
+    onnx.TensorProto.BFLOAT16: torch.float32,
+    onnx.TensorProto.DOUBLE: torch.float32,
+    onnx.TensorProto.INT8: torch.int8,
+    onnx.TensorProto.INT16: torch.int16,
+    onnx.TensorProto.INT32: torch.int32,
+    onnx.TensorProto.INT64: torch.int64,
+    onnx.TensorProto.UINT8: torch.uint8,
+    onnx.TensorProto.BOOL: torch.bool,
+}
+
+
+def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Convert; from float to float nothing happens, since the twin computes in one float type."""
+    return x if is_float(x) and dtype.is_floating_point else x.to(dtype)
+
+
+@run_op("Cast")
+def Cast(x: Tensor, *, to: int, saturate: int = 1, round_mode: str = "up") -> Tensor:
+    """Convert to another type; every float type stands for the one that the twin computes in."""
+    if to not in _TORCH_TYPE:
+        raise NotImplementedError(f"Cast to {onnx.TensorProto.DataType.Name(to)}")
+    return _cast(x, _TORCH_TYPE[to])
+
+
+@run_op("CastLike")
+def CastLike(x: Tensor, like: Tensor, *, saturate: int = 1, round_mode: str = "up") -> Tensor:
+    """Convert to the type of another tensor."""
+    return _cast(x, like.dtype)
+
+
+# --- onnxruntime's own activations ---
+
+
+def _contrib(op_type: str) -> Callable[[Any], Any]:
+    return run_op(op_type, domain="com.microsoft")
+
+
+@_contrib("Gelu")
+def MicrosoftGelu(x: Tensor) -> Tensor:
+    """Gelu by erf."""
+    return F.gelu(x)
+
+
+@_contrib("BiasGelu")
+def BiasGelu(x: Tensor, bias: Tensor) -> Tensor:
+    """Gelu of x + bias."""
+    return F.gelu(x + bias)
+
+
+@_contrib("FastGelu")
+def FastGelu(x: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Gelu by tanh, of x + bias."""
+    return F.gelu(x if bias is None else x + bias, approximate="tanh")
+
+
+@_contrib("QuickGelu")
+def QuickGelu(x: Tensor, *, alpha: float = 1.702) -> Tensor:
+    """x * sigmoid(alpha * x)."""
+    return x * torch.sigmoid(x * alpha)

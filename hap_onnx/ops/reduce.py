@@ -1,0 +1,120 @@
+"""Reductions along axes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from hap_onnx.ops.arguments import IntsLike, as_int, as_ints, is_float, normalise_axes, normalise_axis
+from hap_onnx.ops.norm import first_max
+from hap_onnx.ops.registry import run_op
+
+# --- ReduceSum, ReduceMean, ReduceMax and relatives ---
+
+
+def _mean(x: Tensor, axes: list[int], keep: bool) -> Tensor:
+    if is_float(x):
+        return x.mean(axes, keep)
+    count = 1
+    for axis in axes:
+        count *= x.shape[axis]
+    return torch.div(x.sum(axes, keep), count, rounding_mode="trunc").to(x.dtype)
+
+
+def _prod(x: Tensor, axes: list[int], keep: bool) -> Tensor:
+    for axis in sorted(axes, reverse=True):
+        x = x.prod(axis, keep, dtype=x.dtype)
+    return x
+
+
+def _sum(x: Tensor, axes: list[int], keep: bool) -> Tensor:
+    return x.sum(axes, keep, dtype=x.dtype)
+
+
+def _extreme(of_empty: float, function: Callable[..., Tensor]) -> Callable[[Tensor, list[int], bool], Tensor]:
+    def run(x: Tensor, axes: list[int], keep: bool) -> Tensor:
+        if x.numel() == 0 and is_float(x):
+            return torch.full_like(x.sum(axes, keep), of_empty)
+        if x.dtype == torch.bool:
+            return function(x.to(torch.uint8), axes, keep).to(torch.bool)
+        return function(x, axes, keep)
+
+    return run
+
+
+_REDUCTIONS: dict[str, Callable[[Tensor, list[int], bool], Tensor]] = {
+    "ReduceL1": lambda x, axes, keep: _sum(x.abs(), axes, keep),
+    "ReduceL2": lambda x, axes, keep: _sum(x * x, axes, keep).sqrt(),
+    "ReduceLogSum": lambda x, axes, keep: _sum(x, axes, keep).log(),
+    "ReduceLogSumExp": lambda x, axes, keep: torch.logsumexp(x, axes, keep),
+    "ReduceMax": _extreme(float("-inf"), torch.amax),
+    "ReduceMean": _mean,
+    "ReduceMin": _extreme(float("inf"), torch.amin),
+    "ReduceProd": _prod,
+    "ReduceSum": _sum,
+    "ReduceSumSquare": lambda x, axes, keep: _sum(x * x, axes, keep),
+}
+
+# What the operator does to single elements when there is no axis to reduce.
+_ELEMENTWISE: dict[str, Callable[[Tensor], Tensor]] = {
+    "ReduceL1": torch.abs,
+    "ReduceL2": torch.abs,
+    "ReduceLogSum": torch.log,
+    "ReduceSumSquare": torch.square,
+}
+
+
+def _make_reduction(op_type: str) -> Callable[..., Tensor]:
+    function, on_elements = _REDUCTIONS[op_type], _ELEMENTWISE.get(op_type)
+
+    def reduce(x: Tensor, axes: IntsLike = None, *, keepdims: int = 1, noop_with_empty_axes: int = 0) -> Tensor:
+        over = normalise_axes(as_ints(axes), x.ndim)
+        if not over and (noop_with_empty_axes or x.ndim == 0):
+            return on_elements(x) if on_elements else x
+        return function(x, over or list(range(x.ndim)), bool(keepdims))
+
+    reduce.__name__ = reduce.__qualname__ = op_type
+    return reduce
+
+
+for _op_type in _REDUCTIONS:
+    run_op(_op_type)(_make_reduction(_op_type))
+
+
+# --- ArgMax, ArgMin ---
+
+
+@run_op("ArgMax")
+def ArgMax(x: Tensor, *, axis: int = 0, keepdims: int = 1, select_last_index: int = 0) -> Tensor:
+    """The index of the maximum along ``axis``: of equals the first, or the last if asked."""
+    axis = normalise_axis(axis, x.ndim)
+    if select_last_index:
+        index = x.shape[axis] - 1 - first_max(x.flip(axis), axis)
+    else:
+        index = first_max(x, axis)
+    return index if keepdims else index.squeeze(axis)
+
+
+@run_op("ArgMin")
+def ArgMin(x: Tensor, *, axis: int = 0, keepdims: int = 1, select_last_index: int = 0) -> Tensor:
+    """The index of the minimum along ``axis``: of equals the first, or the last if asked."""
+    mirrored = -x if is_float(x) else -x.to(torch.int64)
+    return ArgMax(mirrored, axis=axis, keepdims=keepdims, select_last_index=select_last_index)
+
+
+# --- CumSum ---
+
+
+@run_op("CumSum")
+def CumSum(x: Tensor, axis: Tensor, *, exclusive: int = 0, reverse: int = 0) -> Tensor:
+    """Running sums along ``axis``, without the element itself if exclusive, from the end if reverse."""
+    along = normalise_axis(as_int(axis), x.ndim)
+    if reverse:
+        x = x.flip(along)
+    total = torch.cumsum(x, along, dtype=x.dtype)
+    if exclusive:
+        first = torch.zeros_like(total.narrow(along, 0, 1))
+        total = torch.cat([first, total.narrow(along, 0, x.shape[along] - 1)], along)
+    return total.flip(along) if reverse else total

@@ -1,0 +1,173 @@
+"""Shapes: reading them, changing them, and making tensors from them.
+
+Tensors that carry shapes are int64 on the CPU, so reading one never waits for a device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import ceil, prod
+
+import torch
+from torch import Tensor
+
+from hap_onnx.ops.arguments import IntsLike, as_ints, normalise_axes
+from hap_onnx.ops.registry import run_op
+
+# --- Shape, Size, Constant, ConstantOfShape, Range, EyeLike ---
+
+
+@run_op("Shape")
+def Shape(x: Tensor, *, start: int = 0, end: int | None = None) -> Tensor:
+    """The sizes of the axes from ``start`` to ``end``."""
+    return torch.tensor(list(x.shape)[start:end], dtype=torch.int64)
+
+
+@run_op("Size")
+def Size(x: Tensor) -> Tensor:
+    """The number of elements."""
+    return torch.tensor(x.numel(), dtype=torch.int64)
+
+
+@run_op("Constant")
+def Constant(
+    *,
+    value: Tensor | None = None,
+    value_float: float | None = None,
+    value_floats: Sequence[float] | None = None,
+    value_int: int | None = None,
+    value_ints: Sequence[int] | None = None,
+) -> Tensor:
+    """A tensor written into the graph."""
+    if value is not None:
+        return value
+    if value_float is not None or value_floats is not None:
+        return torch.tensor(value_float if value_float is not None else value_floats, dtype=torch.float32)
+    if value_int is not None or value_ints is not None:
+        return torch.tensor(value_int if value_int is not None else value_ints, dtype=torch.int64)
+    raise NotImplementedError("a Constant that holds neither a tensor nor numbers")
+
+
+@run_op("ConstantOfShape")
+def ConstantOfShape(shape: Tensor, *, value: Tensor | None = None) -> Tensor:
+    """A tensor of the given shape, filled with one value."""
+    if value is None:
+        return torch.zeros(as_ints(shape))
+    return value.reshape(-1)[0].expand(as_ints(shape))
+
+
+@run_op("Range")
+def Range(start: Tensor, limit: Tensor, delta: Tensor) -> Tensor:
+    """The numbers from ``start`` to before ``limit`` in steps of ``delta``."""
+    first, last, step = start.item(), limit.item(), delta.item()
+    count = max(ceil((last - first) / step), 0)
+    return first + torch.arange(count).to(start.dtype) * step
+
+
+@run_op("EyeLike")
+def EyeLike(x: Tensor, *, dtype: int | None = None, k: int = 0) -> Tensor:
+    """Ones on the k-th diagonal of a matrix like x."""
+    from hap_onnx.ops.elementwise import Cast
+
+    rows, columns = x.shape
+    on_diagonal = torch.arange(columns)[None, :] == torch.arange(rows)[:, None] + k
+    return on_diagonal.to(x.device, x.dtype) if dtype is None else Cast(on_diagonal.to(x.device), to=dtype)
+
+
+# --- Reshape, Flatten, Squeeze, Unsqueeze, Transpose ---
+
+
+def resolve_shape(shape: Sequence[int], target: Sequence[int], *, allowzero: bool = False) -> list[int]:
+    """Replace 0 (copy) and -1 (infer) in a Reshape target for a tensor of ``shape``."""
+    sizes = [shape[axis] if size == 0 and not allowzero else size for axis, size in enumerate(target)]
+    if -1 in sizes:
+        known = prod(size for size in sizes if size != -1)
+        sizes[sizes.index(-1)] = prod(shape) // known if known else 0
+    return sizes
+
+
+@run_op("Reshape")
+def Reshape(x: Tensor, shape: IntsLike = None, *, allowzero: int = 0) -> Tensor:
+    """Reshape: 0 copies a size (unless ``allowzero``), -1 infers one."""
+    return x.reshape(resolve_shape(x.shape, as_ints(shape), allowzero=bool(allowzero)))
+
+
+@run_op("Flatten")
+def Flatten(x: Tensor, *, axis: int = 1) -> Tensor:
+    """A matrix, cut before ``axis``."""
+    cut = axis + x.ndim if axis < 0 else axis
+    return x.reshape(prod(x.shape[:cut]), prod(x.shape[cut:]))
+
+
+@run_op("Squeeze")
+def Squeeze(x: Tensor, axes: IntsLike = None) -> Tensor:
+    """Drop axes of size 1: the given ones, or all."""
+    along = normalise_axes(as_ints(axes), x.ndim) if axes is not None else [i for i, n in enumerate(x.shape) if n == 1]
+    for axis in along:
+        if x.shape[axis] != 1:
+            raise ValueError(f"cannot squeeze axis {axis} of shape {tuple(x.shape)}: its size is not 1")
+    return x.reshape([size for axis, size in enumerate(x.shape) if axis not in along])
+
+
+@run_op("Unsqueeze")
+def Unsqueeze(x: Tensor, axes: IntsLike = None) -> Tensor:
+    """Insert axes of size 1 at the given positions of the result."""
+    inserted = as_ints(axes)
+    for axis in sorted(normalise_axes(inserted, x.ndim + len(inserted))):
+        x = x.unsqueeze(axis)
+    return x
+
+
+@run_op("Transpose")
+def Transpose(x: Tensor, *, perm: Sequence[int] | None = None) -> Tensor:
+    """Permute axes; reverse them by default."""
+    return x.permute(list(perm) if perm is not None else list(reversed(range(x.ndim))))
+
+
+# --- Expand, Tile ---
+
+
+@run_op("Expand")
+def Expand(x: Tensor, shape: Tensor) -> Tensor:
+    """Broadcast x against a shape, both ways."""
+    return x.expand(torch.broadcast_shapes(x.shape, tuple(as_ints(shape))))
+
+
+@run_op("Tile")
+def Tile(x: Tensor, repeats: Tensor) -> Tensor:
+    """Repeat x along each axis."""
+    return x.repeat(as_ints(repeats))
+
+
+# --- DepthToSpace, SpaceToDepth ---
+
+
+@run_op("DepthToSpace")
+def DepthToSpace(x: Tensor, *, blocksize: int, mode: str = "DCR") -> Tensor:
+    """Move channels of x [N, C, H, W] into blocks of space, depth first (DCR) or column first (CRD)."""
+    n, c, h, w = x.shape
+    b, depth = blocksize, c // blocksize**2
+    if mode == "DCR":
+        y = x.reshape(n, b, b, depth, h, w).permute(0, 3, 4, 1, 5, 2)
+    else:
+        y = x.reshape(n, depth, b, b, h, w).permute(0, 1, 4, 2, 5, 3)
+    return y.reshape(n, depth, h * b, w * b)
+
+
+@run_op("SpaceToDepth")
+def SpaceToDepth(x: Tensor, *, blocksize: int) -> Tensor:
+    """Move blocks of space of x [N, C, H, W] into channels."""
+    n, c, h, w = x.shape
+    b = blocksize
+    y = x.reshape(n, c, h // b, b, w // b, b).permute(0, 3, 5, 1, 2, 4)
+    return y.reshape(n, c * b * b, h // b, w // b)
+
+
+# --- Trilu ---
+
+
+@run_op("Trilu")
+def Trilu(x: Tensor, k: Tensor | None = None, *, upper: int = 1) -> Tensor:
+    """Keep the upper or lower triangle of the last two axes."""
+    diagonal = int(k) if k is not None else 0
+    return torch.triu(x, diagonal) if upper else torch.tril(x, diagonal)

@@ -1,0 +1,419 @@
+"""The twin: the model as a torch module that computes the ONNX graph node by node.
+
+    twin = build_twin(graph)
+    outputs = twin({"input": images})        # {output name: tensor}
+
+Every float initializer is a parameter that can be reached by its ONNX name, a shared one is one shared
+parameter; integers and booleans are buffers that stay on the CPU, where shapes are read. The twin computes
+in float32 whatever float type the file uses (``Cast`` between float types is the identity), or in float64
+after ``twin.double()``. Nodes are run in topological order, and each activation is freed after its last use.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_graphsurgeon as gs
+import torch
+from onnx_graphsurgeon.exporters.onnx_exporter import OnnxExporter
+from torch import Tensor, nn
+
+from hap_onnx import ops  # noqa: F401  (registers the operators)
+from hap_onnx.errors import CalibrationError, ModelError
+from hap_onnx.opaque import OpaqueNode, captured_names, runs_in_onnxruntime
+from hap_onnx.ops.registry import find_run
+
+ReadHook = Callable[["Step", int, Tensor], Tensor]
+WriteHook = Callable[["Step", int, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Step:
+    """One node in execution order; ``""`` stands for an omitted input or output.
+
+    Outer tensors that a subgraph captures follow the node's own inputs. ``last_use`` names the
+    activations that nothing needs after this step. An ``opaque`` step runs in onnxruntime.
+    """
+
+    name: str
+    op_type: str
+    domain: str
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    last_use: tuple[str, ...]
+    opaque: bool
+
+
+@dataclass(frozen=True)
+class _Call:
+    """A torch function of the registry with the attributes of one node."""
+
+    function: Callable[..., Any]
+    attributes: Mapping[str, Any]
+
+    def __call__(self, *inputs: Tensor | None) -> tuple[Tensor, ...]:
+        result = self.function(*inputs, **self.attributes)
+        return (result,) if isinstance(result, Tensor) else tuple(result)
+
+
+class Twin(nn.Module):
+    """A model that computes ``{output name: Tensor}`` from ``{input name: Tensor}``; see :func:`build_twin`."""
+
+    def __init__(
+        self,
+        *,
+        steps: Sequence[Step],
+        calls: Sequence[Callable[..., tuple[Tensor, ...]]],
+        fallbacks: Sequence[Callable[[], OpaqueNode]],
+        inputs: Mapping[str, tuple[int | str | None, ...] | None],
+        output_names: Sequence[str],
+        constants: Mapping[str, np.ndarray],
+    ) -> None:
+        super().__init__()
+        self._steps = list(steps)
+        self._position = {step.name: position for position, step in enumerate(steps)}
+        self._calls = list(calls)
+        self._fallbacks = list(fallbacks)
+        self._input_shapes = dict(inputs)
+        self.input_names = tuple(inputs)
+        self.output_names = tuple(output_names)
+        self._safe_name: dict[str, str] = {}
+        self._untyped: set[str] = set()
+        for position, (name, values) in enumerate(constants.items()):
+            self._add_constant(name, f"c{position}_{_torch_safe(name)}", values)
+
+    def _add_constant(self, name: str, safe_name: str, values: np.ndarray) -> None:
+        if _is_float_array(values):
+            tensor = torch.from_numpy(np.array(values, dtype=np.float32))
+            self.register_parameter(safe_name, nn.Parameter(tensor))
+        else:
+            try:
+                tensor = torch.from_numpy(np.array(values))
+            except TypeError:  # a type that torch lacks: only onnxruntime reads it
+                self._untyped.add(name)
+                return
+            self.register_buffer(safe_name, tensor)
+        self._safe_name[name] = safe_name
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Twin:
+        """Move and convert parameters only: integer constants stay on the CPU."""
+        buffers = dict(self._buffers)
+        super()._apply(fn, recurse)
+        self._buffers.update(buffers)
+        return self
+
+    # --- what there is ---
+
+    @property
+    def steps(self) -> tuple[Step, ...]:
+        """The nodes in execution order."""
+        return tuple(self._steps)
+
+    @property
+    def opaque_nodes(self) -> tuple[str, ...]:
+        """Names of the nodes that run in onnxruntime.
+
+        An operator may decline a variant that it does not implement when it first meets one, so the
+        list is complete after one forward pass.
+        """
+        return tuple(step.name for step in self._steps if step.opaque)
+
+    @property
+    def parameter_of(self) -> Mapping[str, nn.Parameter]:
+        """The parameter of each float initializer, by its ONNX name."""
+        parameters = self._parameters
+        return MappingProxyType(
+            {name: parameters[safe] for name, safe in self._safe_name.items() if safe in parameters}  # type: ignore[dict-item]
+        )
+
+    def constant(self, name: str) -> Tensor:
+        """Return the parameter or buffer of an initializer by its ONNX name; raises KeyError."""
+        safe = self._safe_name[name]
+        tensor = self._parameters[safe] if safe in self._parameters else self._buffers[safe]
+        assert tensor is not None
+        return tensor
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The float type that the twin computes in."""
+        return next((parameter.dtype for parameter in self._parameters.values() if parameter is not None), torch.float32)
+
+    @property
+    def device(self) -> torch.device | None:
+        """Where the parameters are; None for a model without any."""
+        return next((parameter.device for parameter in self._parameters.values() if parameter is not None), None)
+
+    # --- running ---
+
+    def forward(
+        self,
+        inputs: Mapping[str, Tensor],
+        *,
+        on_read: ReadHook | None = None,
+        on_write: WriteHook | None = None,
+    ) -> dict[str, Tensor]:
+        """Run the model.
+
+        ``on_read(step, input_index, tensor)`` and ``on_write(step, output_index, tensor)`` see every tensor
+        (constants too) that a step reads or writes, and return the tensor to use in its place.
+        Raises CalibrationError for inputs that do not fit, ModelError for a node that fails.
+        """
+        values = self._check_inputs(inputs)
+        keep = set(self.output_names)
+        for position in range(len(self._steps)):
+            outputs = self._run(position, values, on_read)
+            step = self._steps[position]
+            for index, (name, tensor) in enumerate(zip(step.outputs, outputs)):
+                if name:
+                    values[name] = tensor if on_write is None else on_write(step, index, tensor)
+            del outputs
+            for name in step.last_use:
+                if name not in keep:
+                    values.pop(name, None)
+        return {name: self._value(name, values) for name in self.output_names}
+
+    def run_step(
+        self, step: Step, values: Mapping[str, Tensor], *, on_read: ReadHook | None = None
+    ) -> tuple[Tensor, ...]:
+        """Run one step on the activations in ``values``; returns one tensor per output."""
+        return self._run(self._position[step.name], values, on_read)
+
+    def _run(self, position: int, values: Mapping[str, Tensor], on_read: ReadHook | None) -> tuple[Tensor, ...]:
+        step = self._steps[position]
+        inputs: list[Tensor | None] = []
+        for index, name in enumerate(step.inputs):
+            if not name or name in self._untyped:
+                inputs.append(None)
+                continue
+            tensor = self._value(name, values)
+            inputs.append(tensor if on_read is None else on_read(step, index, tensor))
+        try:
+            outputs = self._calls[position](*inputs)
+        except NotImplementedError:
+            if step.opaque:
+                raise
+            # A variant of a known operator that torch cannot express, or an integer type it lacks.
+            self._calls[position] = self._fallbacks[position]()
+            self._steps[position] = replace(step, opaque=True)
+            outputs = self._calls[position](*inputs)
+        except torch.cuda.OutOfMemoryError:
+            raise
+        except (RuntimeError, TypeError, ValueError, IndexError) as error:
+            shapes = [None if tensor is None else tuple(tensor.shape) for tensor in inputs]
+            raise ModelError(
+                f"node {step.name!r} ({step.op_type}) cannot be computed on inputs of shapes {shapes}: {error}"
+            ) from error
+        return tuple(self._settle(tensor) for tensor in outputs)
+
+    def _settle(self, tensor: Tensor) -> Tensor:
+        """Give floats the twin's type and device."""
+        if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+            return tensor
+        return tensor.to(device=self.device, dtype=self.dtype)
+
+    def _value(self, name: str, values: Mapping[str, Tensor]) -> Tensor:
+        if name in values:
+            return values[name]
+        if name in self._safe_name:
+            return self.constant(name)
+        raise ModelError(f"tensor {name!r} has no value: it is neither a constant, nor an input, nor computed")
+
+    def _check_inputs(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        missing = [name for name in self.input_names if name not in inputs]
+        unknown = [name for name in inputs if name not in self._input_shapes]
+        if missing or unknown:
+            raise CalibrationError(
+                f"the inputs do not fit the model: missing {missing}, unknown {unknown}; "
+                f"the model takes {list(self.input_names)}"
+            )
+        for name, tensor in inputs.items():
+            declared = self._input_shapes[name]
+            if declared is not None and len(declared) != tensor.ndim:
+                raise CalibrationError(
+                    f"input {name!r} has shape {tuple(tensor.shape)}, the model takes {len(declared)} axes: {declared}"
+                )
+        return {name: self._settle(tensor) for name, tensor in inputs.items()}
+
+
+def build_twin(graph: gs.Graph, *, device: str | torch.device = "cpu") -> Twin:
+    """Build the twin of a normalised graph; the graph is only read.
+
+    Raises ModelError that lists every node which neither torch nor onnxruntime can run.
+    """
+    nodes = _sort_nodes(graph)
+    _check_nodes(nodes)
+    constants = _constants(graph, nodes)
+    input_names = [tensor.name for tensor in graph.inputs if tensor.name not in constants]
+    output_names = [tensor.name for tensor in graph.outputs]
+    opsets = _opsets(graph)
+    reads = [tuple(tensor.name for tensor in node.inputs) + tuple(captured_names(node)) for node in nodes]
+    last_reader = {name: position for position, names in enumerate(reads) for name in names if name}
+    steps, calls, fallbacks = [], [], []
+    for position, (node, names) in enumerate(zip(nodes, reads)):
+        fallback = _fallback(node, names, constants, opsets)
+        function = find_run(node.op, opset=graph.opset, domain=node.domain or "")
+        outputs = tuple(tensor.name for tensor in node.outputs)
+        # Nobody reads some outputs: they go at once.
+        ends = [name for name in dict.fromkeys(names) if name and name not in constants and last_reader[name] == position]
+        ends += [name for name in outputs if name and name not in last_reader]
+        steps.append(
+            Step(
+                name=node.name,
+                op_type=node.op,
+                domain=node.domain or "",
+                inputs=names,
+                outputs=outputs,
+                last_use=tuple(name for name in ends if name not in output_names),
+                opaque=function is None,
+            )
+        )
+        calls.append(fallback() if function is None else _Call(function, _arguments(node, function)))
+        fallbacks.append(fallback)
+    twin = Twin(
+        steps=steps,
+        calls=calls,
+        fallbacks=fallbacks,
+        inputs={tensor.name: _declared_shape(tensor) for tensor in graph.inputs if tensor.name in input_names},
+        output_names=output_names,
+        constants=constants,
+    )
+    return twin.to(device)
+
+
+def probe_shapes(twin: Twin, inputs: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    """Run the twin once and return the shape of every tensor, constants included."""
+    shapes = {name: tuple(twin.constant(name).shape) for name in twin._safe_name}
+    shapes.update({name: tuple(tensor.shape) for name, tensor in inputs.items()})
+
+    def note(step: Step, index: int, tensor: Tensor) -> Tensor:
+        shapes[step.outputs[index]] = tuple(tensor.shape)
+        return tensor
+
+    with torch.no_grad():
+        twin(inputs, on_write=note)
+    return shapes
+
+
+# --- from the graph ---
+
+
+def _torch_safe(name: str) -> str:
+    return "".join(letter if letter.isalnum() else "_" for letter in name)
+
+
+def _is_float_array(values: np.ndarray) -> bool:
+    return values.dtype.kind == "f" or str(values.dtype) == "bfloat16"
+
+
+def _declared_shape(tensor: gs.Tensor) -> tuple[int | str | None, ...] | None:
+    return None if tensor.shape is None else tuple(tensor.shape)
+
+
+def _opsets(graph: gs.Graph) -> list[onnx.OperatorSetIdProto]:
+    """Return the opset of each domain that the graph uses."""
+    versions = {"": graph.opset}
+    for entry in graph.import_domains or []:
+        if entry.domain not in ("", "ai.onnx"):
+            versions[entry.domain] = entry.version
+    for node in graph.nodes:
+        versions.setdefault(node.domain or "", 1)
+    return [onnx.helper.make_opsetid(domain, version) for domain, version in versions.items()]
+
+
+def _sort_nodes(graph: gs.Graph) -> list[gs.Node]:
+    """Return the nodes so that each comes after those it reads from, otherwise in the given order."""
+    producer = {tensor.name: node for node in graph.nodes for tensor in node.outputs if tensor.name}
+    done: set[int] = set()
+    order: list[gs.Node] = []
+    for start in graph.nodes:
+        stack = [start]
+        on_path: set[int] = set()
+        while stack:
+            node = stack[-1]
+            if id(node) in done:
+                stack.pop()
+                continue
+            names = [tensor.name for tensor in node.inputs] + captured_names(node)
+            waiting = [producer[name] for name in names if name in producer and id(producer[name]) not in done]
+            if not waiting:
+                done.add(id(node))
+                order.append(node)
+                stack.pop()
+            elif id(node) in on_path:
+                raise ModelError(f"the graph has a cycle through node {node.name!r} ({node.op})")
+            else:
+                on_path.add(id(node))
+                stack.extend(reversed(waiting))
+    return order
+
+
+def _check_nodes(nodes: Sequence[gs.Node]) -> None:
+    """Refuse nodes without a unique name, and list all that nothing can run."""
+    names = [node.name for node in nodes]
+    if not all(names) or len(set(names)) != len(names):
+        raise ModelError("the twin needs unique node names: normalise the graph first")
+    unknown = [
+        f"{node.name!r} ({node.op}, domain {node.domain or 'ai.onnx'!r})"
+        for node in nodes
+        if find_run(node.op, opset=10**6, domain=node.domain or "") is None and not runs_in_onnxruntime(node)
+    ]
+    if unknown:
+        raise ModelError(f"{len(unknown)} node(s) run neither in torch nor in onnxruntime: {'; '.join(unknown)}")
+
+
+def _constants(graph: gs.Graph, nodes: Sequence[gs.Node]) -> dict[str, np.ndarray]:
+    """Return the values of all constants that nodes or outputs read, by name."""
+    found: dict[str, np.ndarray] = {}
+    tensors = [tensor for node in nodes for tensor in node.inputs] + list(graph.outputs)
+    outer = {tensor.name: tensor for tensor in graph.tensors().values()}
+    tensors += [outer[name] for node in nodes for name in captured_names(node) if name in outer]
+    for tensor in tensors:
+        if isinstance(tensor, gs.Constant) and tensor.name not in found:
+            found[tensor.name] = np.asarray(tensor.values)
+    return found
+
+
+def _arguments(node: gs.Node, function: Callable[..., Any]) -> dict[str, Any]:
+    """Return the keyword arguments of a node's function; raises ModelError for one it does not know."""
+    parameters = inspect.signature(function).parameters
+    unknown = [name for name in node.attrs if name not in parameters]
+    if unknown:
+        raise ModelError(f"node {node.name!r} ({node.op}) has attributes that hap-onnx does not know: {unknown}")
+    arguments = {name: _attribute(value) for name, value in node.attrs.items()}
+    if "n_outputs" in parameters:
+        used = [index for index, tensor in enumerate(node.outputs) if tensor.name]
+        arguments["n_outputs"] = max(used, default=0) + 1
+    return arguments
+
+
+def _attribute(value: Any) -> Any:
+    """Return a tensor attribute as a torch tensor, anything else as it is."""
+    if not isinstance(value, gs.Constant):
+        return value
+    array = np.asarray(value.values)
+    return torch.from_numpy(np.array(array, dtype=np.float32 if _is_float_array(array) else array.dtype))
+
+
+def _fallback(
+    node: gs.Node,
+    names: Sequence[str],
+    constants: Mapping[str, np.ndarray],
+    opsets: Sequence[onnx.OperatorSetIdProto],
+) -> Callable[[], OpaqueNode]:
+    """Return a builder of the opaque version of a node."""
+
+    def build() -> OpaqueNode:
+        fixed = {name: constants[name] for name in names if name in constants and not _is_float_array(constants[name])}
+        return OpaqueNode(_node_proto(node, opsets), input_names=names, fixed=fixed, opsets=opsets)
+
+    return build
+
+
+def _node_proto(node: gs.Node, opsets: Sequence[onnx.OperatorSetIdProto]) -> onnx.NodeProto:
+    return OnnxExporter.export_node(node)
