@@ -13,6 +13,13 @@ HapOnnxError                     exit code 1: the model or the data cannot be pr
 Each message is one sentence that says what is wrong, where, what was expected and what to do.
 """
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from hap_onnx.report import CompressReport
+
 
 class HapOnnxError(Exception):
     """Base of all errors that hap-onnx raises on purpose; ``exit_code`` is the command line's."""
@@ -43,9 +50,13 @@ class UsageError(HapOnnxError, ValueError):
 
 
 class TargetError(HapOnnxError):
-    """A target was not met; nothing is written."""
+    """A target was not met; nothing is written.
+
+    ``report`` may hold the `CompressReport` of the refused model, so that the numbers can be shown.
+    """
 
     exit_code = 3
+    report: CompressReport | None = None
 
 
 class BudgetError(TargetError):

@@ -1,0 +1,435 @@
+"""The command line: options become one library call, its result a table or JSON, its errors an exit code.
+
+Exit codes: 0 done, 1 the model or the data cannot be processed, 2 usage, 3 a budget or gate was not met,
+130 and 143 after Ctrl-C and SIGTERM. What is slow to import (torch, onnxruntime, rich) is imported when a
+command needs it, so ``--help`` answers at once.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+import threading
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import Field, dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from hap_onnx import __version__
+from hap_onnx.config import (
+    CompressConfig,
+    check_options,
+    check_outputs,
+    default_output,
+    describe_options,
+    files_of,
+    flag_of,
+    plan_weights_path,
+    read_config,
+)
+from hap_onnx.errors import GateError, HapOnnxError, TargetError
+
+if TYPE_CHECKING:
+    from hap_onnx.events import OnEvent
+    from hap_onnx.report import Report, ValidateReport
+
+PROGRAM = "hap-onnx"
+SECTIONS = ("Target", "Method", "Data", "Machine", "Output")
+CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
+
+
+# ---------------------------------------------------------------- signals
+
+
+class Stop(BaseException):
+    """Ctrl-C or SIGTERM; not an Exception, so that nothing but clean-up code sees it pass."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.exit_code = 128 + number
+        self.word = "interrupted" if number == signal.SIGINT else "terminated"
+
+
+class Signals:
+    """Turn Ctrl-C and SIGTERM into ``Stop``, so that each ``finally`` runs and nothing half-written stays."""
+
+    def __init__(self) -> None:
+        self._previous: dict[int, Any] = {}
+        self._held = False
+        self._pending: int | None = None
+
+    def __enter__(self) -> Signals:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                if signal.getsignal(number) is not signal.SIG_IGN:  # as set by nohup: stays ignored
+                    self._previous[number] = signal.signal(number, self._stop)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _stop(self, number: int, _: FrameType | None) -> None:
+        # A second SIGTERM must not break the clean-up after the first; a second Ctrl-C may.
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_IGN)
+        if self._held:
+            self._pending = number
+        else:
+            raise Stop(number)
+
+    @contextmanager
+    def hold(self) -> Iterator[None]:
+        """Let signals wait: raising in the middle of importing a C extension can crash the interpreter."""
+        self._held = True
+        try:
+            yield
+        finally:
+            self._held = False
+        if self._pending is not None:
+            raise Stop(self._pending)
+
+
+# ---------------------------------------------------------------- one invocation
+
+
+@dataclass
+class Session:
+    """What one invocation knows beside its options."""
+
+    verbose: int = 0
+    quiet: bool = False
+    signals: Signals = field(default_factory=Signals)
+
+    def load_pipeline(self) -> Any:
+        """Import the library proper; takes seconds."""
+        with self.signals.hold():
+            from hap_onnx import pipeline
+        return pipeline
+
+    @contextmanager
+    def events(self) -> Iterator[OnEvent]:
+        """Yield the ``on_event`` that draws bars and prints notes on stderr."""
+        from hap_onnx.render import EventPrinter
+
+        with EventPrinter(sys.stderr, quiet=self.quiet) as printer:
+            with _logging(self.verbose, printer.log_handler()):
+                yield printer
+
+    def show(self, report: Report, *, as_json: bool) -> None:
+        """Print a report on stdout."""
+        from hap_onnx.render import render_json, render_report
+
+        click.echo(render_json(report) if as_json else render_report(report, sys.stdout), nl=False)
+
+
+@contextmanager
+def _logging(verbose: int, handler: logging.Handler) -> Iterator[None]:
+    """Send the library's log to ``handler``: warnings always, facts with -v, details with -vv."""
+    logger = logging.getLogger("hap_onnx")
+    level, propagate = logger.level, logger.propagate
+    logger.setLevel((logging.WARNING, logging.INFO, logging.DEBUG)[min(verbose, 2)])
+    logger.addHandler(handler)
+    logger.propagate = False
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+        logger.propagate = propagate
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code; ``args`` defaults to those of the process."""
+    session = Session()
+    try:
+        with session.signals:
+            try:
+                return _run(args, session)
+            except Stop as stop:  # caught inside, where a second signal is still ours
+                _complain(session, f"{stop.word}; nothing was written")
+                return stop.exit_code
+    except KeyboardInterrupt:
+        return 130
+
+
+def _run(args: Sequence[str] | None, session: Session) -> int:
+    try:
+        code = cli.main(args=args, prog_name=PROGRAM, standalone_mode=False, obj=session)
+        sys.stdout.flush()
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    except click.Abort:
+        return 130
+    except HapOnnxError as error:
+        _complain(session, f"error: {error}")
+        return error.exit_code
+    except BrokenPipeError:  # such as `hap-onnx inspect ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except MemoryError:
+        _complain(session, "error: out of memory; try a smaller --batch-size or --max-samples")
+        return 1
+    except Exception as error:  # a bug: one line for the user, the rest for whoever asks
+        what = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        _complain(session, f"error: unexpected {what} (run with -v for the traceback)")
+        return 1
+    return code if isinstance(code, int) else 0
+
+
+def _complain(session: Session, message: str) -> None:
+    if session.verbose and sys.exc_info()[0] is not None:
+        traceback.print_exc()
+    click.echo(f"{PROGRAM}: {message}", err=True)
+
+
+# ---------------------------------------------------------------- options, generated from CompressConfig
+
+
+class _Option(click.Option):
+    """An option that knows its section in the help."""
+
+    def __init__(self, *args: Any, section: str, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.section = section
+
+    def get_help_record(self, ctx: click.Context) -> tuple[str, str] | None:
+        record = super().get_help_record(ctx)
+        # The --no-... twin of a switch exists to overrule hap.toml; it needs no place in the help.
+        return record and (record[0].split(" / ")[0], record[1])
+
+
+class _Command(click.Command):
+    """A command whose help groups options by section."""
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        records: dict[str, list[tuple[str, str]]] = {}
+        for param in self.get_params(ctx):
+            record = param.get_help_record(ctx) if isinstance(param, click.Option) else None
+            if record is not None:
+                section = getattr(param, "section", "Output")
+                records.setdefault(section, []).append(record)
+        for section in SECTIONS:
+            if section in records:
+                with formatter.section(section):
+                    formatter.write_dl(records[section])
+
+
+def _make_option(option: Field[Any]) -> _Option:
+    facts = option.metadata
+    text = facts["help"]
+    shown = option.default if isinstance(option.default, (str, int)) and option.default is not False else None
+    if shown is not None:
+        text += f"  [default: {shown}]"
+    flag = flag_of(option.name)
+    common: dict[str, Any] = {"section": facts["section"], "help": text, "default": None}
+    if isinstance(option.default, bool):
+        return _Option([option.name, f"{flag}/--no-{flag[2:]}"], is_flag=True, **common)
+    declarations = [option.name, *(facts["flags"] or (flag,))]
+    if facts["choices"]:
+        return _Option(declarations, type=click.Choice(facts["choices"]), **common)
+    if facts["repeatable"]:
+        return _Option(declarations, metavar=facts["metavar"], multiple=True, **{**common, "default": ()})
+    return _Option(declarations, metavar=facts["metavar"], **common)
+
+
+def _remember(name: str) -> Callable[[click.Context, click.Parameter, Any], None]:
+    def callback(ctx: click.Context, _: click.Parameter, value: Any) -> None:
+        setattr(ctx.find_object(Session), name, value)
+
+    return callback
+
+
+def _command(name: str, *, summary: str, examples: str) -> Callable[[Callable[..., Any]], click.Command]:
+    """Make a click command with the options that the library's function of this name takes."""
+
+    def decorate(function: Callable[..., Any]) -> click.Command:
+        options = [_make_option(option) for option in describe_options(name)]
+        talk = [
+            _Option(["-q", "--quiet"], is_flag=True, expose_value=False, callback=_remember("quiet"),
+                    section="Output", help="No progress and no notes."),
+            _Option(["-v", "--verbose"], count=True, expose_value=False, callback=_remember("verbose"),
+                    section="Output", help="Say more, with tracebacks of errors; -vv says all."),
+        ]  # fmt: skip
+        text = f"{summary}\n\n\b\nExamples:\n" + "\n".join(f"  {line}" for line in examples.splitlines())
+        make = click.command(name, cls=_Command, context_settings=CONTEXT, help=text)
+        command = make(click.pass_obj(function))
+        command.params.extend([*options, *talk])
+        return command
+
+    return decorate
+
+
+def _data_option(*, required: bool, text: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    return click.option(
+        "--data", cls=_Option, section="Data", metavar="DATA", type=click.Path(path_type=Path),
+        required=required, help=text,
+    )  # fmt: skip
+
+
+def _given(options: Mapping[str, Any], *, command: str) -> dict[str, Any]:
+    """Return the options that were given, checked; defaults stay the library's."""
+    given = {name: value for name, value in options.items() if value is not None and value != ()}
+    checked = check_options(given, command=command)
+    return {name: checked[name] for name in given}
+
+
+DATA_HELP = (
+    "Representative inputs: an .npz with one array per model input (batch first, optionally 'labels'), a "
+    "folder of .npz or .npy files, or a folder of images, flat or with one subfolder per class."
+)
+
+
+# ---------------------------------------------------------------- commands
+
+
+@click.group(
+    context_settings=CONTEXT,
+    help="Make trained ONNX models smaller and faster, without their training code.\n\n"
+    "\b\nThe usual way:\n"
+    "  hap-onnx inspect  model.onnx                         what can shrink, and what cannot\n"
+    "  hap-onnx compress model.onnx --data calib/           the smallest model within one point\n"
+    "  hap-onnx compress model.onnx --data calib/ --keep-macs 0.5\n"
+    "  hap-onnx validate model.onnx model.hap.onnx --data test/\n\n"
+    "Each command explains itself with --help.",
+    epilog="Exit codes: 0 done; 1 the model or the data cannot be processed; 2 usage; 3 a budget cannot be "
+    "reached or a gate is not met, nothing is written; 130 Ctrl-C; 143 SIGTERM.",
+)
+@click.version_option(__version__, "-V", "--version", prog_name=PROGRAM)
+def cli() -> None:
+    """Collect the commands."""
+
+
+_MODEL = click.argument("model", type=click.Path(path_type=Path), metavar="MODEL")
+
+
+@_command(
+    "compress",
+    summary="Write a smaller, faster MODEL that onnxruntime has already run.\n\n"
+    "Without a budget, searches the smallest model that loses at most --max-drop; with --keep-params, "
+    "--keep-macs or --max-bytes, meets all of them at the least loss. Labels are not needed. The quality "
+    "that is reported was measured on data that was used for nothing else.",
+    examples="hap-onnx compress model.onnx --data calib.npz\n"
+    "hap-onnx compress model.onnx --data photos/ --preprocess imagenet --keep-macs 0.5\n"
+    "hap-onnx compress model.onnx --data calib/ --keep-params 0.4 --max-drop 0.02 -o small.onnx\n"
+    "hap-onnx compress model.onnx --data calib/ --keep-macs 0.5 --exclude 'head.*' --dry-run\n"
+    "hap-onnx compress model.onnx --config hap.toml --report report.json",
+)
+@_MODEL
+@_data_option(required=False, text=DATA_HELP + "  [required]")
+@click.option(
+    "--config", cls=_Option, section="Data", metavar="FILE.toml", type=click.Path(path_type=Path),
+    help="Take options from a TOML file; the command line beats it.",
+)  # fmt: skip
+def compress(session: Session, model: Path, data: Path | None, config: Path | None, **options: Any) -> None:
+    given = {**(read_config(config, also=("data",)) if config else {}), **_given(options, command="compress")}
+    data = data or given.pop("data", None)
+    given.pop("data", None)
+    if data is None:
+        raise click.UsageError("Missing option '--data'.", click.get_current_context())
+    wanted = CompressConfig.from_options(given)
+    output = wanted.output or default_output(model)
+    inputs = {"MODEL": model, "--data": data, "--val": wanted.val}
+    check_outputs(files_of(wanted, output=output), inputs=inputs)
+    words = {name: value for name, value in given.items() if name != "json"}
+    pipeline = session.load_pipeline()
+    try:
+        with session.events() as on_event:
+            report = pipeline.compress(model, data, on_event=on_event, **{**words, "output": output})
+    except TargetError as error:
+        if error.report is not None:  # the numbers behind the refusal
+            session.show(error.report, as_json=wanted.json)
+        raise
+    session.show(report, as_json=wanted.json)
+
+
+@_command(
+    "inspect",
+    summary="Show size, multiply-accumulates and channel groups of MODEL, and what is frozen and why.\n\n"
+    "Fast, and changes nothing. --data is needed only where the shapes of the inputs are not in the model.",
+    examples="hap-onnx inspect model.onnx\nhap-onnx inspect model.onnx --data calib.npz --json",
+)
+@_MODEL
+@_data_option(required=False, text=DATA_HELP)
+def inspect(session: Session, model: Path, data: Path | None, **options: Any) -> None:
+    _report_only(session, "inspect", (model, data), options, inputs={"MODEL": model, "--data": data})
+
+
+@_command(
+    "apply",
+    summary="Write the model that a saved plan describes: no data, no training, the same bytes.\n\n"
+    "PLAN.json comes from 'hap-onnx compress ... --save-plan PLAN.json' and belongs to that very MODEL; its "
+    ".safetensors file must lie beside it.",
+    examples="hap-onnx apply model.onnx plan.json -o small.onnx",
+)
+@_MODEL
+@click.argument("plan", type=click.Path(path_type=Path), metavar="PLAN.json")
+def apply(session: Session, model: Path, plan: Path, **options: Any) -> None:
+    options["output"] = options["output"] or default_output(model)
+    inputs = {"MODEL": model, "PLAN.json": plan, "PLAN.safetensors": plan_weights_path(plan)}
+    _report_only(session, "apply", (model, plan), options, inputs=inputs)
+
+
+@_command(
+    "validate",
+    summary="Compare two models on DATA: quality, fidelity, size and latency.\n\n"
+    "The gate is that of compress: exit code 3 when CANDIDATE loses more than --max-drop or is slower.",
+    examples="hap-onnx validate model.onnx model.hap.onnx --data test.npz\n"
+    "hap-onnx validate model.onnx model.int8.onnx --data test/ --max-drop 0.02 --allow-slower",
+)
+@click.argument("reference", type=click.Path(path_type=Path), metavar="REFERENCE")
+@click.argument("candidate", type=click.Path(path_type=Path), metavar="CANDIDATE")
+@_data_option(required=True, text=DATA_HELP)
+def validate(session: Session, reference: Path, candidate: Path, data: Path, **options: Any) -> int:
+    inputs = {"REFERENCE": reference, "CANDIDATE": candidate, "--data": data}
+    report = _report_only(session, "validate", (reference, candidate, data), options, inputs=inputs)
+    if not report.passed:
+        _complain(session, "error: the candidate fails the gate: " + explain_failure(report))
+        return GateError.exit_code
+    return 0
+
+
+_LIBRARY_NAMES = {"inspect": "inspect", "apply": "apply_plan", "validate": "validate"}
+
+
+def _report_only(
+    session: Session,
+    command: str,
+    positional: tuple[Any, ...],
+    options: Mapping[str, Any],
+    *,
+    inputs: Mapping[str, Any],
+) -> Any:
+    """Call the library's function of a command, show its report and return it."""
+    given = _given(options, command=command)
+    as_json = given.pop("json", False)
+    outputs = {flag_of(name): given[name] for name in ("output", "report") if name in given}
+    check_outputs(outputs, inputs=inputs)
+    function = getattr(session.load_pipeline(), _LIBRARY_NAMES[command])
+    with session.events() as on_event:
+        report = function(*positional, on_event=on_event, **given)
+    session.show(report, as_json=as_json)
+    return report
+
+
+def explain_failure(report: ValidateReport) -> str:
+    """Say in one phrase which gates a comparison fails."""
+    reasons = []
+    quality = report.quality
+    if not quality.passed:
+        reasons.append(f"{quality.metric} drops by {quality.drop:.4f}, allowed {quality.max_drop}")
+    if report.slower:
+        before, after = report.before.latency_ms, report.after.latency_ms
+        reasons.append(f"it takes {after:.3f} ms, the reference {before:.3f} ms")
+    return "; ".join(reasons) or "see the report"
+
+
+for _each in (compress, inspect, apply, validate):
+    cli.add_command(_each)

@@ -1,0 +1,285 @@
+"""Reports and events for people: tables on stdout, bars and notes on stderr. Part of the command line."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+from collections.abc import Iterable
+from typing import TextIO
+
+from rich.console import Console, Group, RenderableType
+from rich.logging import RichHandler
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from rich.text import Text
+
+from hap_onnx.events import Event
+from hap_onnx.report import (
+    CompressReport,
+    Fidelity,
+    FrozenNode,
+    InspectReport,
+    ModelFacts,
+    PlanSummary,
+    Quality,
+    Report,
+    ValidateReport,
+)
+
+DEFAULT_WIDTH = 80
+_SHARES = ("accuracy", "agreement")  # metrics that read best in per cent
+_MAX_NODES_NAMED = 3
+
+
+# ---------------------------------------------------------------- reports
+
+
+def render_json(report: Report) -> str:
+    """Return a report as strict JSON with a newline at its end."""
+    return json.dumps(report.to_dict(), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def render_report(report: Report, stream: TextIO) -> str:
+    """Return a report as text that suits ``stream``: coloured and as wide as a terminal, else plain."""
+    width = None if stream.isatty() else DEFAULT_WIDTH
+    buffer = io.StringIO()
+    console = Console(file=buffer, width=width, force_terminal=stream.isatty(), highlight=False, markup=False)
+    console.print(_layout(report))
+    return "\n".join(line.rstrip() for line in buffer.getvalue().splitlines()) + "\n"
+
+
+def _layout(report: Report) -> RenderableType:
+    if isinstance(report, InspectReport):
+        return _layout_inspect(report)
+    if isinstance(report, ValidateReport):
+        title = f"{report.reference} -> {report.candidate}"
+        lines = [*_quality_lines(report.quality), *_fidelity_lines(report.fidelity)]
+        if report.slower:
+            lines.append(Text("slower than the reference beyond noise", style="red"))
+    else:
+        title = f"{report.model} -> {report.output or '(nothing written)'}"
+        lines = _compress_lines(report)
+    return Group(Text(title, style="bold", overflow="fold"), _facts_table(report), *lines)
+
+
+def _compress_lines(report: CompressReport) -> list[Text]:
+    lines = [Text(f"budget: {_budget_text(report)}")] if report.budget.asked else []
+    lines += _quality_lines(report.quality) + _fidelity_lines(report.fidelity)
+    lines.append(Text(f"plan: {_plan_text(report.plan)}"))
+    if report.frozen:
+        lines.append(Text(f"frozen: {_plural(len(report.frozen), 'node')}; 'hap-onnx inspect' says why"))
+    total = sum(report.seconds.values())
+    if total:
+        lines.append(Text(f"time: {total:.1f} s"))
+    return lines
+
+
+def _facts_table(report: CompressReport | ValidateReport) -> Table:
+    before, after, quality = report.before, report.after, report.quality
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    table.add_column("")
+    for title in ("before", "after", "change"):
+        table.add_column(title, justify="right")
+    for name, old, new in (("parameters", before.params, after.params), ("MACs", before.macs, after.macs)):
+        table.add_row(name, _count(old), _count(new), _change(old, new))
+    table.add_row("file", _bytes(before.bytes), _bytes(after.bytes), _change(before.bytes, after.bytes))
+    if before.latency_ms and after.latency_ms:
+        change = _speed(before.latency_ms, after.latency_ms)
+        table.add_row("latency", _latency(before), _latency(after), change)
+    if quality is not None:
+        name = quality.metric
+        table.add_row(name, _metric(name, quality.before), _metric(name, quality.after), _drop(quality))
+    return table
+
+
+def _quality_lines(quality: Quality | None) -> list[Text]:
+    if quality is None:
+        return []
+    low, high = (_signed(quality.metric, -bound) for bound in reversed(quality.interval))
+    text = f"quality: {_drop(quality)} ({low} to {high}) on {_plural(quality.n_samples, 'held-out sample')}"
+    if quality.max_drop is None:
+        return [Text(text)]
+    verdict = "passed" if quality.passed else "FAILED"
+    limit = _signed(quality.metric, -quality.max_drop)
+    return [Text(f"{text}; gate {limit} {verdict}", style="" if quality.passed else "red")]
+
+
+def _fidelity_lines(fidelity: Fidelity | None) -> list[Text]:
+    if fidelity is None:
+        return []
+    parts = []
+    if fidelity.agreement is not None:
+        parts.append(f"same top class {100 * fidelity.agreement:.2f} %")
+    if fidelity.r2 is not None:
+        parts.append(f"r2 {fidelity.r2:.4f}")
+    if fidelity.max_abs_error is not None:
+        parts.append(f"largest error {fidelity.max_abs_error:.3g}")
+    return [Text("against the original: " + ", ".join(parts))] if parts else []
+
+
+def _budget_text(report: CompressReport) -> str:
+    parts = []
+    for name, asked in report.budget.asked.items():
+        show = _bytes if name == "max_bytes" else _ratio
+        reached = report.budget.reached.get(name)
+        ending = "" if reached is None else f", reached {show(reached)}"
+        parts.append(f"{name.replace('_', '-')} {show(asked)}{ending}")
+    return "; ".join(parts)
+
+
+def _plan_text(plan: PlanSummary) -> str:
+    kept, size = sum(group.kept for group in plan.groups), sum(group.size for group in plan.groups)
+    shrunk = sum(group.kept < group.size for group in plan.groups)
+    text = f"{kept} of {size} channels kept, {shrunk} of {_plural(len(plan.groups), 'group')} narrower"
+    if plan.implants:
+        text += f", {_plural(len(plan.implants), 'implant')}"
+    if plan.removed_branches:
+        text += f", {_plural(len(plan.removed_branches), 'residual branch')} removed"
+    return text
+
+
+def _layout_inspect(report: InspectReport) -> RenderableType:
+    size = report.size
+    facts = f"{_count(size.params)} parameters, {_count(size.macs)} MACs, {_bytes(size.bytes)}"
+    share = f"prunable: {100 * report.prunable.params_ratio:.1f} % of the parameters"
+    if report.prunable.macs_ratio is not None:
+        share += f", {100 * report.prunable.macs_ratio:.1f} % of the MACs"
+    title = Text(report.model, style="bold", overflow="fold")
+    parts: list[RenderableType] = [title, Text(facts), Text(share)]
+    if report.groups:
+        parts += [Text(""), _groups_table(report)]
+    if report.frozen:
+        parts += [Text(""), Text("frozen", style="bold"), *_frozen_lines(report.frozen)]
+    return Group(*parts)
+
+
+def _groups_table(report: InspectReport) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    table.add_column("channel group", overflow="fold")
+    table.add_column("role")
+    for title in ("channels", "in steps of", "parameters", "MACs"):
+        table.add_column(title, justify="right")
+    for group in report.groups:
+        counts = str(group.size), str(group.multiple), _count(group.params), _count(group.macs)
+        table.add_row(group.name, group.role, *counts)
+    return table
+
+
+def _frozen_lines(frozen: Iterable[FrozenNode]) -> list[Text]:
+    """One line per reason: a hundred nodes often share one."""
+    nodes_by_reason: dict[str, list[str]] = {}
+    for entry in frozen:
+        nodes_by_reason.setdefault(entry.reason, []).append(entry.node)
+    lines = []
+    for reason, nodes in nodes_by_reason.items():
+        named = ", ".join(nodes[:_MAX_NODES_NAMED])
+        more = f" and {len(nodes) - _MAX_NODES_NAMED} more" if len(nodes) > _MAX_NODES_NAMED else ""
+        lines.append(Text(f"  {named}{more}: {reason}", overflow="fold"))
+    return lines
+
+
+# ---------------------------------------------------------------- numbers
+
+
+def _plural(number: int, word: str) -> str:
+    ending = "" if number == 1 else "es" if word.endswith("ch") else "s"
+    return f"{number} {word}{ending}"
+
+
+def _count(number: float | None) -> str:
+    if number is None:
+        return "?"
+    for limit, divisor, unit in ((1e7, 1, ""), (1e10, 1e6, " M"), (1e13, 1e9, " G")):
+        if number < limit:
+            return f"{number:,.0f}" if divisor == 1 else f"{number / divisor:,.1f}{unit}"
+    return f"{number / 1e12:,.1f} T"
+
+
+def _bytes(number: float) -> str:
+    for unit in ("B", "kB", "MB"):
+        if number < 1000:
+            return f"{number:.0f} B" if unit == "B" else f"{number:.2f} {unit}"
+        number /= 1000
+    return f"{number:.2f} GB"
+
+
+def _ratio(number: float) -> str:
+    return f"{100 * number:.1f} %"
+
+
+def _change(before: float | None, after: float | None) -> str:
+    return "" if not before or after is None else f"{100 * (after / before - 1):+.1f} %"
+
+
+def _latency(facts: ModelFacts) -> str:
+    return f"{facts.latency_ms:.3f} ms"
+
+
+def _speed(before: float, after: float) -> str:
+    return f"{before / after:.2f}x faster" if after <= before else f"{after / before:.2f}x slower"
+
+
+def _metric(name: str, value: float) -> str:
+    return f"{100 * value:.2f} %" if name in _SHARES else f"{value:.4f}"
+
+
+def _signed(name: str, value: float) -> str:
+    value += 0.0  # no negative zero
+    return f"{100 * value:+.2f}" if name in _SHARES else f"{value:+.4f}"
+
+
+def _drop(quality: Quality) -> str:
+    return _signed(quality.metric, -quality.drop) + (" points" if quality.metric in _SHARES else "")
+
+
+# ---------------------------------------------------------------- events
+
+
+class EventPrinter:
+    """An ``on_event`` that draws one bar per stage on a terminal, and prints notes and warnings.
+
+    Bars vanish when the job ends. Without a terminal, or when quiet, there are none; when quiet, there
+    are no notes either.
+    """
+
+    def __init__(self, stream: TextIO, *, quiet: bool) -> None:
+        self._quiet = quiet
+        self._console = Console(file=stream, highlight=False, soft_wrap=True)
+        columns = (
+            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+        )  # fmt: skip
+        hidden = quiet or not self._console.is_terminal
+        self._progress = Progress(*columns, console=self._console, transient=True, disable=hidden)
+        self._tasks: dict[str, TaskID] = {}
+
+    def __enter__(self) -> EventPrinter:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    def log_handler(self) -> logging.Handler:
+        """Return a handler that prints log records without disturbing the bars."""
+        return RichHandler(console=self._console, show_path=False, show_time=False, markup=False)
+
+    def __call__(self, event: Event) -> None:
+        if event.kind == "start":
+            self._start(event)
+        elif event.kind == "advance" and event.stage in self._tasks:
+            self._progress.advance(self._tasks[event.stage], event.amount)
+        elif event.kind == "end" and event.stage in self._tasks:
+            self._progress.stop_task(self._tasks[event.stage])
+        elif event.kind == "warning":
+            self._console.print(Text(f"warning: {event.message}", style="yellow"))
+        elif event.kind == "note" and not self._quiet:
+            self._console.print(Text(event.message))
+
+    def _start(self, event: Event) -> None:
+        """Begin a stage, or begin it again: some stages run once per round."""
+        if event.stage in self._tasks:
+            self._progress.reset(self._tasks[event.stage], total=event.total)
+        else:
+            self._tasks[event.stage] = self._progress.add_task(escape(event.stage), total=event.total)
