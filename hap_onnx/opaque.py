@@ -6,7 +6,7 @@ onnxruntime knows and rare operators end here.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import cache
 
 import numpy as np
@@ -14,10 +14,12 @@ import onnx
 import onnx_graphsurgeon as gs
 import onnxruntime as ort
 import torch
+from onnx_graphsurgeon.exporters.onnx_exporter import OnnxExporter
 from onnxruntime.capi import _pybind_state
 from torch import Tensor
 
 from hap_onnx.errors import ModelError
+from hap_onnx.protos import subgraphs
 
 # onnxruntime refuses an IR version it does not know; a one-node model needs nothing newer.
 _IR_VERSION = 10
@@ -47,27 +49,41 @@ def subgraphs_of(node: gs.Node) -> list[gs.Graph]:
     return found
 
 
-def captured_names(node: gs.Node) -> list[str]:
-    """Return the names of outer tensors that the subgraphs of ``node`` read, in first-use order."""
+def captured_names(node: gs.Node, outer: Collection[str]) -> list[str]:
+    """Return the names of tensors of the ``outer`` graph that the subgraphs of ``node`` read, in first-use order."""
     captured: dict[str, None] = {}
 
-    def visit(graph: gs.Graph, outer: frozenset[str]) -> None:
-        inner = outer | {tensor.name for tensor in graph.inputs}
-        inner |= {tensor.name for child in graph.nodes for tensor in child.outputs}
-        local_nodes = {tensor.name for child in graph.nodes for tensor in child.outputs}
-        for child in graph.nodes:
-            for tensor in child.inputs:
-                if tensor.name and tensor.name not in inner:
-                    captured.setdefault(tensor.name)
-            for subgraph in subgraphs_of(child):
-                visit(subgraph, frozenset(inner))
-        for tensor in graph.outputs:
-            if tensor.name not in inner and tensor.name not in local_nodes:
+    def visit(graph: gs.Graph, hidden: frozenset[str]) -> None:
+        local = hidden.union(tensor.name for tensor in graph.inputs)
+        local = local.union(tensor.name for child in graph.nodes for tensor in child.outputs)
+        read = [tensor for child in graph.nodes for tensor in child.inputs]
+        for tensor in [*read, *graph.outputs]:
+            if tensor.name and tensor.name not in local and tensor.name in outer:
                 captured.setdefault(tensor.name)
+        for child in graph.nodes:
+            for subgraph in subgraphs_of(child):
+                visit(subgraph, local)
 
     for subgraph in subgraphs_of(node):
         visit(subgraph, frozenset())
     return list(captured)
+
+
+def write_node(node: gs.Node, *, captured: Collection[str]) -> onnx.NodeProto:
+    """Return a node as protobuf; what its subgraphs capture is left to be read from outside."""
+    proto: onnx.NodeProto = OnnxExporter.export_node(node)
+
+    def strip(graph: onnx.GraphProto) -> None:
+        kept = [tensor for tensor in graph.initializer if tensor.name not in captured]
+        del graph.initializer[:]
+        graph.initializer.extend(kept)
+        for child in graph.node:
+            for subgraph in subgraphs(child):
+                strip(subgraph)
+
+    for subgraph in subgraphs(proto):
+        strip(subgraph)
+    return proto
 
 
 class OpaqueNode:
@@ -96,14 +112,16 @@ class OpaqueNode:
         feeds: dict[str, np.ndarray] = {}
         for name, tensor in zip(self._input_names, inputs):
             if name and name not in self._fixed and tensor is not None:
-                feeds[name] = np.ascontiguousarray(tensor.detach().cpu().numpy())
+                feeds[name] = tensor.detach().cpu().contiguous().numpy()
         key = tuple(array.dtype.str for array in feeds.values())
         if key not in self._sessions:
             self._sessions[key] = self._build(feeds)
         try:
             outputs = self._sessions[key].run(None, feeds)
         except Exception as error:  # onnxruntime raises many unrelated types from its bindings
-            raise ModelError(f"node {self._proto.name!r} ({self._proto.op_type}) failed in onnxruntime: {error}") from error
+            raise ModelError(
+                f"node {self._proto.name!r} ({self._proto.op_type}) failed in onnxruntime: {error}"
+            ) from error
         return self._as_tensors(outputs)
 
     def _as_tensors(self, outputs: Sequence[np.ndarray]) -> tuple[Tensor, ...]:
@@ -115,9 +133,13 @@ class OpaqueNode:
                 continue
             array = next(remaining)
             try:
-                tensors.append(torch.from_numpy(np.ascontiguousarray(array).reshape(np.shape(array))))
+                tensors.append(torch.from_numpy(np.array(array)))
             except TypeError as error:
-                kind = type(array).__name__ if not isinstance(array, np.ndarray) else f"an array of {array.dtype}"
+                kind = (
+                    type(array).__name__
+                    if not isinstance(array, np.ndarray)
+                    else f"an array of {array.dtype}"
+                )
                 raise ModelError(
                     f"node {self._proto.name!r} ({self._proto.op_type}) returns {kind}, which the twin cannot hold"
                 ) from error
@@ -136,7 +158,9 @@ class OpaqueNode:
         options.log_severity_level = 4
         options.intra_op_num_threads = 1
         try:
-            return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+            return ort.InferenceSession(
+                model.SerializeToString(), options, providers=["CPUExecutionProvider"]
+            )
         except Exception as error:  # onnxruntime raises many unrelated types from its bindings
             raise ModelError(
                 f"node {self._proto.name!r} ({self._proto.op_type}, domain {self._proto.domain!r}) "

@@ -7,6 +7,11 @@ Every float initializer is a parameter that can be reached by its ONNX name, a s
 parameter; integers and booleans are buffers that stay on the CPU, where shapes are read. The twin computes
 in float32 whatever float type the file uses (``Cast`` between float types is the identity), or in float64
 after ``twin.double()``. Nodes are run in topological order, and each activation is freed after its last use.
+
+Many exporters write the batch size of their example into the graph. The twin takes any batch all the same:
+when it first meets another one, it notes every shape at the written batch size, lets the literals follow the
+batch, and proves on two batches that the outputs are those of each batch alone. Where that fails, it runs
+the model once per written batch and joins the outputs (``Twin.batch_limit``).
 """
 
 from __future__ import annotations
@@ -21,12 +26,12 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 import torch
-from onnx_graphsurgeon.exporters.onnx_exporter import OnnxExporter
 from torch import Tensor, nn
 
 from hap_onnx import ops  # noqa: F401  (registers the operators)
 from hap_onnx.errors import CalibrationError, ModelError
-from hap_onnx.opaque import OpaqueNode, captured_names, runs_in_onnxruntime
+from hap_onnx.opaque import OpaqueNode, captured_names, runs_in_onnxruntime, write_node
+from hap_onnx.ops.arguments import UnitShapes
 from hap_onnx.ops.registry import find_run
 
 ReadHook = Callable[["Step", int, Tensor], Tensor]
@@ -56,14 +61,34 @@ class _Call:
 
     function: Callable[..., Any]
     attributes: Mapping[str, Any]
+    takes_unit: bool
 
-    def __call__(self, *inputs: Tensor | None) -> tuple[Tensor, ...]:
-        result = self.function(*inputs, **self.attributes)
+    def __call__(self, *inputs: Tensor | None, unit: UnitShapes | None) -> tuple[Tensor, ...]:
+        if self.takes_unit:
+            result = self.function(*inputs, **self.attributes, unit=unit)
+        else:
+            result = self.function(*inputs, **self.attributes)
         return (result,) if isinstance(result, Tensor) else tuple(result)
 
 
+@dataclass
+class _BatchState:
+    """What the twin has learnt about running other batch sizes than the one written into the model.
+
+    ``unit`` is that size, None if there is none. The proof is made once per ``signature``: the shapes of
+    the inputs without their batch axis.
+    """
+
+    unit: int | None
+    loops: dict[tuple[tuple[int, ...], ...], bool]
+    shapes: dict[int, list[UnitShapes]]  # of steps, by position
+
+
 class Twin(nn.Module):
-    """A model that computes ``{output name: Tensor}`` from ``{input name: Tensor}``; see :func:`build_twin`."""
+    """A model that computes ``{output name: Tensor}`` from ``{input name: Tensor}``.
+
+    Made by :func:`build_twin`.
+    """
 
     def __init__(
         self,
@@ -74,11 +99,13 @@ class Twin(nn.Module):
         inputs: Mapping[str, tuple[int | str | None, ...] | None],
         output_names: Sequence[str],
         constants: Mapping[str, np.ndarray],
+        unit_batch: int | None,
     ) -> None:
         super().__init__()
         self._steps = list(steps)
         self._position = {step.name: position for position, step in enumerate(steps)}
         self._calls = list(calls)
+        self._batch = _BatchState(unit_batch, {}, {})
         self._fallbacks = list(fallbacks)
         self._input_shapes = dict(inputs)
         self.input_names = tuple(inputs)
@@ -142,12 +169,17 @@ class Twin(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         """The float type that the twin computes in."""
-        return next((parameter.dtype for parameter in self._parameters.values() if parameter is not None), torch.float32)
+        return next(
+            (parameter.dtype for parameter in self._parameters.values() if parameter is not None),
+            torch.float32,
+        )
 
     @property
     def device(self) -> torch.device | None:
         """Where the parameters are; None for a model without any."""
-        return next((parameter.device for parameter in self._parameters.values() if parameter is not None), None)
+        return next(
+            (parameter.device for parameter in self._parameters.values() if parameter is not None), None
+        )
 
     # --- running ---
 
@@ -165,17 +197,25 @@ class Twin(nn.Module):
         Raises CalibrationError for inputs that do not fit, ModelError for a node that fails.
         """
         values = self._check_inputs(inputs)
-        keep = set(self.output_names)
+        n_units = self._n_units(values)
+        if n_units > 1 and self._must_loop(values, n_units):
+            parts = [self._execute(part, on_read, on_write) for part in self._parts(values, n_units)]
+            return {name: _join([part[name] for part in parts]) for name in self.output_names}
+        return self._execute(values, on_read, on_write)
+
+    def _execute(
+        self, inputs: Mapping[str, Tensor], on_read: ReadHook | None, on_write: WriteHook | None
+    ) -> dict[str, Tensor]:
+        values = dict(inputs)
         for position in range(len(self._steps)):
             outputs = self._run(position, values, on_read)
             step = self._steps[position]
-            for index, (name, tensor) in enumerate(zip(step.outputs, outputs)):
+            for index, (name, tensor) in enumerate(zip(step.outputs, outputs, strict=False)):
                 if name:
                     values[name] = tensor if on_write is None else on_write(step, index, tensor)
             del outputs
             for name in step.last_use:
-                if name not in keep:
-                    values.pop(name, None)
+                values.pop(name, None)
         return {name: self._value(name, values) for name in self.output_names}
 
     def run_step(
@@ -184,7 +224,9 @@ class Twin(nn.Module):
         """Run one step on the activations in ``values``; returns one tensor per output."""
         return self._run(self._position[step.name], values, on_read)
 
-    def _run(self, position: int, values: Mapping[str, Tensor], on_read: ReadHook | None) -> tuple[Tensor, ...]:
+    def _run(
+        self, position: int, values: Mapping[str, Tensor], on_read: ReadHook | None
+    ) -> tuple[Tensor, ...]:
         step = self._steps[position]
         inputs: list[Tensor | None] = []
         for index, name in enumerate(step.inputs):
@@ -194,14 +236,14 @@ class Twin(nn.Module):
             tensor = self._value(name, values)
             inputs.append(tensor if on_read is None else on_read(step, index, tensor))
         try:
-            outputs = self._calls[position](*inputs)
+            outputs = self._call(position, inputs)
         except NotImplementedError:
             if step.opaque:
                 raise
             # A variant of a known operator that torch cannot express, or an integer type it lacks.
             self._calls[position] = self._fallbacks[position]()
             self._steps[position] = replace(step, opaque=True)
-            outputs = self._calls[position](*inputs)
+            outputs = self._call(position, inputs)
         except torch.cuda.OutOfMemoryError:
             raise
         except (RuntimeError, TypeError, ValueError, IndexError) as error:
@@ -210,6 +252,13 @@ class Twin(nn.Module):
                 f"node {step.name!r} ({step.op_type}) cannot be computed on inputs of shapes {shapes}: {error}"
             ) from error
         return tuple(self._settle(tensor) for tensor in outputs)
+
+    def _call(self, position: int, inputs: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
+        call = self._calls[position]
+        if isinstance(call, OpaqueNode):
+            return call(*inputs)
+        candidates = self._batch.shapes.get(position, ())
+        return call(*inputs, unit=next((unit for unit in candidates if unit.factor(inputs)), None))
 
     def _settle(self, tensor: Tensor) -> Tensor:
         """Give floats the twin's type and device."""
@@ -222,7 +271,9 @@ class Twin(nn.Module):
             return values[name]
         if name in self._safe_name:
             return self.constant(name)
-        raise ModelError(f"tensor {name!r} has no value: it is neither a constant, nor an input, nor computed")
+        raise ModelError(
+            f"tensor {name!r} has no value: it is neither a constant, nor an input, nor computed"
+        )
 
     def _check_inputs(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         missing = [name for name in self.input_names if name not in inputs]
@@ -236,9 +287,173 @@ class Twin(nn.Module):
             declared = self._input_shapes[name]
             if declared is not None and len(declared) != tensor.ndim:
                 raise CalibrationError(
-                    f"input {name!r} has shape {tuple(tensor.shape)}, the model takes {len(declared)} axes: {declared}"
+                    f"input {name!r} has shape {tuple(tensor.shape)}, "
+                    f"the model takes {len(declared)} axes: {declared}"
                 )
         return {name: self._settle(tensor) for name, tensor in inputs.items()}
+
+    # --- batches other than the one written into the model ---
+
+    @property
+    def batch_limit(self) -> int | None:
+        """The largest batch that runs at once, None for any.
+
+        Known once a larger batch has been met, by ``forward`` or by :func:`unfix_batch`. ``forward`` takes any
+        multiple of it, and then calls the hooks once per part.
+        """
+        return self._batch.unit if any(self._batch.loops.values()) else None
+
+    def _batched(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the inputs that hold another number of samples than the model was written for.
+
+        Those are the inputs whose first axis is declared as that of the first input.
+        """
+        unit, shapes = self._batch.unit, self._input_shapes
+        first_axis = {name: None if not shape else shape[0] for name, shape in shapes.items()}
+        batch_axis = first_axis[self.input_names[0]]
+        return {
+            name: tensor
+            for name, tensor in values.items()
+            if tensor.ndim and tensor.shape[0] != unit and first_axis[name] == batch_axis
+        }
+
+    def _n_units(self, values: Mapping[str, Tensor]) -> int:
+        """Return how many times the written batch the inputs hold; 1 if no batch size is written."""
+        unit = self._batch.unit
+        batched = self._batched(values) if unit is not None else {}
+        sizes = {name: tensor.shape[0] for name, tensor in batched.items()}
+        if unit is None or not sizes:
+            return 1
+        if len(set(sizes.values())) > 1 or next(iter(sizes.values())) % unit:
+            raise CalibrationError(
+                f"the inputs hold batches of {sizes}; expected one multiple of {unit} for all"
+            )
+        return next(iter(sizes.values())) // unit
+
+    def _parts(self, values: Mapping[str, Tensor], n_units: int) -> list[dict[str, Tensor]]:
+        """Cut the inputs into batches of the written size."""
+        batched = {name: tensor.chunk(n_units) for name, tensor in self._batched(values).items()}
+        return [
+            {name: batched[name][part] if name in batched else tensor for name, tensor in values.items()}
+            for part in range(n_units)
+        ]
+
+    def _must_loop(self, values: Mapping[str, Tensor], n_units: int) -> bool:
+        """Say whether the batch has to be run in parts; finds out at the first call for these shapes."""
+        batched = self._batched(values)
+        signature = tuple(tuple(tensor.shape[name in batched :]) for name, tensor in values.items())
+        if signature not in self._batch.loops:
+            self._batch.loops[signature] = not self._prove_batch(values, n_units)
+        return self._batch.loops[signature]
+
+    @torch.no_grad()
+    def _prove_batch(self, values: Mapping[str, Tensor], n_units: int) -> bool:
+        """Note all shapes at the written batch; say whether two batches at once equal each alone."""
+        first, second = self._parts(values, n_units)[:2]
+        second = (
+            {name: _jitter(tensor) for name, tensor in second.items()} if _same(first, second) else second
+        )
+        batched = self._batched(values)
+        double = {
+            name: torch.cat([first[name], second[name]]) if name in batched else first[name] for name in first
+        }
+        shapes: dict[str, tuple[int, ...]] = {name: tuple(tensor.shape) for name, tensor in first.items()}
+
+        def note(step: Step, index: int, tensor: Tensor) -> Tensor:
+            shapes[step.outputs[index]] = tuple(tensor.shape)
+            return tensor
+
+        alone = [self._execute(first, None, note), self._execute(second, None, None)]
+        notes = self._batch.shapes
+        before = {position: list(units) for position, units in notes.items()}
+
+        def learn(step: Step, index: int, tensor: Tensor) -> Tensor:
+            sizes[step.inputs[index]] = tuple(tensor.shape)
+            if index == max(i for i, name in enumerate(step.inputs) if name and name not in self._untyped):
+                self._learn(step, shapes, sizes)
+            return tensor
+
+        sizes: dict[str, tuple[int, ...]] = {}
+        try:
+            together = self._execute(double, learn, None)
+        except ModelError:
+            together = None  # a literal that nothing lets follow the batch
+        expected = {name: _join([part[name] for part in alone]) for name in self.output_names}
+        if together is not None and all(_close(together[name], expected[name]) for name in self.output_names):
+            return True
+        self._batch.shapes = before
+        return False
+
+    def _learn(
+        self, step: Step, unit: Mapping[str, tuple[int, ...]], grown: Mapping[str, tuple[int, ...]]
+    ) -> None:
+        """Note the shapes of one step at the written batch, given those at twice as much."""
+        position = self._position[step.name]
+        call = self._calls[position]
+        if not isinstance(call, _Call) or not call.takes_unit:
+            return
+        inputs = [None if not name else unit.get(name, grown.get(name)) for name in step.inputs]
+        axes = [
+            _first_difference(shape, grown.get(name)) for name, shape in zip(step.inputs, inputs, strict=True)
+        ]
+        outputs = tuple(unit.get(name, ()) for name in step.outputs)
+        record = UnitShapes(tuple(inputs), tuple(axes), outputs)
+        records = self._batch.shapes.setdefault(position, [])
+        if any(axis is not None for axis in axes) and record not in records:
+            records.append(record)
+
+
+def _first_difference(shape: tuple[int, ...] | None, larger: tuple[int, ...] | None) -> int | None:
+    pairs = enumerate(zip(shape or (), larger or (), strict=False))
+    return next((axis for axis, (size, other) in pairs if size != other), None)
+
+
+def _join(parts: Sequence[Tensor]) -> Tensor:
+    return torch.cat(list(parts)) if parts[0].ndim else torch.stack(list(parts))
+
+
+def _same(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> bool:
+    return all(torch.equal(tensor, second[name]) for name, tensor in first.items())
+
+
+def _jitter(tensor: Tensor) -> Tensor:
+    """Return other numbers of the same kind: a proof on two equal batches would prove little."""
+    if not tensor.is_floating_point():
+        return tensor
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(tensor.shape, generator=generator).to(tensor)
+    scale = tensor.std() if tensor.numel() > 1 else tensor.abs().sum()
+    return tensor + noise * torch.where(scale > 0, scale, torch.ones_like(scale))
+
+
+def _close(ours: Tensor, expected: Tensor) -> bool:
+    """Say whether two outputs agree up to float rounding."""
+    if ours.shape != expected.shape:
+        return False
+    if not ours.is_floating_point():
+        return torch.equal(ours, expected)
+    finite = torch.isfinite(expected)
+    if not finite.any():
+        return True
+    largest = expected[finite].abs().max()
+    return bool((ours[finite] - expected[finite]).abs().max() <= 1e-4 * largest + 1e-7)
+
+
+def unfix_batch(twin: Twin, inputs: Mapping[str, Tensor]) -> bool:
+    """Find out now, on ``inputs`` of one sample or more, whether any batch size runs at once.
+
+    ``forward`` finds out by itself; this is for those who need :attr:`Twin.batch_limit` before.
+    """
+    values = twin._check_inputs(inputs)
+    if twin._batch.unit is None:
+        return True
+    if twin._n_units(values) == 1:
+        unit = twin._batch.unit
+        values = {
+            name: torch.cat([tensor, tensor]) if tensor.ndim and tensor.shape[0] == unit else tensor
+            for name, tensor in values.items()
+        }
+    return not twin._must_loop(values, twin._n_units(values))
 
 
 def build_twin(graph: gs.Graph, *, device: str | torch.device = "cpu") -> Twin:
@@ -252,15 +467,24 @@ def build_twin(graph: gs.Graph, *, device: str | torch.device = "cpu") -> Twin:
     input_names = [tensor.name for tensor in graph.inputs if tensor.name not in constants]
     output_names = [tensor.name for tensor in graph.outputs]
     opsets = _opsets(graph)
-    reads = [tuple(tensor.name for tensor in node.inputs) + tuple(captured_names(node)) for node in nodes]
+    outer = _tensor_names(graph)
+    captured = [captured_names(node, outer) for node in nodes]
+    reads = [
+        tuple(tensor.name for tensor in node.inputs) + tuple(names)
+        for node, names in zip(nodes, captured, strict=True)
+    ]
     last_reader = {name: position for position, names in enumerate(reads) for name in names if name}
     steps, calls, fallbacks = [], [], []
-    for position, (node, names) in enumerate(zip(nodes, reads)):
-        fallback = _fallback(node, names, constants, opsets)
+    for position, (node, names) in enumerate(zip(nodes, reads, strict=True)):
+        fallback = _fallback(node, names, constants, captured=captured[position], opsets=opsets)
         function = find_run(node.op, opset=graph.opset, domain=node.domain or "")
         outputs = tuple(tensor.name for tensor in node.outputs)
         # Nobody reads some outputs: they go at once.
-        ends = [name for name in dict.fromkeys(names) if name and name not in constants and last_reader[name] == position]
+        ends = [
+            name
+            for name in dict.fromkeys(names)
+            if name and name not in constants and last_reader[name] == position
+        ]
         ends += [name for name in outputs if name and name not in last_reader]
         steps.append(
             Step(
@@ -273,15 +497,18 @@ def build_twin(graph: gs.Graph, *, device: str | torch.device = "cpu") -> Twin:
                 opaque=function is None,
             )
         )
-        calls.append(fallback() if function is None else _Call(function, _arguments(node, function)))
+        calls.append(fallback() if function is None else _make_call(node, function))
         fallbacks.append(fallback)
     twin = Twin(
         steps=steps,
         calls=calls,
         fallbacks=fallbacks,
-        inputs={tensor.name: _declared_shape(tensor) for tensor in graph.inputs if tensor.name in input_names},
+        inputs={
+            tensor.name: _declared_shape(tensor) for tensor in graph.inputs if tensor.name in input_names
+        },
         output_names=output_names,
         constants=constants,
+        unit_batch=_written_batch(graph, input_names, calls, reads, constants),
     )
     return twin.to(device)
 
@@ -329,6 +556,7 @@ def _opsets(graph: gs.Graph) -> list[onnx.OperatorSetIdProto]:
 def _sort_nodes(graph: gs.Graph) -> list[gs.Node]:
     """Return the nodes so that each comes after those it reads from, otherwise in the given order."""
     producer = {tensor.name: node for node in graph.nodes for tensor in node.outputs if tensor.name}
+    outer = _tensor_names(graph)
     done: set[int] = set()
     order: list[gs.Node] = []
     for start in graph.nodes:
@@ -339,8 +567,10 @@ def _sort_nodes(graph: gs.Graph) -> list[gs.Node]:
             if id(node) in done:
                 stack.pop()
                 continue
-            names = [tensor.name for tensor in node.inputs] + captured_names(node)
-            waiting = [producer[name] for name in names if name in producer and id(producer[name]) not in done]
+            names = [tensor.name for tensor in node.inputs] + captured_names(node, outer)
+            waiting = [
+                producer[name] for name in names if name in producer and id(producer[name]) not in done
+            ]
             if not waiting:
                 done.add(id(node))
                 order.append(node)
@@ -364,19 +594,58 @@ def _check_nodes(nodes: Sequence[gs.Node]) -> None:
         if find_run(node.op, opset=10**6, domain=node.domain or "") is None and not runs_in_onnxruntime(node)
     ]
     if unknown:
-        raise ModelError(f"{len(unknown)} node(s) run neither in torch nor in onnxruntime: {'; '.join(unknown)}")
+        raise ModelError(
+            f"{len(unknown)} node(s) run neither in torch nor in onnxruntime: {'; '.join(unknown)}"
+        )
 
 
 def _constants(graph: gs.Graph, nodes: Sequence[gs.Node]) -> dict[str, np.ndarray]:
     """Return the values of all constants that nodes or outputs read, by name."""
     found: dict[str, np.ndarray] = {}
     tensors = [tensor for node in nodes for tensor in node.inputs] + list(graph.outputs)
-    outer = {tensor.name: tensor for tensor in graph.tensors().values()}
-    tensors += [outer[name] for node in nodes for name in captured_names(node) if name in outer]
     for tensor in tensors:
         if isinstance(tensor, gs.Constant) and tensor.name not in found:
             found[tensor.name] = np.asarray(tensor.values)
     return found
+
+
+def _tensor_names(graph: gs.Graph) -> frozenset[str]:
+    """Return the names of all tensors of the main graph."""
+    names = {tensor.name for node in graph.nodes for tensor in [*node.inputs, *node.outputs]}
+    return frozenset(names | {tensor.name for tensor in [*graph.inputs, *graph.outputs]})
+
+
+def _written_batch(
+    graph: gs.Graph,
+    input_names: Sequence[str],
+    calls: Sequence[Callable[..., Any]],
+    reads: Sequence[tuple[str, ...]],
+    constants: Mapping[str, np.ndarray],
+) -> int | None:
+    """Return the batch size that the exporter wrote into the model, None if there seems to be none.
+
+    It is in the declared shape of the inputs; where that is dynamic, a shape literal that begins with 1 still
+    suggests that the model was exported from a single sample.
+    """
+    declared = [
+        tensor.shape[0] if tensor.shape else None for tensor in graph.inputs if tensor.name in input_names
+    ]
+    if declared and isinstance(declared[0], int) and declared[0] > 0:
+        return declared[0]
+    for call, names in zip(calls, reads, strict=True):
+        if isinstance(call, _Call) and call.takes_unit:
+            literals = [constants[name] for name in names if name in constants]
+            if any(
+                values.dtype == np.int64 and values.ndim == 1 and values[:1].tolist() == [1]
+                for values in literals
+            ):
+                return 1
+    return None
+
+
+def _make_call(node: gs.Node, function: Callable[..., Any]) -> _Call:
+    takes_unit = "unit" in inspect.signature(function).parameters
+    return _Call(function, _arguments(node, function), takes_unit)
 
 
 def _arguments(node: gs.Node, function: Callable[..., Any]) -> dict[str, Any]:
@@ -384,7 +653,9 @@ def _arguments(node: gs.Node, function: Callable[..., Any]) -> dict[str, Any]:
     parameters = inspect.signature(function).parameters
     unknown = [name for name in node.attrs if name not in parameters]
     if unknown:
-        raise ModelError(f"node {node.name!r} ({node.op}) has attributes that hap-onnx does not know: {unknown}")
+        raise ModelError(
+            f"node {node.name!r} ({node.op}) has attributes that hap-onnx does not know: {unknown}"
+        )
     arguments = {name: _attribute(value) for name, value in node.attrs.items()}
     if "n_outputs" in parameters:
         used = [index for index, tensor in enumerate(node.outputs) if tensor.name]
@@ -404,16 +675,18 @@ def _fallback(
     node: gs.Node,
     names: Sequence[str],
     constants: Mapping[str, np.ndarray],
+    *,
+    captured: Sequence[str],
     opsets: Sequence[onnx.OperatorSetIdProto],
 ) -> Callable[[], OpaqueNode]:
     """Return a builder of the opaque version of a node."""
 
     def build() -> OpaqueNode:
-        fixed = {name: constants[name] for name in names if name in constants and not _is_float_array(constants[name])}
-        return OpaqueNode(_node_proto(node, opsets), input_names=names, fixed=fixed, opsets=opsets)
+        fixed = {
+            name: constants[name]
+            for name in names
+            if name in constants and not _is_float_array(constants[name])
+        }
+        return OpaqueNode(write_node(node, captured=captured), input_names=names, fixed=fixed, opsets=opsets)
 
     return build
-
-
-def _node_proto(node: gs.Node, opsets: Sequence[onnx.OperatorSetIdProto]) -> onnx.NodeProto:
-    return OnnxExporter.export_node(node)

@@ -10,6 +10,8 @@ Tensors that carry shapes and indices live on the CPU, data may live elsewhere: 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import torch
@@ -68,3 +70,46 @@ def together(*tensors: Tensor) -> tuple[Tensor, ...]:
 def is_float(tensor: Tensor) -> bool:
     """Say whether a tensor holds floating-point numbers."""
     return torch.is_floating_point(tensor)
+
+
+@dataclass(frozen=True)
+class UnitShapes:
+    """The shapes that a node sees when the model runs at the batch size that was written into it.
+
+    Exporters write the batch size of the example, usually 1, into shapes that should be dynamic. A function that
+    takes ``unit`` reads from it what such a literal should become when the batch has grown.
+    """
+
+    inputs: tuple[tuple[int, ...] | None, ...]
+    batch_axes: tuple[int | None, ...]  # of each input: the axis that grows with the batch
+    outputs: tuple[tuple[int, ...], ...]
+
+    def factor(self, inputs: Sequence[Tensor | None]) -> int | None:
+        """Return how many times the written batch the inputs hold, or None if these are not their shapes."""
+        factors: set[int] = set()
+        for tensor, shape, axis in zip(inputs, self.inputs, self.batch_axes, strict=True):
+            if tensor is None or shape is None:
+                continue
+            if axis is None:
+                if tuple(tensor.shape) != shape:
+                    return None
+                continue
+            if tensor.ndim != len(shape) or shape[axis] == 0 or tensor.shape[axis] % shape[axis]:
+                return None
+            factors.add(tensor.shape[axis] // shape[axis])
+            if any(tensor.shape[other] != shape[other] for other in range(len(shape)) if other != axis):
+                return None
+        return factors.pop() if len(factors) == 1 else None
+
+    def grown_output(self, factor: int) -> list[int] | None:
+        """Return the first output's shape with its batch axis grown, for a node that keeps the element order."""
+        shape, axis = self.inputs[0], self.batch_axes[0]
+        if shape is None or axis is None:
+            return None
+        n_before = prod(shape[:axis])
+        grown = list(self.outputs[0])
+        for position in range(len(grown)):
+            if prod(grown[:position]) == n_before:
+                grown[position] *= factor
+                return grown
+        return None

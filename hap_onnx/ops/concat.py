@@ -8,16 +8,41 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hap_onnx.ops.arguments import IntsLike, as_floats, as_ints, normalise_axes, normalise_axis, together
+from hap_onnx.ops.arguments import (
+    IntsLike,
+    UnitShapes,
+    as_floats,
+    as_ints,
+    normalise_axes,
+    normalise_axis,
+    together,
+)
 from hap_onnx.ops.registry import run_op
 
 # --- Concat ---
 
 
 @run_op("Concat")
-def Concat(*operands: Tensor, axis: int) -> Tensor:
-    """Join tensors along ``axis``."""
+def Concat(*operands: Tensor, axis: int, unit: UnitShapes | None = None) -> Tensor:
+    """Join tensors along ``axis``; one that is the same for all samples is repeated when the batch has grown."""
+    if unit is not None and (factor := unit.factor(operands)) not in (None, 1):
+        operands = _repeat_constant_operands(operands, factor, unit=unit, axis=axis)
     return torch.cat(together(*operands), axis)
+
+
+def _repeat_constant_operands(
+    operands: tuple[Tensor, ...], factor: int, *, unit: UnitShapes, axis: int
+) -> tuple[Tensor, ...]:
+    batch_axes = {batch_axis for batch_axis in unit.batch_axes if batch_axis is not None}
+    if len(batch_axes) != 1 or batch_axes == {normalise_axis(axis, operands[0].ndim)}:
+        return operands
+    (batch_axis,) = batch_axes
+    repeats = [1] * operands[0].ndim
+    repeats[batch_axis] = factor
+    return tuple(
+        operand.repeat(repeats) if grows is None else operand
+        for operand, grows in zip(operands, unit.batch_axes, strict=True)
+    )
 
 
 # --- Split ---
@@ -46,7 +71,9 @@ def Split(
 
 def _slice_axis(x: Tensor, axis: int, start: int, end: int, step: int) -> Tensor:
     size = x.shape[axis]
-    start, end, step = slice(start, end, step).indices(size) if step > 0 else _reversed_bounds(start, end, step, size)
+    start, end, step = (
+        slice(start, end, step).indices(size) if step > 0 else _reversed_bounds(start, end, step, size)
+    )
     picked = range(start, end, step)
     if len(picked) == 0:
         return x.narrow(axis, 0, 0)
@@ -116,7 +143,9 @@ def Pad(
     for position, axis in enumerate(along):
         begins[axis], ends[axis] = amounts[position], amounts[position + len(along)]
     if mode == "constant":
-        fill = as_floats(constant_value)[0] if constant_value is not None and constant_value.numel() else value
+        fill = (
+            as_floats(constant_value)[0] if constant_value is not None and constant_value.numel() else value
+        )
         return _pad_constant(x, begins, ends, fill)
     for axis, (begin, end) in enumerate(zip(begins, ends)):
         if begin or end:

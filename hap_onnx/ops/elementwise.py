@@ -253,7 +253,9 @@ def _variadic(function: Callable[[Tensor, Tensor], Tensor]) -> Callable[..., Ten
     return run
 
 
-_register_plain({"Max": _variadic(torch.maximum), "Min": _variadic(torch.minimum), "Sum": _variadic(torch.add)})
+_register_plain(
+    {"Max": _variadic(torch.maximum), "Min": _variadic(torch.minimum), "Sum": _variadic(torch.add)}
+)
 
 
 @run_op("Mean")

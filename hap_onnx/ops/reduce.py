@@ -69,7 +69,9 @@ _ELEMENTWISE: dict[str, Callable[[Tensor], Tensor]] = {
 def _make_reduction(op_type: str) -> Callable[..., Tensor]:
     function, on_elements = _REDUCTIONS[op_type], _ELEMENTWISE.get(op_type)
 
-    def reduce(x: Tensor, axes: IntsLike = None, *, keepdims: int = 1, noop_with_empty_axes: int = 0) -> Tensor:
+    def reduce(
+        x: Tensor, axes: IntsLike = None, *, keepdims: int = 1, noop_with_empty_axes: int = 0
+    ) -> Tensor:
         over = normalise_axes(as_ints(axes), x.ndim)
         if not over and (noop_with_empty_axes or x.ndim == 0):
             return on_elements(x) if on_elements else x

@@ -11,7 +11,7 @@ from math import ceil, prod
 import torch
 from torch import Tensor
 
-from hap_onnx.ops.arguments import IntsLike, as_ints, normalise_axes
+from hap_onnx.ops.arguments import IntsLike, UnitShapes, as_ints, normalise_axes
 from hap_onnx.ops.registry import run_op
 
 # --- Shape, Size, Constant, ConstantOfShape, Range, EyeLike ---
@@ -87,8 +87,14 @@ def resolve_shape(shape: Sequence[int], target: Sequence[int], *, allowzero: boo
 
 
 @run_op("Reshape")
-def Reshape(x: Tensor, shape: IntsLike = None, *, allowzero: int = 0) -> Tensor:
+def Reshape(
+    x: Tensor, shape: IntsLike = None, *, allowzero: int = 0, unit: UnitShapes | None = None
+) -> Tensor:
     """Reshape: 0 copies a size (unless ``allowzero``), -1 infers one."""
+    if unit is not None and (factor := unit.factor([x, shape])) not in (None, 1):
+        grown = unit.grown_output(factor)
+        if grown is not None:
+            return x.reshape(grown)
     return x.reshape(resolve_shape(x.shape, as_ints(shape), allowzero=bool(allowzero)))
 
 
@@ -102,7 +108,11 @@ def Flatten(x: Tensor, *, axis: int = 1) -> Tensor:
 @run_op("Squeeze")
 def Squeeze(x: Tensor, axes: IntsLike = None) -> Tensor:
     """Drop axes of size 1: the given ones, or all."""
-    along = normalise_axes(as_ints(axes), x.ndim) if axes is not None else [i for i, n in enumerate(x.shape) if n == 1]
+    along = (
+        normalise_axes(as_ints(axes), x.ndim)
+        if axes is not None
+        else [i for i, n in enumerate(x.shape) if n == 1]
+    )
     for axis in along:
         if x.shape[axis] != 1:
             raise ValueError(f"cannot squeeze axis {axis} of shape {tuple(x.shape)}: its size is not 1")
