@@ -1,9 +1,9 @@
 """Evaluate beforehand what does not depend on the data: shapes, indices and the layout of weights.
 
-Folding here is careful. Only whitelisted operators on integers, booleans and single numbers are evaluated, and
-only when shape inference bounds the result first (a file of a few bytes can ask for gigabytes). Weights are
-brought into the layout that their one reader wants, never copied apart. The first axis of each graph input
-counts as unknown even where the file declares a number: folding must not freeze the batch.
+Folding here is careful. Only whitelisted operators on integers, booleans and single numbers are evaluated,
+and only when shape inference bounds the result first (a file of a few bytes can ask for gigabytes). Weights
+are brought into the layout that their one reader wants, never copied apart. The first axis of each graph
+input counts as unknown even where the file declares a number: folding must not freeze the batch.
 """
 
 from __future__ import annotations
@@ -27,12 +27,16 @@ _INDEX_TYPES = tuple(np.dtype(t) for t in (np.bool_, np.int32, np.int64))
 # What onnxruntime can hand to numpy.
 _RESULT_TYPES = (*_INDEX_TYPES, *_FLOATS[:3])
 # Exact on small integers, cheap, and without state. Quantization is left alone on purpose.
-_SHAPE_OPS = frozenset(
-    "Abs Add And Cast CastLike Ceil Clip Concat ConstantOfShape CumSum Div Equal Expand Flatten Floor Gather GatherElements "
-    "GatherND Greater GreaterOrEqual Identity Less LessOrEqual Max Min Mod Mul Neg Not Or Pad Pow Range ReduceMax ReduceMin "
-    "ReduceProd ReduceSum Reshape Round ScatterElements ScatterND Sign Size Slice Split Sqrt Squeeze Sub Sum Tile Transpose "
-    "Trilu Unsqueeze Where Xor".split()
-)
+# fmt: off
+_SHAPE_OPS = frozenset([
+    "Abs", "Add", "And", "Cast", "CastLike", "Ceil", "Clip", "Concat", "ConstantOfShape", "CumSum", "Div",
+    "Equal", "Expand", "Flatten", "Floor", "Gather", "GatherElements", "GatherND", "Greater",
+    "GreaterOrEqual", "Identity", "Less", "LessOrEqual", "Max", "Min", "Mod", "Mul", "Neg", "Not", "Or",
+    "Pad", "Pow", "Range", "ReduceMax", "ReduceMin", "ReduceProd", "ReduceSum", "Reshape", "Round",
+    "ScatterElements", "ScatterND", "Sign", "Size", "Slice", "Split", "Sqrt", "Squeeze", "Sub", "Sum",
+    "Tile", "Transpose", "Trilu", "Unsqueeze", "Where", "Xor",
+])
+# fmt: on
 _LAYOUT_OPS = frozenset(["Transpose", "Cast", "Reshape", "Squeeze", "Unsqueeze", "Flatten"])
 
 _log = logging.getLogger(__name__)
@@ -42,7 +46,7 @@ Dims = Mapping[str, tuple[int | None, ...]]
 
 @dataclass(frozen=True)
 class Context:
-    """What folding needs to know of the input model: its header, its nodes by name, and who may not change."""
+    """What folding needs to know of the input model."""
 
     header: ModelProto  # graph inputs and outputs, operator sets, IR version; no nodes
     originals: Mapping[str, NodeProto]
@@ -87,7 +91,7 @@ def fold(graph: gs.Graph, prepared: ModelProto) -> None:
 
 
 def infer(graph: gs.Graph, context: Context) -> tuple[Dims, Mapping[str, np.dtype]]:
-    """Infer the dimensions (None where unknown or symbolic) and the element types of the tensors of a graph."""
+    """Infer dimensions (None where unknown or symbolic) and element types of the tensors of a graph."""
     model = ModelProto()
     model.CopyFrom(context.header)
     for value in model.graph.input:
@@ -139,7 +143,11 @@ def _inner_constants(node: gs.Node) -> list[gs.Constant]:
     for value in node.attrs.values():
         if isinstance(value, gs.Graph):
             for inner in value.nodes:
-                found.extend(t for t in inner.inputs if isinstance(t, gs.Constant) and isinstance(t._values, np.ndarray))
+                found.extend(
+                    t
+                    for t in inner.inputs
+                    if isinstance(t, gs.Constant) and isinstance(t._values, np.ndarray)
+                )
                 found.extend(_inner_constants(inner))
     return found
 
@@ -166,7 +174,9 @@ def _is_shape_like(tensor: gs.Constant, derived: set[str]) -> bool:
     )
 
 
-def _fold_wave(graph: gs.Graph, wave: Sequence[gs.Node], context: Context, derived: set[str], stuck: set[str]) -> None:
+def _fold_wave(
+    graph: gs.Graph, wave: Sequence[gs.Node], context: Context, derived: set[str], stuck: set[str]
+) -> None:
     """Evaluate nodes whose inputs are all constants and put constants in their place."""
     bounded = [node for node in wave if _is_bounded(node, _wave_model([node], context))]
     stuck.update(node.name for node in wave)  # those that succeed are removed, so their names do not matter
@@ -190,7 +200,9 @@ def _wave_model(nodes: Sequence[gs.Node], context: Context) -> ModelProto:
         graph.output.extend(onnx.ValueInfoProto(name=tensor.name) for tensor in node.outputs if tensor.name)
     inputs = {tensor.name: tensor for node in nodes for tensor in node.inputs if tensor.name}
     graph.initializer.extend(export_constant(tensor) for tensor in inputs.values())
-    return ModelProto(ir_version=context.header.ir_version, opset_import=context.header.opset_import, graph=graph)
+    return ModelProto(
+        ir_version=context.header.ir_version, opset_import=context.header.opset_import, graph=graph
+    )
 
 
 def _is_bounded(node: gs.Node, model: ModelProto) -> bool:
@@ -200,7 +212,11 @@ def _is_bounded(node: gs.Node, model: ModelProto) -> bool:
         kind = known.get(tensor.name)
         if not tensor.name:
             continue
-        if kind is None or not kind.HasField("shape") or not all(d.HasField("dim_value") for d in kind.shape.dim):
+        if (
+            kind is None
+            or not kind.HasField("shape")
+            or not all(d.HasField("dim_value") for d in kind.shape.dim)
+        ):
             return False
         size = 1
         for dim in kind.shape.dim:
@@ -214,7 +230,7 @@ def _evaluate(nodes: Sequence[gs.Node], context: Context) -> dict[str, np.ndarra
     """Run nodes on their constants in onnxruntime: together, or one by one if some of them cannot run."""
     if not nodes:
         return {}
-    # onnxruntime is what gives an exported operator its meaning; numpy differs, for example in integer division.
+    # onnxruntime gives an exported operator its meaning; numpy differs, for example in integer division.
     import onnxruntime
     from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
 
@@ -258,7 +274,11 @@ def _fold_shapes(graph: gs.Graph, context: Context, dims: Dims) -> None:
             continue
         for reader in output.outputs:
             picked = _pick(reader, entries)
-            if picked is not None and reader.outputs[0].name not in context.pinned and reader.inputs[0] is output:
+            if (
+                picked is not None
+                and reader.outputs[0].name not in context.pinned
+                and reader.inputs[0] is output
+            ):
                 _make_constant(reader.outputs[0], picked)
                 done.add(id(reader))
     _remove_nodes(graph, done)
@@ -277,12 +297,24 @@ def _pick(reader: gs.Node, entries: Sequence[int | None]) -> np.ndarray | None:
         picked = np.asarray(array[indices], dtype=object)
     elif _is_plain(reader, frozenset(["Slice"])):
         if arguments:
-            values = {key: t.values for key, t in zip(("starts", "ends", "axes", "steps"), arguments) if t.name}
+            values = {
+                key: t.values for key, t in zip(("starts", "ends", "axes", "steps"), arguments) if t.name
+            }
         else:
-            values = {key: np.asarray(reader.attrs[key]) for key in ("starts", "ends", "axes") if key in reader.attrs}
-        if any(np.size(value) != 1 for value in values.values()) or "starts" not in values or "ends" not in values:
+            values = {
+                key: np.asarray(reader.attrs[key])
+                for key in ("starts", "ends", "axes")
+                if key in reader.attrs
+            }
+        if (
+            any(np.size(value) != 1 for value in values.values())
+            or "starts" not in values
+            or "ends" not in values
+        ):
             return None
-        start, end, step = (int(np.ravel(values[key])[0]) if key in values else 1 for key in ("starts", "ends", "steps"))
+        start, end, step = (
+            int(np.ravel(values[key])[0]) if key in values else 1 for key in ("starts", "ends", "steps")
+        )
         if step != 1:
             return None
         picked = array[start:end]
@@ -292,7 +324,7 @@ def _pick(reader: gs.Node, entries: Sequence[int | None]) -> np.ndarray | None:
 
 
 def _fold_layouts(graph: gs.Graph, context: Context, dims: Dims, types: Mapping[str, np.dtype]) -> None:
-    """Apply Transpose, Cast and the like to a weight that nobody else reads, so that its reader sees the weight."""
+    """Apply Transpose, Cast and the like to a weight that nothing else reads."""
     done: set[int] = set()
     for node in graph.nodes:
         if not _is_plain(node, _LAYOUT_OPS) or not node.inputs:
@@ -302,7 +334,9 @@ def _fold_layouts(graph: gs.Graph, context: Context, dims: Dims, types: Mapping[
             continue
         if weight.name in context.pinned or output.name in context.pinned:
             continue
-        values = _LAYOUT.get(node.op, _reshape)(node, weight.values, dims.get(output.name), types.get(output.name))
+        values = _LAYOUT.get(node.op, _reshape)(
+            node, weight.values, dims.get(output.name), types.get(output.name)
+        )
         if values is not None:
             weight.values = _frozen(values)
             _redirect(output, weight)
@@ -316,7 +350,9 @@ Shape = tuple[int | None, ...] | None
 
 def _transpose(node: gs.Node, values: np.ndarray, shape: Shape, dtype: np.dtype | None) -> np.ndarray | None:
     perm = node.attrs.get("perm")
-    return np.ascontiguousarray(np.transpose(values, perm)) if perm is None or len(perm) == values.ndim else None
+    return (
+        np.ascontiguousarray(np.transpose(values, perm)) if perm is None or len(perm) == values.ndim else None
+    )
 
 
 def _cast(node: gs.Node, values: np.ndarray, shape: Shape, dtype: np.dtype | None) -> np.ndarray | None:
@@ -339,10 +375,11 @@ def _remove_identities(graph: gs.Graph, context: Context) -> None:
     """Let the readers of a copied constant read the constant itself: shared weights stay one tensor."""
     done: set[int] = set()
     for node in graph.nodes:
-        if _is_plain(node, frozenset(["Identity"])) and isinstance(node.inputs[0], gs.Constant):
-            if node.outputs[0].name not in context.pinned:
-                _redirect(node.outputs[0], node.inputs[0])
-                done.add(id(node))
+        if not _is_plain(node, frozenset(["Identity"])) or not isinstance(node.inputs[0], gs.Constant):
+            continue
+        if node.outputs[0].name not in context.pinned:
+            _redirect(node.outputs[0], node.inputs[0])
+            done.add(id(node))
     _remove_nodes(graph, done)
 
 
@@ -379,6 +416,7 @@ def remove_dead_nodes(graph: gs.Graph, pinned: frozenset[str]) -> None:
     while dead := {
         id(node)
         for node in graph.nodes
-        if (node.domain or "") in DEFAULT_DOMAINS and not any(t.outputs or t.name in pinned for t in node.outputs)
+        if (node.domain or "") in DEFAULT_DOMAINS
+        and not any(t.outputs or t.name in pinned for t in node.outputs)
     }:
         _remove_nodes(graph, dead)

@@ -17,11 +17,18 @@ from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto
 from hap_onnx.errors import ModelError, SurgeryError
 
 DEFAULT_DOMAINS = ("", "ai.onnx")
+MAX_PROTO_BYTES = 2**31 - 1  # protobuf's limit for one message
 _GRAPH_ATTRIBUTES = (AttributeProto.GRAPH, AttributeProto.GRAPHS)
 # Elements per byte of the types that are packed.
-_PACKED = {TensorProto.UINT4: 2, TensorProto.INT4: 2, TensorProto.FLOAT4E2M1: 2, TensorProto.UINT2: 4, TensorProto.INT2: 4}
+_PACKED: dict[int, int] = {
+    TensorProto.UINT4: 2,
+    TensorProto.INT4: 2,
+    TensorProto.FLOAT4E2M1: 2,
+    TensorProto.UINT2: 4,
+    TensorProto.INT2: 4,
+}
 _COMPLEX = (TensorProto.COMPLEX64, TensorProto.COMPLEX128)
-_TYPED_FIELD = {
+_TYPED_FIELD: dict[int, str] = {
     TensorProto.FLOAT: "float_data",
     TensorProto.COMPLEX64: "float_data",
     TensorProto.DOUBLE: "double_data",
@@ -56,6 +63,13 @@ def copy_without_weights(proto: ModelProto) -> ModelProto:
     for tensor in proto.graph.initializer:
         model.graph.initializer.append(tensor_header(tensor))
     return model
+
+
+def count_bytes(proto: ModelProto) -> int:
+    """Return the serialised size, also beyond 2 GB, where it is the sum of the parts."""
+    parts = [copy_without(proto, omit=["graph"]), copy_without(proto.graph, omit=["initializer"])]
+    total = sum(int(part.ByteSize()) for part in [*parts, *proto.graph.initializer])
+    return total if total > MAX_PROTO_BYTES // 2 else int(proto.ByteSize())
 
 
 def tensor_header(tensor: TensorProto) -> TensorProto:
@@ -128,7 +142,7 @@ def n_data_bytes(tensor: TensorProto) -> int:
     per_byte = _PACKED.get(tensor.data_type)
     if per_byte is not None:
         return -(-count // per_byte)
-    return count * onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
+    return count * int(onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize)
 
 
 def check_tensor(tensor: TensorProto, *, where: str) -> None:
@@ -136,21 +150,25 @@ def check_tensor(tensor: TensorProto, *, where: str) -> None:
     if tensor.data_type == TensorProto.UNDEFINED or tensor.data_type not in TensorProto.DataType.values():
         raise ModelError(f"{where} has the unknown element type {tensor.data_type}; export the model again")
     if any(dim < 0 for dim in tensor.dims):
-        raise ModelError(f"{where} has the shape {list(tensor.dims)}, but no dimension may be negative; export the model again")
+        raise ModelError(
+            f"{where} has the shape {list(tensor.dims)}, but none may be negative; export the model again"
+        )
     if tensor.data_location == TensorProto.EXTERNAL:
         return
     if tensor.HasField("raw_data"):
         got, expected, unit = len(tensor.raw_data), n_data_bytes(tensor), "bytes"
         if tensor.data_type == TensorProto.STRING:
-            raise ModelError(f"{where} holds strings as raw bytes, which ONNX does not allow; export the model again")
+            raise ModelError(
+                f"{where} holds strings as raw bytes, which ONNX does not allow; export the model again"
+            )
     else:
         count = n_elements(tensor.dims) * (2 if tensor.data_type in _COMPLEX else 1)
         expected = -(-count // _PACKED.get(tensor.data_type, 1))
         got, unit = len(getattr(tensor, _TYPED_FIELD.get(tensor.data_type, "int32_data"))), "elements"
     if got != expected:
         raise ModelError(
-            f"{where} holds {got} {unit} of data, but its type and shape {list(tensor.dims)} need {expected}; "
-            "the file is damaged: export or download it again"
+            f"{where} holds {got} {unit} of data, but its type and shape {list(tensor.dims)} need "
+            f"{expected}; the file is damaged: export or download it again"
         )
 
 
@@ -238,7 +256,11 @@ def export_node(node: gs.Node, *, original: NodeProto | None, opset: int) -> Nod
         proto.domain = node.domain or ""
     proto.input.extend(tensor.name for tensor in node.inputs)
     proto.output.extend(tensor.name for tensor in node.outputs)
-    known = {attribute.name: attribute for attribute in original.attribute} if same and original is not None else {}
+    known = (
+        {attribute.name: attribute for attribute in original.attribute}
+        if same and original is not None
+        else {}
+    )
     for name, attribute in known.items():
         if name in node.attrs:
             proto.attribute.append(_export_attribute(node, name, known=attribute, opset=opset))
@@ -262,7 +284,9 @@ _IMPORTED = {
 }
 
 
-def _export_attribute(node: gs.Node, name: str, *, known: AttributeProto | None, opset: int) -> AttributeProto:
+def _export_attribute(
+    node: gs.Node, name: str, *, known: AttributeProto | None, opset: int
+) -> AttributeProto:
     value = node.attrs[name]
     if isinstance(value, gs.Graph):
         if known is None or known.type not in _GRAPH_ATTRIBUTES:
@@ -294,7 +318,9 @@ def _schema_type(node: gs.Node, name: str, *, opset: int) -> int | None:
     if (node.domain or "") not in DEFAULT_DOMAINS or not onnx.defs.has(node.op):
         return None
     schema = onnx.defs.get_schema(node.op, opset, "")
-    return int(schema.attributes[name].type.value) if name in schema.attributes else None
+    if name not in schema.attributes:
+        return None
+    return AttributeProto.AttributeType.Value(schema.attributes[name].type.name)
 
 
 def export_constant(tensor: gs.Constant, *, header: TensorProto | None = None) -> TensorProto:
