@@ -356,7 +356,10 @@ def _transpose(node: gs.Node, values: np.ndarray, shape: Shape, dtype: np.dtype 
 
 
 def _cast(node: gs.Node, values: np.ndarray, shape: Shape, dtype: np.dtype | None) -> np.ndarray | None:
-    return values.astype(dtype) if dtype in _FLOATS else None
+    """Cast to a type that is not larger: a model that stores 16 bits must not grow to 32."""
+    if dtype not in _FLOATS or dtype is None or dtype.itemsize > values.dtype.itemsize:
+        return None
+    return values.astype(dtype)
 
 
 def _reshape(node: gs.Node, values: np.ndarray, shape: Shape, dtype: np.dtype | None) -> np.ndarray | None:

@@ -57,7 +57,8 @@ def load_model(model: str | Path | ModelProto) -> SourceModel:
             if tensor.data_location == TensorProto.EXTERNAL:
                 raise ModelError(
                     f"{where} of the given ModelProto keeps its data in another file, and a ModelProto "
-                    "does not know its folder; give the path of the model instead, or onnx.load it with external data"
+                    "does not know its folder; "
+                    "give the path of the model instead, or onnx.load it with external data"
                 )
         n_bytes, label = count_bytes(proto), "the given ModelProto"
         external = False
@@ -130,6 +131,8 @@ def _check_header(proto: ModelProto, label: str) -> None:
         raise ModelError(
             f"{label} has no outputs, so nothing can be compared; export it with at least one output"
         )
+    if proto.ir_version < 1:
+        raise ModelError(f"{label} does not say which version of the ONNX format it has; export it again")
     if opset_of(proto) is None and any(node.domain in DEFAULT_DOMAINS for node in proto.graph.node):
         raise ModelError(
             f"{label} does not say which ONNX operator set it uses (opset_import); export it again"
@@ -171,18 +174,14 @@ def _check_structure(graph: GraphProto, label: str) -> None:
 
 def _check_versions(proto: ModelProto, label: str) -> None:
     """Raise ModelError if onnxruntime refuses the IR version or a standard operator set; others pass."""
-    checks = [("", 7, proto.ir_version)]
-    checks += [(o.domain, o.version, 4) for o in proto.opset_import if o.domain in _VERSIONED_DOMAINS]
-    for domain, opset, ir_version in checks:
+    asked = [(f"IR version {proto.ir_version}", "", 7, proto.ir_version)]
+    for entry in proto.opset_import:
+        if entry.domain in _VERSIONED_DOMAINS:
+            of = "" if entry.domain in DEFAULT_DOMAINS else f" of {entry.domain}"
+            asked.append((f"opset {entry.version}{of}", entry.domain, entry.version, 4))
+    for what, domain, opset, ir_version in asked:
         refusal = _ask_onnxruntime(domain, opset, ir_version)
         if refusal is not None:
-            what = (
-                f"IR version {ir_version}"
-                if ir_version == proto.ir_version and opset == 7
-                else f"opset {opset}"
-            )
-            if domain not in DEFAULT_DOMAINS:
-                what = f"{what} of {domain}"
             raise ModelError(
                 f"{label} uses {what}, which {refusal}; export it with an older version or update onnxruntime"
             )

@@ -6,8 +6,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import TypeVar
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 import onnx
@@ -179,7 +179,7 @@ def _constant_value(node: NodeProto) -> TensorProto | None:
         sparse = _copy(attribute.sparse_tensor)
         sparse.values.name = name
         return _to_dense(sparse)
-    plain = {
+    plain: dict[str, tuple[int, Callable[[Any], tuple[list[int], Any]]]] = {
         "value_float": (TensorProto.FLOAT, lambda a: ([], [a.f])),
         "value_floats": (TensorProto.FLOAT, lambda a: ([len(a.floats)], a.floats)),
         "value_int": (TensorProto.INT64, lambda a: ([], [a.i])),

@@ -320,7 +320,8 @@ def _schema_type(node: gs.Node, name: str, *, opset: int) -> int | None:
     schema = onnx.defs.get_schema(node.op, opset, "")
     if name not in schema.attributes:
         return None
-    return AttributeProto.AttributeType.Value(schema.attributes[name].type.name)
+    kind: Any = schema.attributes[name].type
+    return int(kind.value)
 
 
 def export_constant(tensor: gs.Constant, *, header: TensorProto | None = None) -> TensorProto:
