@@ -680,7 +680,7 @@ def test_round_trip_keeps_omitted_inputs_and_outputs() -> None:
 
 
 def if_model() -> ModelProto:
-    """Both branches read tensors from around them: a shared weight, a copy of one, an activation, a Constant."""
+    """Both branches read tensors from around them: a shared weight, its copy, an activation, a Constant."""
 
     def branch(name: str, op: str, other: str) -> onnx.GraphProto:
         nodes = [
@@ -988,7 +988,7 @@ def test_round_trip_of_a_shared_model(name: str) -> None:
         shape = [d.dim_value or n for d in spec.type.tensor_type.shape.dim]
         feed = {spec.name: RNG.standard_normal(shape).astype(np.float32)}
         for got, expected in zip(run(result, feed), run(str(path), feed), strict=True):
-            # With the initializers no longer inputs onnxruntime may fuse more, so the detector differs by rounding.
+            # onnxruntime fuses more where initializers are no inputs, so the detector differs by rounding.
             np.testing.assert_allclose(got, expected, rtol=0, atol=2e-6)
     assert round_trip(result).SerializeToString(deterministic=True) == result.SerializeToString(
         deterministic=True
