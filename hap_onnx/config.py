@@ -234,8 +234,7 @@ class CompressConfig:
     max_drop: float | str | None = _option(
         None, _check_max_drop,
         "Largest acceptable loss of the quality metric, absolute (0.01: one point of accuracy); 'none' "
-        f"switches the gate off. Default: without a budget {DEFAULT_MAX_DROP}, and the smallest model within "
-        "it is searched; with a budget none, and the drop is reported.",
+        f"switches the gate off. Default: {DEFAULT_MAX_DROP}; with a budget none, and the drop is reported.",
         section="Target", metavar="D|none",
     )  # fmt: skip
     metric: str = _option(

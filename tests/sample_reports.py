@@ -1,0 +1,53 @@
+"""Reports as a job would return them."""
+
+from __future__ import annotations
+
+from hap_onnx.report import (
+    Budget,
+    CompressReport,
+    Fidelity,
+    FrozenNode,
+    GroupInfo,
+    GroupKept,
+    ImplantUsed,
+    InspectReport,
+    ModelFacts,
+    PlanSummary,
+    Prunable,
+    Quality,
+    ValidateReport,
+)
+
+BEFORE = ModelFacts(855_770, 125_485_706, 3_434_567, 2.41, 0.9272)
+AFTER = ModelFacts(402_113, 62_000_000, 1_643_567, 1.72, 0.919)
+QUALITY = Quality("accuracy", 0.9272, 0.919, 0.0082, (0.001, 0.015), 1017, 0.01, True)
+FIDELITY = Fidelity(0.98, 0.961, 1.2)
+
+
+def compress_report(**changes):
+    facts = {
+        "model": "models/net.onnx", "output": "models/net.hap.onnx", "before": BEFORE, "after": AFTER,
+        "quality": QUALITY, "fidelity": FIDELITY,
+        "plan": PlanSummary(
+            (GroupKept("a", 16, 8), GroupKept("b", 32, 32)), (ImplantUsed("c", "lowrank", 4),), ("add_3",)
+        ),
+        "frozen": (FrozenNode("Gemm_1", "feeds a graph output"),),
+        "budget": Budget({"keep_macs": 0.5, "max_bytes": 2e6}, {"keep_macs": 0.494, "max_bytes": 1_643_567}),
+        "seconds": {"load": 1.2, "refit": 31.0}, "seed": 0, "versions": {"hap-onnx": "0.1.0"}, **changes,
+    }  # fmt: skip
+    return CompressReport(**facts)
+
+
+def inspect_report():
+    groups = tuple(GroupInfo(f"layer{i}/conv1", 64, "inner", 8, 1000 * i, 10**i) for i in range(1, 9))
+    frozen = tuple(FrozenNode(f"node_{i}", "feeds a graph output") for i in range(5))
+    return InspectReport("net.onnx", BEFORE, groups, frozen, Prunable(0.9, None), {})
+
+
+def validate_report(**changes):
+    facts = {
+        "reference": "a.onnx", "candidate": "b.onnx", "before": BEFORE, "after": AFTER, "quality": QUALITY,
+        "fidelity": FIDELITY, "slower": False, "passed": True, "seconds": {}, "seed": 0, "versions": {},
+        **changes,
+    }  # fmt: skip
+    return ValidateReport(**facts)

@@ -1,0 +1,242 @@
+from __future__ import annotations
+
+import dataclasses
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from hap_onnx.config import (
+    COMMAND_OPTIONS,
+    CompressConfig,
+    check_options,
+    check_outputs,
+    default_output,
+    describe_options,
+    files_of,
+    read_config,
+    rejected_path,
+    resolve_max_drop,
+)
+from hap_onnx.errors import UsageError, ValidationError
+
+
+def test_defaults_are_those_of_the_contract():
+    config = CompressConfig()
+    assert config.drop_limit == 0.01
+    assert config.method == "hap"
+    assert config.sensitivity == "auto"
+    assert config.probes == 300
+    assert config.recover == "refit"
+    assert config.align == "auto"
+    assert config.metric == "auto"
+    assert config.seed == 0
+    assert not config.has_budget
+
+
+@pytest.mark.parametrize("budget", [{"keep_params": 0.5}, {"keep_macs": 0.5}, {"max_bytes": 1000}])
+def test_a_budget_switches_the_gate_off_unless_it_is_asked_for(budget):
+    assert CompressConfig(**budget).drop_limit is None
+    assert CompressConfig(**budget, max_drop=0.02).drop_limit == 0.02
+    assert CompressConfig(**budget, max_drop="none").drop_limit is None
+
+
+def test_no_budget_and_no_gate_leaves_nothing_to_aim_at():
+    with pytest.raises(UsageError, match="nothing to aim at"):
+        CompressConfig(max_drop="none")
+    assert resolve_max_drop("none", has_budget=False) is None  # `validate` may go without a gate
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("keep_params", 0), ("keep_params", 1.0001), ("keep_macs", -0.5), ("keep_macs", "half"),
+        ("keep_macs", float("nan")), ("keep_macs", True), ("max_bytes", 0), ("max_bytes", 1.5),
+        ("max_bytes", 10**400), ("max_drop", -0.01), ("max_drop", "all"), ("max_drop", float("inf")),
+        ("metric", "acuracy"), ("metric", "module:"), ("metric", 3), ("method", "implants"),
+        ("sensitivity", "hessian"), ("probes", 0), ("recover", "distill"), ("align", 0), ("align", "big"),
+        ("align", 2.5), ("exclude", [1]), ("exclude", [""]), ("exclude", 5), ("preprocess", "imagnet"),
+        ("preprocess", "x.json"), ("device", "gpu"), ("providers", ""), ("providers", [1]), ("seed", -1),
+        ("seed", None), ("batch_size", 0), ("max_samples", 0), ("threads", 0), ("report", ""), ("output", 3),
+        ("dry_run", "yes"), ("json", 1),
+    ],
+)  # fmt: skip
+def test_values_that_make_no_sense_are_usage_errors_that_name_the_option(name, value):
+    with pytest.raises(UsageError, match="^--" + name.replace("_", "-")) as caught:
+        CompressConfig(**{name: value})
+    assert caught.value.exit_code == 2
+    assert "\n" not in str(caught.value)
+
+
+def test_text_from_a_shell_becomes_the_same_values_as_python():
+    text = CompressConfig(
+        keep_macs="0.5", max_bytes="1000", max_drop="0.02", align="8", seed="3", exclude="a*",
+        output="o.onnx", providers="CUDAExecutionProvider, CPUExecutionProvider",
+    )  # fmt: skip
+    python = CompressConfig(
+        keep_macs=0.5, max_bytes=1000, max_drop=0.02, align=8, seed=3, exclude=["a*"], output=Path("o.onnx"),
+        providers=("CUDAExecutionProvider", "CPUExecutionProvider"),
+    )  # fmt: skip
+    assert text == python
+    assert hash(text) == hash(python)
+    assert isinstance(text.seed, int)
+    assert isinstance(text.align, int)
+
+
+def test_numpy_numbers_are_numbers():
+    config = CompressConfig(keep_macs=np.float32(0.5), seed=np.int64(4))
+    assert type(config.keep_macs) is float
+    assert type(config.seed) is int
+
+
+def test_arrays_are_taken_as_validation_data():
+    data = {"input": np.zeros((4, 3), np.float32)}
+    config = CompressConfig(val=data)
+    assert config.val is data
+    assert config.to_dict()["val"] == "dict"
+
+
+def test_a_user_metric_is_a_function_in_a_module():
+    assert CompressConfig(metric="my.package:score").metric == "my.package:score"
+
+
+def test_config_is_frozen_and_plain_when_written_down(tmp_path):
+    config = CompressConfig(output=tmp_path / "o.onnx", exclude=("a", "b"))
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.seed = 1  # type: ignore[misc]
+    plain = config.to_dict()
+    assert plain["output"] == str(tmp_path / "o.onnx")
+    assert plain["exclude"] == ["a", "b"]
+
+
+@pytest.mark.parametrize("command", COMMAND_OPTIONS)
+def test_every_option_of_every_command_has_help(command):
+    for option in describe_options(command):
+        assert option.metadata["help"].endswith((".", ").")), option.name
+
+
+def test_unknown_words_are_refused_with_the_nearest_right_one():
+    with pytest.raises(UsageError, match=r"no option 'keep_mac' \(did you mean 'keep_macs'\?\)"):
+        CompressConfig.from_options({"keep_mac": 0.5})
+    with pytest.raises(UsageError, match="inspect has no option 'keep_macs'"):
+        check_options({"keep_macs": 0.5}, command="inspect")
+    with pytest.raises(UsageError, match="did you mean 'hutchinson'"):
+        CompressConfig(sensitivity="hutchison")
+
+
+@pytest.mark.parametrize("word", ["keep_latency", "epochs", "rounds", "sweep", "then", "html", "preset"])
+def test_options_of_later_releases_are_not_accepted(word):
+    with pytest.raises(UsageError, match="no option"):
+        CompressConfig.from_options({word: 1})
+
+
+def test_checked_options_are_complete():
+    options = check_options({"max_drop": "none"}, command="validate")
+    assert set(options) == set(COMMAND_OPTIONS["validate"])
+    assert options["max_drop"] == "none"
+    assert options["batch_size"] == 32
+
+
+# ---------------------------------------------------------------- hap.toml
+
+
+def write(folder, text):
+    path = folder / "hap.toml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_toml_takes_both_spellings_and_paths_start_at_the_file(tmp_path):
+    path = write(
+        tmp_path,
+        'keep-macs = 0.5\nmax_drop = "none"\nexclude = ["a*", "b"]\nonly = "c"\noutput = "out/o.onnx"\n'
+        'dry-run = true\npreprocess = "unit"\nval = "val.npz"\ndata = "calib"\n',
+    )
+    assert read_config(path, also=("data",)) == {
+        "keep_macs": 0.5, "max_drop": "none", "exclude": ("a*", "b"), "only": ("c",), "dry_run": True,
+        "output": tmp_path / "out/o.onnx", "preprocess": "unit", "val": tmp_path / "val.npz",
+        "data": tmp_path / "calib",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("keep-mac = 0.5", "unknown option 'keep-mac' .did you mean 'keep-macs'"),
+        ("keep-macs = 2.0", "keep-macs must be a fraction"),
+        ("keep-macs = 0.5\nkeep_macs = 0.4", "twice"),
+        ("keep-macs = ", "not valid TOML"),
+        ("[compress]\nkeep-macs = 0.5", "unknown option 'compress'"),
+        ('data = "x"', "unknown option 'data'"),
+    ],
+)
+def test_a_wrong_config_file_is_one_sentence_that_names_the_file(tmp_path, text, message):
+    path = write(tmp_path, text)
+    with pytest.raises(UsageError, match=message) as caught:
+        read_config(path)
+    assert str(path) in str(caught.value)
+
+
+def test_a_config_file_that_cannot_be_read(tmp_path):
+    with pytest.raises(UsageError, match="cannot read"):
+        read_config(tmp_path / "none.toml")
+    (tmp_path / "binary.toml").write_bytes(b"\xff\xfe")
+    with pytest.raises(UsageError, match="not valid TOML"):
+        read_config(tmp_path / "binary.toml")
+
+
+# ---------------------------------------------------------------- files
+
+
+@pytest.mark.parametrize(
+    ("model", "output"),
+    [("a/net.onnx", "a/net.hap.onnx"), ("net.v1.ONNX", "net.v1.hap.onnx"), ("net", "net.hap.onnx")],
+)
+def test_default_output_lies_beside_the_model(model, output):
+    assert default_output(Path(model)) == Path(output)
+
+
+def test_all_files_of_a_job_are_known_before_it_starts(tmp_path):
+    config = CompressConfig(save_plan=tmp_path / "p.json", keep_rejected=True, report=tmp_path / "r.json")
+    output = tmp_path / "o.onnx"
+    files = set(files_of(config, output=output).values())
+    assert files == {
+        output, rejected_path(output), tmp_path / "p.json", tmp_path / "p.safetensors", tmp_path / "r.json",
+    }  # fmt: skip
+    assert files_of(CompressConfig(dry_run=True, keep_rejected=True), output=output) == {}
+
+
+def test_an_output_never_is_an_input_even_through_links(tmp_path):
+    model = tmp_path / "m.onnx"
+    model.write_bytes(b"x")
+    (tmp_path / "soft.onnx").symlink_to(model)
+    os.link(model, tmp_path / "hard.onnx")
+    (tmp_path / "sub").mkdir()
+    for same in (model, tmp_path / "soft.onnx", tmp_path / "hard.onnx", tmp_path / "sub" / ".." / "m.onnx"):
+        with pytest.raises(UsageError, match="same file as MODEL"):
+            check_outputs({"--output": same}, inputs={"MODEL": model})
+    check_outputs({"--output": tmp_path / "o.onnx"}, inputs={"MODEL": model, "--data": {"x": np.zeros(1)}})
+
+
+def test_two_outputs_are_two_files(tmp_path):
+    same = tmp_path / "o.onnx"
+    with pytest.raises(UsageError, match=r"--report .* is the same file as --output"):
+        check_outputs({"--output": same, "--report": same}, inputs={})
+
+
+def test_outputs_that_cannot_be_written_are_refused_at_once(tmp_path):
+    with pytest.raises(UsageError, match="is a folder"):
+        check_outputs({"--output": tmp_path}, inputs={})
+    with pytest.raises(ValidationError, match="there is no folder"):
+        check_outputs({"--output": tmp_path / "no" / "o.onnx"}, inputs={})
+
+
+@pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="permissions bind ordinary users only")
+def test_a_read_only_folder_is_refused_at_once(tmp_path):
+    tmp_path.chmod(0o555)
+    try:
+        with pytest.raises(ValidationError, match="no permission"):
+            check_outputs({"--output": tmp_path / "o.onnx"}, inputs={})
+    finally:
+        tmp_path.chmod(0o755)

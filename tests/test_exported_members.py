@@ -1,0 +1,40 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+from importlib.util import find_spec
+
+import pytest
+
+import hap_onnx
+
+PUBLIC = [
+    "BudgetError", "CalibrationError", "CompressConfig", "CompressReport", "GateError", "HapOnnxError",
+    "InspectReport", "ModelError", "SurgeryError", "TargetError", "UsageError", "ValidateReport",
+    "ValidationError", "__version__", "apply_plan", "compress", "inspect", "load_twin", "validate",
+]  # fmt: skip
+
+
+def test_public_names_are_pinned():
+    assert sorted(hap_onnx.__all__) == sorted(PUBLIC)
+
+
+@pytest.mark.skipif(find_spec("hap_onnx.pipeline") is None, reason="the pipeline is not there yet")
+def test_public_names_exist_and_functions_win_over_modules_of_their_name():
+    import hap_onnx.validate as _  # noqa: F401 - binds the submodule, were it not for the package's guard
+
+    for name in PUBLIC:
+        value = getattr(hap_onnx, name)
+        assert isinstance(value, str) or callable(value), name
+    assert set(PUBLIC) <= set(dir(hap_onnx))
+
+
+def test_unknown_names_are_attribute_errors():
+    with pytest.raises(AttributeError, match="no attribute 'compres'"):
+        hap_onnx.compres  # noqa: B018
+
+
+def test_importing_the_package_is_cheap():
+    code = "import sys, hap_onnx; print(sorted({'torch', 'onnx', 'onnxruntime', 'rich'} & set(sys.modules)))"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"
