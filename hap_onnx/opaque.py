@@ -21,21 +21,27 @@ from torch import Tensor
 from hap_onnx.errors import ModelError
 from hap_onnx.protos import subgraphs
 
+Value = Tensor | list[Tensor]  # a list is an ONNX sequence, which only opaque nodes read and write
+
 # onnxruntime refuses an IR version it does not know; a one-node model needs nothing newer.
 _IR_VERSION = 10
 
 
 @cache
-def _known_operators() -> frozenset[tuple[str, str]]:
-    """Return (domain, op_type) of every schema compiled into onnxruntime."""
-    schemas = _pybind_state.get_all_operator_schema()
-    return frozenset((schema.domain, schema.name) for schema in schemas)
+def _known_operators() -> dict[tuple[str, str], int]:
+    """Return the first opset of each (domain, op_type) whose schema is compiled into onnxruntime."""
+    known: dict[tuple[str, str], int] = {}
+    for schema in _pybind_state.get_all_operator_schema():
+        key = (schema.domain, schema.name)
+        known[key] = min(schema.since_version, known.get(key, schema.since_version))
+    return known
 
 
-def runs_in_onnxruntime(node: gs.Node) -> bool:
-    """Say whether onnxruntime knows the operator of ``node``."""
+def is_known(node: gs.Node, *, opset: int) -> bool:
+    """Say whether onnxruntime knows the operator of ``node``; it may still lack a kernel for its types."""
     domain = "" if (node.domain or "") == "ai.onnx" else node.domain or ""
-    return (domain, node.op) in _known_operators()
+    since = _known_operators().get((domain, node.op))
+    return since is not None and (domain != "" or since <= opset)
 
 
 def subgraphs_of(node: gs.Node) -> list[gs.Graph]:
@@ -50,7 +56,7 @@ def subgraphs_of(node: gs.Node) -> list[gs.Graph]:
 
 
 def captured_names(node: gs.Node, outer: Collection[str]) -> list[str]:
-    """Return the names of tensors of the ``outer`` graph that the subgraphs of ``node`` read, in first-use order."""
+    """Return the tensors of the ``outer`` graph that the subgraphs of ``node`` read, in first-use order."""
     captured: dict[str, None] = {}
 
     def visit(graph: gs.Graph, hidden: frozenset[str]) -> None:
@@ -86,6 +92,30 @@ def write_node(node: gs.Node, *, captured: Collection[str]) -> onnx.NodeProto:
     return proto
 
 
+def _to_array(tensor: Tensor) -> np.ndarray:
+    """Return a tensor's numbers; floats in float32, for which onnxruntime has the most kernels."""
+    tensor = tensor.detach().cpu().contiguous()
+    return (tensor.float() if tensor.is_floating_point() else tensor).numpy()
+
+
+def _to_arrays(value: Value) -> np.ndarray | list[np.ndarray]:
+    return [_to_array(tensor) for tensor in value] if isinstance(value, list) else _to_array(value)
+
+
+def _element_types(arrays: np.ndarray | list[np.ndarray]) -> str:
+    if isinstance(arrays, list):
+        return "sequence " + "".join(sorted({array.dtype.str for array in arrays}))
+    return arrays.dtype.str
+
+
+def _value_info(name: str, arrays: np.ndarray | list[np.ndarray]) -> onnx.ValueInfoProto:
+    if isinstance(arrays, list):
+        dtype = arrays[0].dtype if arrays else np.dtype(np.float32)
+        element = onnx.helper.np_dtype_to_tensor_dtype(dtype)
+        return onnx.helper.make_tensor_sequence_value_info(name, element, None)
+    return onnx.helper.make_tensor_value_info(name, onnx.helper.np_dtype_to_tensor_dtype(arrays.dtype), None)
+
+
 class OpaqueNode:
     """One node as a callable on tensors; the session is built at the first call.
 
@@ -102,54 +132,54 @@ class OpaqueNode:
         opsets: Sequence[onnx.OperatorSetIdProto],
     ) -> None:
         self._proto = proto
-        self._input_names = tuple(input_names)
+        self.input_names = tuple(input_names)
         self._fixed = dict(fixed)
         self._opsets = list(opsets)
         self._sessions: dict[tuple[str, ...], ort.InferenceSession] = {}
 
-    def __call__(self, *inputs: Tensor | None) -> tuple[Tensor, ...]:
-        """Run the node on one tensor per name (None where omitted); returns detached tensors."""
-        feeds: dict[str, np.ndarray] = {}
-        for name, tensor in zip(self._input_names, inputs):
-            if name and name not in self._fixed and tensor is not None:
-                feeds[name] = tensor.detach().cpu().contiguous().numpy()
-        key = tuple(array.dtype.str for array in feeds.values())
+    def __call__(self, *inputs: Value | None) -> tuple[Value, ...]:
+        """Run the node on one value per name (None where omitted); returns detached tensors."""
+        feeds = {
+            name: _to_arrays(value)
+            for name, value in zip(self.input_names, inputs, strict=True)
+            if name and name not in self._fixed and value is not None
+        }
+        key = tuple(_element_types(array) for array in feeds.values())
         if key not in self._sessions:
             self._sessions[key] = self._build(feeds)
         try:
-            outputs = self._sessions[key].run(None, feeds)
+            outputs = iter(self._sessions[key].run(None, feeds))
         except Exception as error:  # onnxruntime raises many unrelated types from its bindings
-            raise ModelError(
-                f"node {self._proto.name!r} ({self._proto.op_type}) failed in onnxruntime: {error}"
-            ) from error
-        return self._as_tensors(outputs)
+            raise ModelError(f"{self._label} failed in onnxruntime: {error}") from error
+        return tuple(self._to_value(next(outputs)) if name else torch.empty(0) for name in self._proto.output)
 
-    def _as_tensors(self, outputs: Sequence[np.ndarray]) -> tuple[Tensor, ...]:
-        remaining = iter(outputs)
-        tensors = []
-        for name in self._proto.output:
-            if not name:
-                tensors.append(torch.empty(0))
-                continue
-            array = next(remaining)
-            try:
-                tensors.append(torch.from_numpy(np.array(array)))
-            except TypeError as error:
-                kind = (
-                    type(array).__name__
-                    if not isinstance(array, np.ndarray)
-                    else f"an array of {array.dtype}"
-                )
-                raise ModelError(
-                    f"node {self._proto.name!r} ({self._proto.op_type}) returns {kind}, which the twin cannot hold"
-                ) from error
-        return tuple(tensors)
+    def prepare(self, dtypes: Sequence[np.dtype | None]) -> None:
+        """Build the session now for inputs of these types; raises ModelError if onnxruntime cannot run the node."""
+        feeds = {
+            name: np.empty(0, np.float32 if dtype.kind == "f" else dtype)
+            for name, dtype in zip(self.input_names, dtypes, strict=True)
+            if name and name not in self._fixed and dtype is not None
+        }
+        key = tuple(_element_types(array) for array in feeds.values())
+        if key not in self._sessions:
+            self._sessions[key] = self._build(feeds)
 
-    def _build(self, feeds: Mapping[str, np.ndarray]) -> ort.InferenceSession:
-        inputs = [
-            onnx.helper.make_tensor_value_info(name, onnx.helper.np_dtype_to_tensor_dtype(array.dtype), None)
-            for name, array in feeds.items()
-        ]
+    def _to_value(self, output: np.ndarray | list[np.ndarray]) -> Value:
+        try:
+            if isinstance(output, list):
+                return [torch.from_numpy(np.array(array)) for array in output]
+            return torch.from_numpy(np.array(output))
+        except TypeError as error:
+            raise ModelError(f"{self._label} returns a type that the twin cannot hold: {error}") from error
+
+    @property
+    def _label(self) -> str:
+        return (
+            f"node {self._proto.name!r} ({self._proto.op_type}, domain {self._proto.domain or 'ai.onnx'!r})"
+        )
+
+    def _build(self, feeds: Mapping[str, np.ndarray | list[np.ndarray]]) -> ort.InferenceSession:
+        inputs = [_value_info(name, arrays) for name, arrays in feeds.items()]
         outputs = [onnx.ValueInfoProto(name=name) for name in self._proto.output if name]
         initializers = [onnx.numpy_helper.from_array(array, name) for name, array in self._fixed.items()]
         graph = onnx.helper.make_graph([self._proto], "opaque", inputs, outputs, initializers)
@@ -162,7 +192,4 @@ class OpaqueNode:
                 model.SerializeToString(), options, providers=["CPUExecutionProvider"]
             )
         except Exception as error:  # onnxruntime raises many unrelated types from its bindings
-            raise ModelError(
-                f"node {self._proto.name!r} ({self._proto.op_type}, domain {self._proto.domain!r}) "
-                f"runs neither in torch nor in onnxruntime: {error}"
-            ) from error
+            raise ModelError(f"{self._label} runs neither in torch nor in onnxruntime: {error}") from error

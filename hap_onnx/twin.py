@@ -19,6 +19,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from logging import getLogger
 from types import MappingProxyType
 from typing import Any
 
@@ -30,9 +31,11 @@ from torch import Tensor, nn
 
 from hap_onnx import ops  # noqa: F401  (registers the operators)
 from hap_onnx.errors import CalibrationError, ModelError
-from hap_onnx.opaque import OpaqueNode, captured_names, runs_in_onnxruntime, write_node
+from hap_onnx.opaque import OpaqueNode, captured_names, is_known, write_node
 from hap_onnx.ops.arguments import UnitShapes
 from hap_onnx.ops.registry import find_run
+
+logger = getLogger(__name__)
 
 ReadHook = Callable[["Step", int, Tensor], Tensor]
 WriteHook = Callable[["Step", int, Tensor], Tensor]
@@ -156,7 +159,11 @@ class Twin(nn.Module):
         """The parameter of each float initializer, by its ONNX name."""
         parameters = self._parameters
         return MappingProxyType(
-            {name: parameters[safe] for name, safe in self._safe_name.items() if safe in parameters}  # type: ignore[dict-item]
+            {
+                name: parameter
+                for name, safe in self._safe_name.items()
+                if (parameter := parameters.get(safe)) is not None
+            }
         )
 
     def constant(self, name: str) -> Tensor:
@@ -212,7 +219,7 @@ class Twin(nn.Module):
             step = self._steps[position]
             for index, (name, tensor) in enumerate(zip(step.outputs, outputs, strict=False)):
                 if name:
-                    values[name] = tensor if on_write is None else on_write(step, index, tensor)
+                    values[name] = _hooked(on_write, step, index, tensor)
             del outputs
             for name in step.last_use:
                 values.pop(name, None)
@@ -233,21 +240,21 @@ class Twin(nn.Module):
             if not name or name in self._untyped:
                 inputs.append(None)
                 continue
-            tensor = self._value(name, values)
-            inputs.append(tensor if on_read is None else on_read(step, index, tensor))
+            inputs.append(_hooked(on_read, step, index, self._value(name, values)))
         try:
             outputs = self._call(position, inputs)
-        except NotImplementedError:
+        except NotImplementedError as reason:
             if step.opaque:
                 raise
             # A variant of a known operator that torch cannot express, or an integer type it lacks.
+            logger.info("node %r (%s) runs in onnxruntime: %s", step.name, step.op_type, reason)
             self._calls[position] = self._fallbacks[position]()
             self._steps[position] = replace(step, opaque=True)
             outputs = self._call(position, inputs)
         except torch.cuda.OutOfMemoryError:
             raise
         except (RuntimeError, TypeError, ValueError, IndexError) as error:
-            shapes = [None if tensor is None else tuple(tensor.shape) for tensor in inputs]
+            shapes = [tuple(tensor.shape) if isinstance(tensor, Tensor) else None for tensor in inputs]
             raise ModelError(
                 f"node {step.name!r} ({step.op_type}) cannot be computed on inputs of shapes {shapes}: {error}"
             ) from error
@@ -403,6 +410,11 @@ class Twin(nn.Module):
             records.append(record)
 
 
+def _hooked(hook: ReadHook | WriteHook | None, step: Step, index: int, value: Tensor) -> Tensor:
+    """Apply a hook; ONNX sequences, which are lists, pass by."""
+    return value if hook is None or not isinstance(value, Tensor) else hook(step, index, value)
+
+
 def _first_difference(shape: tuple[int, ...] | None, larger: tuple[int, ...] | None) -> int | None:
     pairs = enumerate(zip(shape or (), larger or (), strict=False))
     return next((axis for axis, (size, other) in pairs if size != other), None)
@@ -462,7 +474,7 @@ def build_twin(graph: gs.Graph, *, device: str | torch.device = "cpu") -> Twin:
     Raises ModelError that lists every node which neither torch nor onnxruntime can run.
     """
     nodes = _sort_nodes(graph)
-    _check_nodes(nodes)
+    _check_nodes(nodes, opset=graph.opset)
     constants = _constants(graph, nodes)
     input_names = [tensor.name for tensor in graph.inputs if tensor.name not in constants]
     output_names = [tensor.name for tensor in graph.outputs]
@@ -499,6 +511,7 @@ def build_twin(graph: gs.Graph, *, device: str | torch.device = "cpu") -> Twin:
         )
         calls.append(fallback() if function is None else _make_call(node, function))
         fallbacks.append(fallback)
+    _check_sessions(nodes, calls, _known_types(graph))
     twin = Twin(
         steps=steps,
         calls=calls,
@@ -535,7 +548,8 @@ def _torch_safe(name: str) -> str:
 
 
 def _is_float_array(values: np.ndarray) -> bool:
-    return values.dtype.kind == "f" or str(values.dtype) == "bfloat16"
+    """Say whether the twin computes with these numbers; eight bits and less are left to onnxruntime."""
+    return values.dtype.name in ("float16", "bfloat16", "float32", "float64")
 
 
 def _declared_shape(tensor: gs.Tensor) -> tuple[int | str | None, ...] | None:
@@ -583,20 +597,55 @@ def _sort_nodes(graph: gs.Graph) -> list[gs.Node]:
     return order
 
 
-def _check_nodes(nodes: Sequence[gs.Node]) -> None:
-    """Refuse nodes without a unique name, and list all that nothing can run."""
+def _check_nodes(nodes: Sequence[gs.Node], *, opset: int) -> None:
+    """Refuse nodes without a unique name, and list all whose operator nothing knows."""
     names = [node.name for node in nodes]
     if not all(names) or len(set(names)) != len(names):
         raise ModelError("the twin needs unique node names: normalise the graph first")
-    unknown = [
-        f"{node.name!r} ({node.op}, domain {node.domain or 'ai.onnx'!r})"
-        for node in nodes
-        if find_run(node.op, opset=10**6, domain=node.domain or "") is None and not runs_in_onnxruntime(node)
-    ]
-    if unknown:
+    _refuse(
+        [
+            f"{node.name!r} ({node.op}, domain {node.domain or 'ai.onnx'!r}, opset {opset})"
+            for node in nodes
+            if find_run(node.op, opset=opset, domain=node.domain or "") is None
+            and not is_known(node, opset=opset)
+        ]
+    )
+
+
+def _refuse(problems: Sequence[str]) -> None:
+    if problems:
         raise ModelError(
-            f"{len(unknown)} node(s) run neither in torch nor in onnxruntime: {'; '.join(unknown)}"
+            f"{len(problems)} node(s) run neither in torch nor in onnxruntime: {'; '.join(problems)}"
         )
+
+
+def _check_sessions(
+    nodes: Sequence[gs.Node], calls: Sequence[Callable[..., Any]], types: Mapping[str, np.dtype]
+) -> None:
+    """List all opaque nodes that onnxruntime refuses, as far as the types of their inputs are known."""
+    problems = []
+    for node, call in zip(nodes, calls, strict=True):
+        names = call.input_names if isinstance(call, OpaqueNode) else ()
+        if isinstance(call, OpaqueNode) and all(not name or name in types for name in names):
+            try:
+                call.prepare([types.get(name) for name in names])
+            except ModelError as error:
+                problems.append(str(error))
+    _refuse(problems)
+
+
+def _known_types(graph: gs.Graph) -> dict[str, np.dtype]:
+    """Return the element types that the graph states and torch can hold."""
+    types: dict[str, np.dtype] = {}
+    for node in graph.nodes:
+        for tensor in [*node.inputs, *node.outputs]:
+            if (
+                tensor.name
+                and isinstance(tensor.dtype, (type, np.dtype))
+                and np.dtype(tensor.dtype).isbuiltin
+            ):
+                types[tensor.name] = np.dtype(tensor.dtype)
+    return types
 
 
 def _constants(graph: gs.Graph, nodes: Sequence[gs.Node]) -> dict[str, np.ndarray]:

@@ -76,8 +76,8 @@ def is_float(tensor: Tensor) -> bool:
 class UnitShapes:
     """The shapes that a node sees when the model runs at the batch size that was written into it.
 
-    Exporters write the batch size of the example, usually 1, into shapes that should be dynamic. A function that
-    takes ``unit`` reads from it what such a literal should become when the batch has grown.
+    Exporters write the batch size of the example, usually 1, into shapes that should be dynamic. A function
+    that takes ``unit`` reads from it what such a literal should become when the batch has grown.
     """
 
     inputs: tuple[tuple[int, ...] | None, ...]
@@ -102,7 +102,7 @@ class UnitShapes:
         return factors.pop() if len(factors) == 1 else None
 
     def grown_output(self, factor: int) -> list[int] | None:
-        """Return the first output's shape with its batch axis grown, for a node that keeps the element order."""
+        """Return the first output's shape with the batch grown, for a node that keeps the element order."""
         shape, axis = self.inputs[0], self.batch_axes[0]
         if shape is None or axis is None:
             return None

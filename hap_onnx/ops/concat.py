@@ -24,7 +24,7 @@ from hap_onnx.ops.registry import run_op
 
 @run_op("Concat")
 def Concat(*operands: Tensor, axis: int, unit: UnitShapes | None = None) -> Tensor:
-    """Join tensors along ``axis``; one that is the same for all samples is repeated when the batch has grown."""
+    """Join tensors along ``axis``; one that is alike for all samples is repeated when the batch grows."""
     if unit is not None and (factor := unit.factor(operands)) not in (None, 1):
         operands = _repeat_constant_operands(operands, factor, unit=unit, axis=axis)
     return torch.cat(together(*operands), axis)
@@ -71,9 +71,8 @@ def Split(
 
 def _slice_axis(x: Tensor, axis: int, start: int, end: int, step: int) -> Tensor:
     size = x.shape[axis]
-    start, end, step = (
-        slice(start, end, step).indices(size) if step > 0 else _reversed_bounds(start, end, step, size)
-    )
+    clamp = _forward_bounds if step > 0 else _backward_bounds
+    start, end = clamp(start, end, size)
     picked = range(start, end, step)
     if len(picked) == 0:
         return x.narrow(axis, 0, 0)
@@ -84,10 +83,16 @@ def _slice_axis(x: Tensor, axis: int, start: int, end: int, step: int) -> Tensor
     return part if step > 0 else part.flip(axis)
 
 
-def _reversed_bounds(start: int, end: int, step: int, size: int) -> tuple[int, int, int]:
-    """Clamp the bounds of a backwards slice: the end may be -1, one before the first element."""
+def _forward_bounds(start: int, end: int, size: int) -> tuple[int, int]:
+    """Clamp the bounds of a slice; negative ones count from the end."""
+    start, end, _ = slice(start, end).indices(size)
+    return start, end
+
+
+def _backward_bounds(start: int, end: int, size: int) -> tuple[int, int]:
+    """Clamp the bounds of a backward slice: its end may be -1, one before the first element."""
     start, end = start + size if start < 0 else start, end + size if end < 0 else end
-    return min(max(start, -1), size - 1), min(max(end, -1), size - 1), step
+    return min(max(start, -1), size - 1), min(max(end, -1), size - 1)
 
 
 @run_op("Slice")
@@ -102,7 +107,7 @@ def Slice(
     first, last = as_ints(starts), as_ints(ends)
     along = normalise_axes(as_ints(axes), x.ndim) if axes is not None else list(range(len(first)))
     strides = as_ints(steps) if steps is not None else [1] * len(first)
-    for axis, start, end, step in zip(along, first, last, strides):
+    for axis, start, end, step in zip(along, first, last, strides, strict=True):
         x = _slice_axis(x, axis, start, end, step)
     return x
 
@@ -136,7 +141,7 @@ def Pad(
     mode: str = "constant",
     value: float = 0.0,
 ) -> Tensor:
-    """Pad (negative amounts crop) before and after each of ``axes``: attributes before opset 11, inputs since."""
+    """Pad (negative amounts crop) around each of ``axes``: attributes before opset 11, inputs since."""
     amounts = as_ints(pads)
     along = normalise_axes(as_ints(axes), x.ndim) if axes is not None else list(range(x.ndim))
     begins, ends = [0] * x.ndim, [0] * x.ndim
@@ -147,7 +152,7 @@ def Pad(
             as_floats(constant_value)[0] if constant_value is not None and constant_value.numel() else value
         )
         return _pad_constant(x, begins, ends, fill)
-    for axis, (begin, end) in enumerate(zip(begins, ends)):
+    for axis, (begin, end) in enumerate(zip(begins, ends, strict=True)):
         if begin or end:
             index = _source_index(x.shape[axis], begin, end, mode)
             x = x.index_select(axis, index.to(x.device))
@@ -157,7 +162,7 @@ def Pad(
 def _pad_constant(x: Tensor, begins: Sequence[int], ends: Sequence[int], value: float) -> Tensor:
     if not any(begins) and not any(ends):
         return x
-    amounts = [amount for pair in zip(reversed(begins), reversed(ends)) for amount in pair]
+    amounts = [amount for pair in zip(reversed(begins), reversed(ends), strict=True) for amount in pair]
     if x.dtype == torch.bool:
         return F.pad(x.to(torch.uint8), amounts, value=value).to(torch.bool)
     return F.pad(x, amounts, value=value)

@@ -85,17 +85,18 @@ def ConvTranspose(
     full = pad_spatial(full, [0] * n_axes, extra)  # [N, M, *spatial] before any cropping
     sizes = list(full.shape[2:])
     if output_shape:
-        totals = [have - want for have, want in zip(sizes, output_shape[-n_axes:])]
+        totals = [have - want for have, want in zip(sizes, output_shape[-n_axes:], strict=True)]
     elif auto_pad in ("SAME_UPPER", "SAME_LOWER"):
-        totals = [have - size * stride for have, size, stride in zip(sizes, x.shape[2:], strides)]
+        wanted = [size * stride for size, stride in zip(x.shape[2:], strides, strict=True)]
+        totals = [max(have - want, 0) for have, want in zip(sizes, wanted, strict=True)]
     else:
         totals = None
     if totals is None:
         begins, ends = resolve_pads(sizes, sizes, strides, dilations, pads=pads, auto_pad=auto_pad)
     else:
-        # The larger half lies at the end for SAME_UPPER and at the beginning otherwise.
-        small, large = [total // 2 for total in totals], [total - total // 2 for total in totals]
-        begins, ends = (small, large) if auto_pad == "SAME_UPPER" else (large, small)
+        # The larger half lies at the end for SAME_UPPER, else at the beginning; what is missing is appended.
+        begins = [max(total if auto_pad == "SAME_UPPER" else total + 1, 0) // 2 for total in totals]
+        ends = [total - begin for total, begin in zip(totals, begins, strict=True)]
     out = pad_spatial(full, [-amount for amount in begins], [-amount for amount in ends])
     return out if bias is None else out + bias.reshape(-1, *[1] * n_axes)
 
@@ -105,5 +106,6 @@ def _macs_conv_transpose(
     node: gs.Node, input_shapes: list[tuple[int, ...] | None], output_shapes: list[tuple[int, ...]]
 ) -> int:
     x, weight = input_shapes[:2]
-    assert x is not None and weight is not None
+    assert x is not None
+    assert weight is not None
     return prod(x) * prod(weight[1:])

@@ -19,6 +19,7 @@ from hap_onnx.ops.registry import run_op
 
 def _register_plain(table: dict[str, Callable[..., Tensor]]) -> None:
     for op_type, function in table.items():
+        function.__name__ = function.__qualname__ = op_type  # tracebacks name the operator
         run_op(op_type)(function)
 
 
@@ -190,29 +191,25 @@ def _power(a: Tensor, b: Tensor) -> Tensor:
     return torch.pow(a, b.to(a.dtype))
 
 
-_register_plain(
-    {
-        op_type: _binary(function)
-        for op_type, function in {
-            "Add": torch.add,
-            "And": torch.logical_and,
-            "BitwiseAnd": torch.bitwise_and,
-            "BitwiseOr": torch.bitwise_or,
-            "BitwiseXor": torch.bitwise_xor,
-            "Div": _divide,
-            "Equal": torch.eq,
-            "Greater": torch.gt,
-            "GreaterOrEqual": torch.ge,
-            "Less": torch.lt,
-            "LessOrEqual": torch.le,
-            "Mul": torch.mul,
-            "Or": torch.logical_or,
-            "Pow": _power,
-            "Sub": torch.sub,
-            "Xor": torch.logical_xor,
-        }.items()
-    }
-)
+_BINARY: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "Add": torch.add,
+    "And": torch.logical_and,
+    "BitwiseAnd": torch.bitwise_and,
+    "BitwiseOr": torch.bitwise_or,
+    "BitwiseXor": torch.bitwise_xor,
+    "Div": _divide,
+    "Equal": torch.eq,
+    "Greater": torch.gt,
+    "GreaterOrEqual": torch.ge,
+    "Less": torch.lt,
+    "LessOrEqual": torch.le,
+    "Mul": torch.mul,
+    "Or": torch.logical_or,
+    "Pow": _power,
+    "Sub": torch.sub,
+    "Xor": torch.logical_xor,
+}
+_register_plain({op_type: _binary(function) for op_type, function in _BINARY.items()})
 
 
 @run_op("Mod")

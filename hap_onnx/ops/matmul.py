@@ -80,13 +80,13 @@ def _macs_einsum(
     if len(terms) < 2:
         return 0
     sizes: dict[str, int] = {}
-    for term, shape in zip(terms, input_shapes):
+    for term, shape in zip(terms, input_shapes, strict=True):
         assert shape is not None
         before, dots, after = term.partition("...")
-        for letter, size in zip(before, shape):
+        for letter, size in zip(before, shape, strict=False):
             sizes[letter] = max(size, sizes.get(letter, 1))
         if after:
-            for letter, size in zip(after, shape[-len(after) :]):
+            for letter, size in zip(after, shape[-len(after) :], strict=True):
                 sizes[letter] = max(size, sizes.get(letter, 1))
         if dots:
             inner = shape[len(before) : len(shape) - len(after)]

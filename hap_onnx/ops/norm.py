@@ -74,7 +74,7 @@ def InstanceNormalization(x: Tensor, scale: Tensor, bias: Tensor, *, epsilon: fl
 def GroupNormalization(
     x: Tensor, scale: Tensor, bias: Tensor, *, num_groups: int, epsilon: float = 1e-5, stash_type: int = 1
 ) -> Tensor:
-    """Normalise groups of channels of x [N, C, *spatial]; scale and bias per channel, or per group before 21."""
+    """Normalise groups of channels of x [N, C, *spatial]; scale per channel, or per group before 21."""
     grouped = x.reshape(x.shape[0], num_groups, -1)
     standard = _standardise(grouped, [2], epsilon)[0].reshape(x.shape)
     if scale.numel() != x.shape[1]:

@@ -26,13 +26,15 @@ def _place_windows(
     auto_pad: str,
     ceil_mode: bool,
 ) -> tuple[list[int], list[int], list[int]]:
-    """Return padding (begins, ends) and the amount beyond it that the last windows reach (negative: unused)."""
+    """Return padding (begins, ends) and how far beyond it the last windows reach."""
     sizes = x.shape[2:]
     if not 1 <= len(sizes) <= 3 or len(kernel) != len(sizes):
         raise NotImplementedError(f"pooling of {len(kernel)} axes over {len(sizes)} spatial axes")
     begins, ends = resolve_pads(sizes, kernel, strides, dilations, pads=pads, auto_pad=auto_pad)
     beyond = []
-    for size, begin, end, width, stride, dilation in zip(sizes, begins, ends, kernel, strides, dilations):
+    for size, begin, end, width, stride, dilation in zip(
+        sizes, begins, ends, kernel, strides, dilations, strict=True
+    ):
         count = n_windows(
             size, begin, end, width=width, stride=stride, dilation=dilation, ceil_mode=ceil_mode
         )
@@ -42,7 +44,7 @@ def _place_windows(
 
 
 def _add(a: Sequence[int], b: Sequence[int]) -> list[int]:
-    return [x + y for x, y in zip(a, b)]
+    return [x + y for x, y in zip(a, b, strict=True)]
 
 
 # --- MaxPool ---
@@ -91,7 +93,7 @@ def _index_in_input(
     """Turn indices into padded planes into indices into the whole of x [N, C, *spatial]."""
     sizes = list(x.shape[2:])
     coordinates = []
-    for size, begin in zip(reversed(padded_sizes), reversed(begins)):
+    for size, begin in zip(reversed(padded_sizes), reversed(begins), strict=True):
         coordinates.append(index % size - begin)
         index = index // size
     coordinates.reverse()

@@ -92,10 +92,9 @@ for _op_type in _REDUCTIONS:
 def ArgMax(x: Tensor, *, axis: int = 0, keepdims: int = 1, select_last_index: int = 0) -> Tensor:
     """The index of the maximum along ``axis``: of equals the first, or the last if asked."""
     axis = normalise_axis(axis, x.ndim)
+    index = first_max(x.flip(axis) if select_last_index else x, axis)
     if select_last_index:
-        index = x.shape[axis] - 1 - first_max(x.flip(axis), axis)
-    else:
-        index = first_max(x, axis)
+        index = x.shape[axis] - 1 - index
     return index if keepdims else index.squeeze(axis)
 
 

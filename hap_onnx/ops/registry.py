@@ -1,6 +1,6 @@
 """The one registry of operators.
 
-An operator is known by ``(domain, op_type)``. For each there are up to three plain functions,
+An operator is known by ``(domain, op_type)``. For each there are up to five plain functions,
 side by side in the module of its family:
 
 * ``@run_op("Conv", since=1)``: the torch computation. The function is named as the operator, takes
@@ -9,6 +9,9 @@ side by side in the module of its family:
   with a higher ``since`` is needed only where an opset changed the meaning. A function that
   declares ``n_outputs`` is told how many outputs the node has.
 * ``@flow_op("Conv")``: how channel ids pass through (see ``hap_onnx.channels``).
+* ``@edit_op("Reshape")``: how literals (sizes, bounds, indices) follow when channels are removed
+  (see ``hap_onnx.surgery``); weights are sliced by their ids and need no rule.
+* ``@linear_op("Conv")``: the contraction as a matrix product (see ``hap_onnx.ops.linear``).
 * ``@macs_op("Conv")``: multiply-accumulates of one node from its input and output shapes.
 
 No other part of hap-onnx branches on the name of an operator.
@@ -24,6 +27,8 @@ Key = tuple[str, str]
 
 _RUN: dict[Key, list[tuple[int, Callable[..., Any]]]] = {}
 _FLOW: dict[Key, Callable[..., Any]] = {}
+_EDIT: dict[Key, Callable[..., Any]] = {}
+_LINEAR: dict[Key, Callable[..., Any]] = {}
 _MACS: dict[Key, Callable[..., Any]] = {}
 
 
@@ -45,7 +50,9 @@ def run_op(op_type: str, *, since: int = 1, domain: str = "") -> Callable[[F], F
     return register
 
 
-def _register_once(table: dict[Key, Callable[..., Any]], op_types: tuple[str, ...], domain: str) -> Callable[[F], F]:
+def _register_once(
+    table: dict[Key, Callable[..., Any]], op_types: tuple[str, ...], domain: str
+) -> Callable[[F], F]:
     def register(function: F) -> F:
         for op_type in op_types:
             key = _key(op_type, domain)
@@ -60,6 +67,16 @@ def _register_once(table: dict[Key, Callable[..., Any]], op_types: tuple[str, ..
 def flow_op(*op_types: str, domain: str = "") -> Callable[[F], F]:
     """Register how channel ids pass through operators."""
     return _register_once(_FLOW, op_types, domain)
+
+
+def edit_op(*op_types: str, domain: str = "") -> Callable[[F], F]:
+    """Register how the literals of operators follow when channels are removed."""
+    return _register_once(_EDIT, op_types, domain)
+
+
+def linear_op(*op_types: str, domain: str = "") -> Callable[[F], F]:
+    """Register the matrix form of contractions."""
+    return _register_once(_LINEAR, op_types, domain)
 
 
 def macs_op(*op_types: str, domain: str = "") -> Callable[[F], F]:
@@ -78,6 +95,16 @@ def find_run(op_type: str, *, opset: int, domain: str = "") -> Callable[..., Any
 def find_flow(op_type: str, *, domain: str = "") -> Callable[..., Any] | None:
     """Return the flow rule of an operator, or None if it has none (its channels are then frozen)."""
     return _FLOW.get(_key(op_type, domain))
+
+
+def find_edit(op_type: str, *, domain: str = "") -> Callable[..., Any] | None:
+    """Return the rule for the literals of an operator, or None if it has none to edit."""
+    return _EDIT.get(_key(op_type, domain))
+
+
+def find_linear(op_type: str, *, domain: str = "") -> Callable[..., Any] | None:
+    """Return the matrix form of a contraction, or None if the operator is none."""
+    return _LINEAR.get(_key(op_type, domain))
 
 
 def find_macs(op_type: str, *, domain: str = "") -> Callable[..., Any] | None:

@@ -87,9 +87,7 @@ def resolve_shape(shape: Sequence[int], target: Sequence[int], *, allowzero: boo
 
 
 @run_op("Reshape")
-def Reshape(
-    x: Tensor, shape: IntsLike = None, *, allowzero: int = 0, unit: UnitShapes | None = None
-) -> Tensor:
+def Reshape(x: Tensor, shape: Tensor, *, allowzero: int = 0, unit: UnitShapes | None = None) -> Tensor:
     """Reshape: 0 copies a size (unless ``allowzero``), -1 infers one."""
     if unit is not None and (factor := unit.factor([x, shape])) not in (None, 1):
         grown = unit.grown_output(factor)
@@ -165,11 +163,12 @@ def DepthToSpace(x: Tensor, *, blocksize: int, mode: str = "DCR") -> Tensor:
 
 
 @run_op("SpaceToDepth")
-def SpaceToDepth(x: Tensor, *, blocksize: int) -> Tensor:
-    """Move blocks of space of x [N, C, H, W] into channels."""
+def SpaceToDepth(x: Tensor, *, blocksize: int, mode: str = "DCR") -> Tensor:
+    """Move blocks of space of x [N, C, H, W] into channels: the inverse of DepthToSpace."""
     n, c, h, w = x.shape
     b = blocksize
-    y = x.reshape(n, c, h // b, b, w // b, b).permute(0, 3, 5, 1, 2, 4)
+    y = x.reshape(n, c, h // b, b, w // b, b)
+    y = y.permute(0, 3, 5, 1, 2, 4) if mode == "DCR" else y.permute(0, 1, 3, 5, 2, 4)
     return y.reshape(n, c * b * b, h // b, w // b)
 
 

@@ -44,7 +44,7 @@ def resolve_pads(
     if auto_pad not in ("SAME_UPPER", "SAME_LOWER"):
         raise ValueError(f"unknown auto_pad {auto_pad!r}")
     begins, ends = [], []
-    for size, width, stride, dilation in zip(sizes, kernel, strides, dilations):
+    for size, width, stride, dilation in zip(sizes, kernel, strides, dilations, strict=True):
         n_out = -(-size // stride)
         total = max((n_out - 1) * stride + dilation * (width - 1) + 1 - size, 0)
         small, large = total // 2, total - total // 2
@@ -57,7 +57,7 @@ def pad_spatial(x: Tensor, begins: Sequence[int], ends: Sequence[int], *, value:
     """Pad the last ``len(begins)`` axes of ``x`` with a constant (negative amounts crop)."""
     if not any(begins) and not any(ends):
         return x
-    amounts = [amount for pair in zip(reversed(begins), reversed(ends)) for amount in pair]
+    amounts = [amount for pair in zip(reversed(begins), reversed(ends), strict=True) for amount in pair]
     return F.pad(x, amounts, value=value)
 
 
