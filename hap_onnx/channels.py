@@ -1,0 +1,449 @@
+"""Coupling: which channels must go together.
+
+Every channel that a contraction (Conv, Gemm, MatMul) produces gets an integer id, and the ids flow along
+the tensors of the graph: elementwise operators join the ids that meet, data movement carries them,
+contractions join the ids that they read with an axis of their weight and make fresh ids for what they
+produce. What is joined in the end is one *element*: it is kept or removed as a whole. Elements that touch
+the same axes in the same way form a *channel group*, the unit of planning: which of them stay is a matter
+of sensitivity, how many is a matter of cost.
+
+A tensor carries ids along at most one axis. That is no restriction of the method: a tensor is a regular
+grid, so it can lose slices along one axis only. Where a Reshape spreads ids over two axes (channel
+shuffle, grouped weights), they are joined along one of them; the finer alternative is tried first.
+
+What is not understood is frozen, with a reason: an operator without a rule, an output of the model,
+a normalisation over the channels. A frozen channel is never removed.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+import onnx_graphsurgeon as gs
+from numpy.typing import NDArray
+from scipy.sparse import coo_matrix
+from scipy.sparse.csgraph import connected_components
+
+from hap_onnx.ops.registry import find_flow
+
+_log = logging.getLogger(__name__)
+
+Ids = NDArray[np.int64]
+Role = Literal["producer", "follower", "consumer"]
+
+FIXED = 0
+"""The id of a position that can never be removed."""
+
+
+@dataclass(frozen=True)
+class IdAxis:
+    """The ids along the one axis of a tensor that carries channels; ``ids`` has the axis' length."""
+
+    axis: int
+    ids: Ids
+
+
+@dataclass(frozen=True)
+class WeightAxis:
+    """One axis of an initializer; ``elements[i]`` is the element of its position i, or -1 if it must stay."""
+
+    initializer: str
+    axis: int
+    role: Role
+    elements: Ids
+
+
+@dataclass(frozen=True)
+class Read:
+    """A contraction that reads channels: input ``index`` of ``node``, along ``axis`` of ``tensor``.
+
+    ``elements[i]`` is the element of position i of the axis, or -1. Multiplying the tensor by a mask here,
+    at every read, has the same effect on the outputs as removing the masked elements.
+    """
+
+    node: str
+    index: int
+    tensor: str
+    axis: int
+    elements: Ids
+
+
+@dataclass(frozen=True)
+class ChannelGroup:
+    """Elements that touch the same weight axes: interchangeable in cost, not in sensitivity.
+
+    ``axes`` holds (initializer, axis, positions per element). ``frozen`` is None, or the reason why
+    nothing of the group can be removed.
+    """
+
+    name: str
+    elements: Ids
+    axes: tuple[tuple[str, int, int], ...]
+    producers: tuple[str, ...]
+    consumers: tuple[str, ...]
+    frozen: str | None = None
+
+    @property
+    def size(self) -> int:
+        return len(self.elements)
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """A node whose channels cannot be pruned, and why."""
+
+    node: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Coupling:
+    """Everything that is known about the channels of a graph.
+
+    ``tensors`` maps a tensor name to its channel axis and the element (or -1) of each position.
+    """
+
+    n_elements: int
+    groups: tuple[ChannelGroup, ...]
+    weights: tuple[WeightAxis, ...]
+    tensors: Mapping[str, IdAxis]
+    reads: tuple[Read, ...]
+    frozen: tuple[Frozen, ...]
+    initializer_nodes: Mapping[str, tuple[str, ...]]
+
+
+@dataclass
+class Flow:
+    """The ids of a graph while they flow; what the rules in ``hap_onnx.ops`` work on."""
+
+    graph: gs.Graph
+    shapes: Mapping[str, tuple[int, ...]]
+    representative: Ids = field(default_factory=lambda: np.zeros(1, np.int64))
+    merge_choices: dict[str, int] = field(default_factory=dict)
+    n_ids: int = 1
+    tensors: dict[str, IdAxis] = field(default_factory=dict)
+    bound: dict[tuple[str, int], tuple[Ids, Role]] = field(default_factory=dict)
+    users: dict[str, list[str]] = field(default_factory=dict)
+    reads: list[tuple[str, int, str, IdAxis]] = field(default_factory=list)
+    edges: list[tuple[Ids, Ids]] = field(default_factory=list)
+    marks: list[tuple[Ids, str, str]] = field(default_factory=list)
+    merges: dict[str, tuple[Ids, int]] = field(default_factory=dict)
+
+    def shape(self, tensor: gs.Tensor) -> tuple[int, ...]:
+        """Shape of a tensor at the probe input."""
+        if isinstance(tensor, gs.Constant):
+            return tuple(tensor.shape)
+        return self.shapes[tensor.name]
+
+    def ids(self, tensor: gs.Tensor) -> IdAxis | None:
+        """The channel axis of an activation, or None if it carries no channels."""
+        return self.tensors.get(tensor.name)
+
+    def fresh(self, n: int) -> Ids:
+        """Make n new ids (those of an earlier pass come back already joined)."""
+        raw = np.arange(self.n_ids, self.n_ids + n, dtype=np.int64)
+        self.n_ids += n
+        known = raw < len(self.representative)
+        raw[known] = self.representative[raw[known]]
+        return raw
+
+    def join(self, a: Ids, b: Ids) -> None:
+        """Say that the ids at equal positions of a and b can only go together."""
+        differ = a != b
+        if differ.any():
+            self.edges.append((a[differ], b[differ]))
+
+    def freeze(self, what: IdAxis | Ids | None, node: gs.Node, reason: str) -> None:
+        """Say that none of these ids can be removed."""
+        if what is None:
+            return
+        ids = what.ids if isinstance(what, IdAxis) else what
+        if ids.size:
+            self.marks.append((np.unique(ids), node.name, reason))
+
+    def put(self, tensor: gs.Tensor, axis: int, ids: Ids) -> None:
+        """Let ``tensor`` carry ``ids`` along ``axis``."""
+        shape = self.shape(tensor)
+        if shape[axis] != len(ids):
+            raise AssertionError(f"{tensor.name}: {len(ids)} ids on an axis of {shape[axis]}")
+        self.tensors[tensor.name] = IdAxis(axis, ids)
+
+    def use(self, constant: gs.Tensor, node: gs.Node) -> None:
+        """Say that ``node`` is aware of how it uses ``constant`` (else its channels are frozen)."""
+        users = self.users.setdefault(constant.name, [])
+        if node.name not in users:
+            users.append(node.name)
+
+    def bind(self, constant: gs.Tensor, axis: int, ids: Ids, role: Role, node: gs.Node) -> None:
+        """Let ``axis`` of an initializer carry ``ids``; a shared one joins what it already carries."""
+        if constant.shape[axis] != len(ids):
+            raise AssertionError(f"{constant.name}: {len(ids)} ids on an axis of {constant.shape[axis]}")
+        self.use(constant, node)
+        key = (constant.name, axis)
+        if key in self.bound:
+            self.join(self.bound[key][0], ids)
+        else:
+            self.bound[key] = (ids, role)
+
+    def read(self, node: gs.Node, index: int) -> None:
+        """Record that a contraction reads the channels of its input ``index``."""
+        tensor = node.inputs[index]
+        found = self.ids(tensor)
+        if found is not None:
+            self.reads.append((node.name, index, tensor.name, found))
+
+    def merge(self, node: gs.Node, ids: Ids) -> tuple[int, Ids]:
+        """Join ids that spread over several axes until they vary along one; return it and its ids.
+
+        Of the axes along which ``ids`` (any number of axes, size 1 where constant) vary, the one that
+        leaves the most elements is taken, unless ``merge_choices`` names another for this node.
+        """
+        varying = [axis for axis in range(ids.ndim) if _varies(ids, axis)]
+        if len(varying) <= 1:
+            axis = varying[0] if varying else int(np.argmax(ids.shape))
+            index = tuple(slice(None) if a == axis else 0 for a in range(ids.ndim))
+            return axis, np.ascontiguousarray(ids[index])
+        by_size = sorted(varying, key=lambda axis: (-_n_left(ids, axis), axis))
+        choice = self.merge_choices.get(node.name, 0)
+        axis = by_size[choice % len(by_size)]
+        self.merges[node.name] = (np.unique(ids), len(by_size))
+        rows = np.moveaxis(ids, axis, 0).reshape(ids.shape[axis], -1)
+        first = np.ascontiguousarray(rows[:, 0])
+        self.join(np.repeat(first, rows.shape[1]), rows.ravel())
+        return axis, first
+
+
+def _varies(ids: Ids, axis: int) -> bool:
+    return ids.shape[axis] > 1 and bool((ids != np.take(ids, [0], axis=axis)).any())
+
+
+def _n_left(ids: Ids, axis: int) -> int:
+    """Count the elements that are left when ids are joined until they vary along ``axis`` only."""
+    rows = np.moveaxis(ids, axis, 0).reshape(ids.shape[axis], -1)
+    _, dense = np.unique(rows, return_inverse=True)
+    dense = dense.reshape(rows.shape)
+    graph = coo_matrix((np.ones(dense.size), (np.repeat(dense[:, 0], dense.shape[1]), dense.ravel())))
+    n = int(dense.max()) + 1
+    graph.resize((n, n))
+    return int(connected_components(graph, directed=False)[0])
+
+
+def find_groups(
+    graph: gs.Graph,
+    shapes: Mapping[str, tuple[int, ...]],
+    *,
+    exclude: Mapping[str, str] | None = None,
+) -> Coupling:
+    """Find the channel groups of a normalised graph.
+
+    Args:
+        graph: a graph from ``model_io.normalise``.
+        shapes: the shape of every tensor at a probe input; its batch should be at least 2, so that
+            batch and channels cannot be mixed up.
+        exclude: names of nodes or initializers whose channels must stay, with the reason.
+    """
+    choices: dict[str, int] = {}
+    best = _settle(graph, shapes, choices, exclude or {})
+    # Where a merge ended in a frozen group, try its alternatives: whole groups of a GroupNormalization
+    # spelled as Reshape and InstanceNormalization can go, single channels cannot.
+    for name, (ids, n_alternatives) in list(best.merges.items()):
+        frozen = _frozen_ids(best)
+        if not frozen[ids].any():
+            continue
+        for choice in range(1, n_alternatives):
+            trial = _settle(graph, shapes, {**choices, name: choice}, exclude or {})
+            if _n_free(trial) > _n_free(best):
+                best, choices = trial, {**choices, name: choice}
+                break
+    return _collect(best)
+
+
+def _settle(
+    graph: gs.Graph, shapes: Mapping[str, tuple[int, ...]], choices: dict[str, int], exclude: Mapping[str, str]
+) -> Flow:
+    """Flow until joins that were found late no longer change the merges that were chosen early."""
+    representative = np.zeros(1, np.int64)
+    for _ in range(4):
+        flow = Flow(graph, shapes, representative=representative, merge_choices=choices)
+        _flow_once(flow, exclude)
+        joined = _representatives(flow)
+        if np.array_equal(joined, representative):
+            break
+        representative = joined
+    return flow
+
+
+def _flow_once(flow: Flow, exclude: Mapping[str, str]) -> None:
+    graph = flow.graph
+    for node in graph.nodes:
+        rule = find_flow(node.op, domain=node.domain or "")
+        n_before = len(flow.bound)
+        if rule is None:
+            for tensor in node.inputs:
+                flow.freeze(flow.ids(tensor), node, f"{node.op} is not an operator that channels are followed through")
+        else:
+            rule(node, flow)
+        if node.name in exclude:
+            for tensor in (*node.inputs, *node.outputs):
+                flow.freeze(flow.ids(tensor), node, exclude[node.name])
+            for ids, _ in list(flow.bound.values())[n_before:]:
+                flow.freeze(ids, node, exclude[node.name])
+    for tensor in graph.outputs:
+        producer = tensor.inputs[0] if tensor.inputs else None
+        if producer is not None:
+            flow.freeze(flow.ids(tensor), producer, f"its channels are the model's output '{tensor.name}'")
+    consumers: dict[str, list[gs.Node]] = {}
+    for node in graph.nodes:
+        for name in _constants_read(node):
+            consumers.setdefault(name, []).append(node)
+    outputs = {tensor.name for tensor in graph.outputs}
+    for (name, _), (ids, _) in flow.bound.items():
+        strangers = [node for node in consumers.get(name, []) if node.name not in flow.users[name]]
+        for node in strangers:
+            flow.freeze(ids, node, f"the initializer '{name}' is also used by {node.op} '{node.name}'")
+        if name in outputs:
+            flow.freeze(ids, consumers[name][0], f"the initializer '{name}' is also an output of the model")
+        if name in exclude:
+            flow.freeze(ids, consumers[name][0], exclude[name])
+
+
+def _constants_read(node: gs.Node) -> set[str]:
+    """Names of the constants that a node reads, also from within its subgraphs."""
+    names = {tensor.name for tensor in node.inputs if isinstance(tensor, gs.Constant)}
+    for value in node.attrs.values():
+        if isinstance(value, gs.Graph):
+            for inner in value.nodes:
+                names |= _constants_read(inner) | {tensor.name for tensor in inner.inputs}
+            names |= {tensor.name for tensor in value.outputs}
+    return names
+
+
+def _representatives(flow: Flow) -> Ids:
+    """Map each id to the smallest id that it is joined with."""
+    n = flow.n_ids
+    if flow.edges:
+        rows = np.concatenate([a for a, _ in flow.edges])
+        columns = np.concatenate([b for _, b in flow.edges])
+    else:
+        rows = columns = np.zeros(0, np.int64)
+    # Ids of an earlier pass are already replaced by their representatives: join those too.
+    known = np.arange(min(n, len(flow.representative)))
+    rows = np.concatenate([rows, known])
+    columns = np.concatenate([columns, flow.representative[known]])
+    _, labels = connected_components(coo_matrix((np.ones(len(rows)), (rows, columns)), shape=(n, n)), directed=False)
+    smallest = np.full(labels.max() + 1, n, np.int64)
+    np.minimum.at(smallest, labels, np.arange(n))
+    return smallest[labels]
+
+
+def _frozen_ids(flow: Flow) -> NDArray[np.bool_]:
+    roots = _representatives(flow)
+    frozen = np.zeros(flow.n_ids, bool)
+    frozen[roots[FIXED]] = True
+    for ids, _, _ in flow.marks:
+        frozen[roots[ids]] = True
+    return frozen[roots]
+
+
+def _n_free(flow: Flow) -> int:
+    roots = _representatives(flow)
+    producers = [ids for ids, role in flow.bound.values() if role == "producer"]
+    if not producers:
+        return 0
+    ids = np.unique(roots[np.concatenate(producers)])
+    return int((~_frozen_ids(flow)[ids]).sum())
+
+
+def _collect(flow: Flow) -> Coupling:
+    roots = _representatives(flow)
+    frozen = _frozen_ids(flow)
+    reasons: dict[int, tuple[str, str]] = {}
+    for ids, node, reason in flow.marks:
+        for root in np.unique(roots[ids]):
+            reasons.setdefault(int(root), (node, reason))
+
+    producers = [ids for ids, role in flow.bound.values() if role == "producer"]
+    produced = np.unique(roots[np.concatenate(producers)]) if producers else np.zeros(0, np.int64)
+    free = produced[~frozen[produced]]
+    # Zeros from a Pad that nothing produces can go too, where a contraction reads them.
+    element_of_id = np.full(flow.n_ids, -1, np.int64)
+    element_of_id[free] = np.arange(len(free))
+    element_of_id = element_of_id[roots]
+
+    weights = tuple(
+        WeightAxis(name, axis, role, element_of_id[ids]) for (name, axis), (ids, role) in flow.bound.items()
+    )
+    return Coupling(
+        n_elements=len(free),
+        groups=_group_elements(weights, len(free), flow),
+        weights=tuple(weight for weight in weights if (weight.elements >= 0).any()),
+        tensors={
+            name: IdAxis(found.axis, element_of_id[found.ids])
+            for name, found in flow.tensors.items()
+            if (element_of_id[found.ids] >= 0).any()
+        },
+        reads=tuple(
+            Read(node, index, tensor, found.axis, element_of_id[found.ids])
+            for node, index, tensor, found in flow.reads
+            if (element_of_id[found.ids] >= 0).any()
+        ),
+        frozen=_frozen_nodes(flow, roots, frozen, reasons),
+        initializer_nodes={name: tuple(users) for name, users in flow.users.items()},
+    )
+
+
+def _group_elements(weights: Iterable[WeightAxis], n_elements: int, flow: Flow) -> tuple[ChannelGroup, ...]:
+    """Put elements with the same signature, (weight axis, number of positions) over all axes, together."""
+    signatures: list[list[tuple[int, int]]] = [[] for _ in range(n_elements)]
+    weights = tuple(weights)
+    for index, weight in enumerate(weights):
+        elements, counts = np.unique(weight.elements[weight.elements >= 0], return_counts=True)
+        for element, count in zip(elements.tolist(), counts.tolist(), strict=True):
+            signatures[element].append((index, count))
+    members: dict[tuple[tuple[int, int], ...], list[int]] = {}
+    for element, signature in enumerate(signatures):
+        members.setdefault(tuple(signature), []).append(element)
+    groups = []
+    taken: set[str] = set()
+    for signature, elements_of_group in members.items():
+        by_role: dict[str, dict[str, None]] = {"producer": {}, "consumer": {}, "follower": {}}
+        for index, _ in signature:
+            for node in flow.users[weights[index].initializer]:
+                by_role[weights[index].role][node] = None
+        name = base = next(iter(by_role["producer"]))
+        n = 1
+        while name in taken:
+            n += 1
+            name = f"{base}#{n}"
+        taken.add(name)
+        groups.append(
+            ChannelGroup(
+                name=name,
+                elements=np.array(elements_of_group, np.int64),
+                axes=tuple((weights[i].initializer, weights[i].axis, count) for i, count in signature),
+                producers=tuple(by_role["producer"]),
+                consumers=tuple(by_role["consumer"]),
+            )
+        )
+    return tuple(groups)
+
+
+def _frozen_nodes(
+    flow: Flow, roots: Ids, frozen: NDArray[np.bool_], reasons: Mapping[int, tuple[str, str]]
+) -> tuple[Frozen, ...]:
+    """Name each node that produces channels of which none can go, with the first reason found."""
+    result: dict[str, Frozen] = {}
+    for (name, _), (ids, role) in flow.bound.items():
+        if role != "producer" or not frozen[ids].all():
+            continue
+        node, reason = next(
+            (reasons[int(root)] for root in roots[ids] if int(root) in reasons), ("", "joined with channels that must stay")
+        )
+        for user in flow.users[name]:
+            text = reason if node in ("", user) else f"{reason} (at '{node}')"
+            result.setdefault(user, Frozen(user, text))
+    return tuple(result.values())

@@ -1,0 +1,241 @@
+"""Surgery: pure functions from a graph and a decision to a new graph.
+
+Weights lose slices along their axes as the coupling says; literals that count channels (sizes, bounds,
+indices) follow by the rules in ``hap_onnx.ops``. A contraction that loses all its inputs is a constant,
+its bias, and what becomes constant or unused after that goes too: that is how a whole residual branch
+is removed. The input graph is never changed: arrays are replaced, not written into.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_graphsurgeon as gs
+import torch
+from numpy.typing import NDArray
+
+from hap_onnx.channels import Coupling, IdAxis
+from hap_onnx.errors import SurgeryError
+from hap_onnx.ops.registry import find_edit, find_flow
+from hap_onnx.twin import build_twin
+
+_log = logging.getLogger(__name__)
+
+_CONSTANT = "_hap_constant"
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What is left of a tensor's channel axis: the old positions, in order."""
+
+    axis: int
+    positions: NDArray[np.int64]
+
+
+class Cut:
+    """What the edit rules may ask and change while channels are removed from ``graph``."""
+
+    def __init__(
+        self,
+        graph: gs.Graph,
+        shapes: Mapping[str, tuple[int, ...]],
+        tensors: Mapping[str, IdAxis],
+        keep: NDArray[np.bool_],
+    ) -> None:
+        self._tensors = tensors
+        self._keep = keep
+        self._shapes = shapes
+        self._n_new = 0
+        self.opset: int = graph.opset
+
+    def kept(self, tensor: gs.Tensor) -> Kept | None:
+        """What is left of the channels of a tensor; None if it carries none that can go."""
+        found = self._tensors.get(tensor.name)
+        if found is None:
+            return None
+        return Kept(found.axis, kept_positions(found.ids, self._keep))
+
+    def shape(self, tensor: gs.Tensor) -> tuple[int, ...]:
+        """Shape of a tensor before the cut, at the probe input."""
+        return self._shapes[tensor.name]
+
+    def new_shape(self, tensor: gs.Tensor) -> tuple[int, ...]:
+        """Shape of a tensor after the cut, at the probe input."""
+        return shape_after(self._shapes[tensor.name], self._tensors.get(tensor.name), self._keep)
+
+    def ints(self, node: gs.Node, index: int, attribute: str) -> list[int] | None:
+        """Integers from an attribute or a constant input; [] if neither is there, None if computed."""
+        if attribute in node.attrs:
+            return [int(value) for value in np.ravel(node.attrs[attribute])]
+        if len(node.inputs) <= index or not node.inputs[index].name:
+            return []
+        tensor = node.inputs[index]
+        return [int(value) for value in np.ravel(tensor.values)] if isinstance(tensor, gs.Constant) else None
+
+    def set_ints(
+        self, node: gs.Node, index: int, attribute: str, values: Sequence[int], *, as_attribute: bool
+    ) -> None:
+        """Replace integers where they came from; a shared constant is replaced for this node only."""
+        if as_attribute:
+            node.attrs[attribute] = list(values)
+        else:
+            self.set_constant(node, index, np.array(values, np.int64))
+
+    def set_constant(self, node: gs.Node, index: int, values: np.ndarray) -> None:
+        """Give a node a constant input of its own."""
+        old = node.inputs[index].name if len(node.inputs) > index else ""
+        if old and isinstance(node.inputs[index], gs.Constant):
+            values = values.astype(node.inputs[index].values.dtype).reshape(
+                values.shape if values.ndim else node.inputs[index].shape
+            )
+        self._n_new += 1
+        constant = gs.Constant(f"{old or node.name}_hap{self._n_new}", np.ascontiguousarray(values))
+        while len(node.inputs) <= index:
+            node.inputs.append(gs.Variable.empty())
+        node.inputs[index] = constant
+
+    def edit_shape_input(self, node: gs.Node, index: int, *, ones_stay: bool = False) -> None:
+        """Let a target shape follow where the output's shape changed: never an entry of 0 or -1.
+
+        Entries that other nodes compute are left: they count channels themselves, or the check of all
+        shapes after the cut finds out.
+        """
+        before, after = self.shape(node.outputs[0]), self.new_shape(node.outputs[0])
+        changed = [axis for axis in range(len(before)) if before[axis] != after[axis]]
+        target = node.inputs[index]
+        if isinstance(target, gs.Constant):
+            literal = np.array(target.values)
+            offset = len(before) - len(literal)  # Expand's shape may be shorter than its output
+            for axis in changed:
+                entry = literal[axis - offset] if axis >= offset else 1
+                if entry > 1 or (entry == 1 and not ones_stay and before[axis] == 1):
+                    literal[axis - offset] = after[axis]
+            if not np.array_equal(literal, target.values):
+                self.set_constant(node, index, literal)
+            return
+        self._edit_concatenated(target, before, after, changed)
+
+    def _edit_concatenated(
+        self, target: gs.Tensor, before: tuple[int, ...], after: tuple[int, ...], changed: list[int]
+    ) -> None:
+        """Edit the constants among the parts of a computed shape (Concat of one entry each)."""
+        if not target.inputs or len(target.inputs[0].inputs) != len(before):
+            return
+        parts = target.inputs[0]
+        for axis in changed:
+            part = parts.inputs[axis]
+            if isinstance(part, gs.Constant) and part.values.size == 1 and int(part.values.ravel()[0]) == before[axis]:
+                self.set_constant(parts, axis, np.full(part.shape, after[axis], np.int64))
+
+
+def kept_positions(elements: NDArray[np.int64], keep: NDArray[np.bool_]) -> NDArray[np.int64]:
+    """Positions of an axis that stay: those of kept elements and those of none (-1)."""
+    return np.flatnonzero((elements < 0) | keep[np.maximum(elements, 0)]) if keep.size else np.arange(len(elements))
+
+
+def shape_after(shape: tuple[int, ...], found: IdAxis | None, keep: NDArray[np.bool_]) -> tuple[int, ...]:
+    """The shape of a tensor once the elements that are not kept are gone."""
+    if found is None:
+        return shape
+    n_kept = len(kept_positions(found.ids, keep))
+    return (*shape[: found.axis], n_kept, *shape[found.axis + 1 :])
+
+
+def remove_channels(
+    graph: gs.Graph, coupling: Coupling, keep: NDArray[np.bool_], *, shapes: Mapping[str, tuple[int, ...]]
+) -> gs.Graph:
+    """Return a new graph without the elements that are not kept.
+
+    Args:
+        graph: the normalised graph that ``coupling`` was found on.
+        keep: one flag per element of ``coupling``.
+        shapes: the probe shapes that ``coupling`` was found with.
+
+    Raises:
+        SurgeryError: the decision leaves an axis empty that must not be.
+    """
+    if keep.shape != (coupling.n_elements,):
+        raise SurgeryError(f"the plan decides {keep.size} elements, the model has {coupling.n_elements}")
+    result = graph.copy()
+    tensors = result.tensors()
+    all_shapes = {**{n: tuple(t.shape) for n, t in tensors.items() if isinstance(t, gs.Constant)}, **shapes}
+    cut = Cut(result, all_shapes, coupling.tensors, keep)
+
+    # 1. Contractions that read nothing any more become their bias.
+    dead = _dead_reads(coupling, keep)
+    # 2. Weights.
+    slices: dict[str, list[tuple[int, NDArray[np.int64]]]] = {}
+    for weight in coupling.weights:
+        positions = kept_positions(weight.elements, keep)
+        if len(positions) < len(weight.elements):
+            slices.setdefault(weight.initializer, []).append((weight.axis, positions))
+    for name, cuts in slices.items():
+        constant = tensors[name]
+        values = constant.values
+        for axis, positions in cuts:
+            values = np.take(values, positions, axis=axis)
+        constant.values = np.ascontiguousarray(values)
+    # 3. Literals.
+    for node in result.nodes:
+        edit = find_edit(node.op, domain=node.domain or "")
+        if edit is not None:
+            edit(node, cut)
+    for node in [node for node in result.nodes if node.name in dead]:
+        _replace_by_bias(result, node, all_shapes)
+    if dead:
+        _fold_constants(result)
+    return result.cleanup(remove_unused_graph_inputs=False).toposort()
+
+
+def _dead_reads(coupling: Coupling, keep: NDArray[np.bool_]) -> set[str]:
+    return {read.node for read in coupling.reads if not len(kept_positions(read.elements, keep))}
+
+
+def _replace_by_bias(graph: gs.Graph, node: gs.Node, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Replace a contraction without inputs by its bias (or zeros), one number per channel.
+
+    The channel axis of the bias is the output's: axis 1 for convolutions and Gemm, the last for MatMul.
+    """
+    out = node.outputs[0]
+    ndim = len(shapes[out.name])
+    weight = next(tensor for tensor in node.inputs if isinstance(tensor, gs.Constant))
+    bias = node.inputs[2] if len(node.inputs) > 2 and node.inputs[2].name else None
+    if bias is not None:
+        values = np.ravel(bias.values)
+    else:
+        transposed = node.op == "Gemm" and not int(node.attrs.get("transB", 0))
+        n_out = weight.shape[-1] if node.op == "MatMul" or transposed else weight.shape[0]
+        values = np.zeros(n_out, weight.values.dtype)
+    axis = ndim - 1 if node.op == "MatMul" else 1
+    shape = [1] * ndim
+    shape[axis] = len(values)
+    constant = gs.Constant(out.name + _CONSTANT, np.ascontiguousarray(values.reshape(shape)))
+    _rewire(out, constant)
+    node.outputs.clear()
+
+
+def _rewire(old: gs.Tensor, new: gs.Tensor) -> None:
+    for consumer in list(old.outputs):
+        for index, tensor in enumerate(consumer.inputs):
+            if tensor is old:
+                consumer.inputs[index] = new
+
+
+def _fold_constants(graph: gs.Graph) -> None:
+    """Evaluate the nodes that read nothing but constants since a branch is gone (normalisation, activation)."""
+    for node in graph.toposort().nodes:
+        inputs = [tensor for tensor in node.inputs if tensor.name]
+        if not node.outputs or not any(tensor.name.endswith(_CONSTANT) for tensor in inputs):
+            continue
+        if not all(isinstance(tensor, gs.Constant) for tensor in inputs) or find_flow(node.op, domain=node.domain or "") is None:
+            continue
+        single = gs.Graph(nodes=[node], outputs=list(node.outputs), opset=graph.opset)
+        with torch.no_grad():
+            values = {name: value.detach().numpy() for name, value in build_twin(single)({}).items()}
+        for output in list(node.outputs):
+            dtype = output.dtype or np.float32
+            _rewire(output, gs.Constant(output.name + _CONSTANT, values[output.name].astype(dtype)))
+        node.outputs.clear()
