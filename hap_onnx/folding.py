@@ -65,6 +65,11 @@ def make_context(prepared: ModelProto) -> Context:
         for subgraph in subgraphs(node):
             pinned |= captured(subgraph)
     header = ModelProto(ir_version=max(prepared.ir_version, 4), opset_import=prepared.opset_import)
+    imported = {entry.domain for entry in header.opset_import}
+    for domain in sorted({node.domain for node in nodes} - imported - set(DEFAULT_DOMAINS)):
+        header.opset_import.add(
+            domain=domain, version=1
+        )  # onnxruntime does not ask for it, shape inference does
     header.graph.name = prepared.graph.name
     header.graph.input.extend(prepared.graph.input)
     header.graph.output.extend(prepared.graph.output)
@@ -132,7 +137,7 @@ def _infer_proto(model: ModelProto) -> list[onnx.ValueInfoProto]:
     try:
         graph = onnx.shape_inference.infer_shapes(model, data_prop=True).graph
     except (onnx.shape_inference.InferenceError, RuntimeError, ValueError) as error:
-        _log.warning("shapes cannot be inferred, so less is folded: %s", error)
+        _log.info("shapes cannot be inferred, so less is folded: %s", error)
         graph = model.graph
     return [*graph.input, *graph.output, *graph.value_info]
 
@@ -153,7 +158,8 @@ def _inner_constants(node: gs.Node) -> list[gs.Constant]:
 
 
 def _is_plain(node: gs.Node, names: frozenset[str]) -> bool:
-    return node.op in names and (node.domain or "") in DEFAULT_DOMAINS
+    known = node.op in names and (node.domain or "") in DEFAULT_DOMAINS
+    return known and bool(node.inputs) and bool(node.outputs)
 
 
 def _is_ready(node: gs.Node, context: Context, derived: set[str], stuck: set[str]) -> bool:

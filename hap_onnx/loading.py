@@ -25,6 +25,7 @@ from hap_onnx.protos import (
     copy_without,
     count_bytes,
     describe,
+    find_broken_text,
     opset_of,
     reads,
     walk_tensors,
@@ -131,6 +132,9 @@ def _check_header(proto: ModelProto, label: str) -> None:
         raise ModelError(
             f"{label} has no outputs, so nothing can be compared; export it with at least one output"
         )
+    broken = find_broken_text(proto)
+    if broken is not None:
+        raise ModelError(f"{label} is damaged: a {broken!r} in it is not text; export or download it again")
     if proto.ir_version < 1:
         raise ModelError(f"{label} does not say which version of the ONNX format it has; export it again")
     if opset_of(proto) is None and any(node.domain in DEFAULT_DOMAINS for node in proto.graph.node):
@@ -151,6 +155,12 @@ def _check_structure(graph: GraphProto, label: str) -> None:
                 f"{label} has two inputs or initializers called {name!r}; names must be unique and not empty"
             )
         written.add(name)
+    for value in [*graph.input, *graph.output]:
+        element = value.type.tensor_type.elem_type
+        if element not in TensorProto.DataType.values():
+            raise ModelError(
+                f"{label}: {value.name!r} has the unknown element type {element}; export the model again"
+            )
     for node in graph.node:
         for name in node.output:
             if name and name in written:

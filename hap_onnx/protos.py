@@ -18,6 +18,7 @@ from hap_onnx.errors import ModelError, SurgeryError
 
 DEFAULT_DOMAINS = ("", "ai.onnx")
 MAX_PROTO_BYTES = 2**31 - 1  # protobuf's limit for one message
+_MAX_AXES = 32  # numpy 1 allows no more
 _GRAPH_ATTRIBUTES = (AttributeProto.GRAPH, AttributeProto.GRAPHS)
 # Elements per byte of the types that are packed.
 _PACKED: dict[int, int] = {
@@ -123,6 +124,21 @@ def _walk_node(node: NodeProto) -> Iterator[tuple[str, TensorProto]]:
         yield from _walk_graph(graph)
 
 
+def find_broken_text(message: Any) -> str | None:
+    """Return the name of a text field that is not valid UTF-8 (protobuf then gives bytes), or None."""
+    for field, value in message.ListFields():
+        if field.type == field.TYPE_STRING:
+            values = [value] if isinstance(value, (str, bytes)) else value
+            if any(isinstance(text, bytes) for text in values):
+                return str(field.name)
+        elif field.type == field.TYPE_MESSAGE:
+            for part in [value] if hasattr(value, "ListFields") else value:
+                found = find_broken_text(part)
+                if found is not None:
+                    return found
+    return None
+
+
 def describe(node: NodeProto) -> str:
     """Name a node for a message: its own name, or its operator and first output."""
     return repr(node.name) if node.name else f"{node.op_type} that writes {next(iter(node.output), '')!r}"
@@ -152,6 +168,10 @@ def check_tensor(tensor: TensorProto, *, where: str) -> None:
     if any(dim < 0 for dim in tensor.dims):
         raise ModelError(
             f"{where} has the shape {list(tensor.dims)}, but none may be negative; export the model again"
+        )
+    if len(tensor.dims) > _MAX_AXES:
+        raise ModelError(
+            f"{where} has {len(tensor.dims)} axes, but {_MAX_AXES} is the most that can be handled"
         )
     if tensor.data_location == TensorProto.EXTERNAL:
         return

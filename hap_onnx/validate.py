@@ -290,7 +290,7 @@ def explain(error: Exception) -> str:
     )
     if node is not None and node["name"] and not text.startswith("node"):
         op = f" ({node['op']})" if node["op"] else ""
-        text = f"node {node['name']!r}{op}: {text}"
+        text = f"node {node['name']!r}{op}: {text.split('Status Message: ')[-1]}"
     return text if len(text) <= 600 else text[:597] + "..."
 
 
@@ -402,18 +402,18 @@ def compare_outputs(reference: Mapping[str, np.ndarray], candidate: Mapping[str,
     )
 
 
-def check_model(model: ModelProto | Path, *, reference: ModelProto | Path | None = None) -> None:
-    """Raise ValidationError unless a model is sound.
+def check_model(model: ModelProto | Path, *, reference: ModelProto | Path | None = None) -> str | None:
+    """Raise ValidationError unless a model is sound; return a remark for the user, if there is one.
 
     It must pass onnx.checker with full check (which infers all shapes strictly) and load in onnxruntime on
     the CPU without kinds of warnings that ``reference``, the model it came from, does not give. What
-    onnx.checker already says about the reference does not count either.
+    onnx.checker already says about the reference is not held against it but returned.
     """
     complaint = _checker_complaint(model)
     if complaint is not None:
         if reference is None or _checker_complaint(reference) is None:
             raise ValidationError(f"the written model does not pass onnx.checker: {complaint}")
-        _log.warning("the input model does not pass onnx.checker, and neither does the result: %s", complaint)
+        complaint = f"the input model does not pass onnx.checker, and neither does the result: {complaint}"
     try:
         warnings = _load_warnings(model)
     except ModelError as error:
@@ -423,6 +423,7 @@ def check_model(model: ModelProto | Path, *, reference: ModelProto | Path | None
         for place, text in warnings.items():
             if place not in known:
                 raise ValidationError(f"onnxruntime loads the written model with a new warning: {text}")
+    return complaint
 
 
 def _checker_complaint(model: ModelProto | Path) -> str | None:

@@ -6,6 +6,7 @@ import errno
 import os
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import ml_dtypes
@@ -233,6 +234,36 @@ def test_load_refuses_sizes_that_disagree_with_the_data() -> None:
     model.graph.initializer[0].data_type = 12345
     with pytest.raises(ModelError, match="unknown element type 12345"):
         load_model(model)
+
+
+def test_load_refuses_damaged_names_and_types() -> None:
+    content = conv_model().SerializeToString().replace(b"conv", b"co\xff\xfe")
+    model = ModelProto()
+    model.ParseFromString(content)
+    with pytest.raises(ModelError, match="a 'name' in it is not text"):
+        load_model(model)
+    model = conv_model()
+    model.graph.input[0].type.tensor_type.elem_type = 99
+    with pytest.raises(ModelError, match="'x' has the unknown element type 99"):
+        load_model(model)
+    model = conv_model()
+    model.graph.initializer[0].dims.extend([1] * 70)
+    with pytest.raises(ModelError, match="has 74 axes"):
+        load_model(model)
+
+
+def test_any_damage_is_a_model_error(tmp_path: Path) -> None:
+    """Whatever byte is changed: either the model still works, or the error is ours."""
+    content = bytearray(if_model().SerializeToString())
+    path = tmp_path / "m.onnx"
+    rng = np.random.default_rng(1)
+    for position in rng.integers(0, len(content), 150):
+        damaged = bytearray(content)
+        damaged[position] ^= int(rng.integers(1, 256))
+        path.write_bytes(damaged)
+        with suppress(ModelError):
+            source = load_model(path)
+            to_proto(normalise(source), source)
 
 
 def test_load_refuses_names_written_twice_or_never() -> None:
