@@ -232,9 +232,10 @@ def _fold_constants(graph: gs.Graph) -> None:
             continue
         if not all(isinstance(tensor, gs.Constant) for tensor in inputs) or find_flow(node.op, domain=node.domain or "") is None:
             continue
-        single = gs.Graph(nodes=[node], outputs=list(node.outputs), opset=graph.opset)
+        unused = gs.Variable("hap_unused", np.float32, (1,))  # a twin wants an input
+        single = gs.Graph(nodes=[node], inputs=[unused], outputs=list(node.outputs), opset=graph.opset)
         with torch.no_grad():
-            values = {name: value.detach().numpy() for name, value in build_twin(single)({}).items()}
+            values = {name: value.detach().numpy() for name, value in build_twin(single)({unused.name: torch.zeros(1)}).items()}
         for output in list(node.outputs):
             dtype = output.dtype or np.float32
             _rewire(output, gs.Constant(output.name + _CONSTANT, values[output.name].astype(dtype)))

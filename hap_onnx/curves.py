@@ -1,0 +1,198 @@
+"""Loss curves: what each width of each group costs, predicted and then corrected by measurement.
+
+The prediction comes from a sensitivity (the loss after each removal in the order of removal). It is corrected
+where it can be measured cheaply: at a few widths the group alone is removed, its consumers take over in
+closed form, and the model runs on from there; the distance of its outputs to the original's is the loss.
+Between the measured widths the ratio of measured to predicted loss is interpolated (linearly in its log).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_graphsurgeon as gs
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from hap_onnx.calibration import Subset
+from hap_onnx.channels import ChannelGroup, Coupling
+from hap_onnx.curvature import GroupConsumers, LayerCurvature, group_consumers, refitted_weights, to_tensors
+from hap_onnx.events import OnEvent, ignore_event, track
+from hap_onnx.twin import Step, Twin
+
+MEASURED_WIDTHS = (0.0, 0.25, 0.5, 0.75)
+_TINY = 1e-12
+
+Overrides = Mapping[tuple[str, int], Tensor]
+
+
+@dataclass(frozen=True)
+class GroupRanking:
+    """The order in which elements of a group go (indices into ``group.elements``) and the predicted loss.
+
+    ``loss[k]`` is the loss after k removals, [size + 1].
+    """
+
+    group: str
+    order: NDArray[np.int64]
+    loss: NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class GroupCurve:
+    """``loss[w]``: expected loss when w elements stay, [size + 1]; ``measured``: {width: measured loss}."""
+
+    group: str
+    loss: NDArray[np.float64]
+    measured: Mapping[int, float]
+
+
+def rank_by_score(group: ChannelGroup, score: NDArray[np.float64]) -> GroupRanking:
+    """Order the elements of a group by their score; losses add up."""
+    own = np.maximum(score[group.elements], 0.0)
+    order = np.argsort(own, kind="stable")
+    return GroupRanking(group.name, order, np.concatenate([[0.0], np.cumsum(own[order])]))
+
+
+def measure_curves(
+    graph: gs.Graph,
+    twin: Twin,
+    coupling: Coupling,
+    rankings: Sequence[GroupRanking],
+    curvature: Mapping[str, LayerCurvature],
+    subset: Subset,
+    *,
+    scales: Mapping[str, float],
+    batch_size: int,
+    on_event: OnEvent = ignore_event,
+) -> tuple[GroupCurve, ...]:
+    """Measure each group at a few widths and correct its predicted curve.
+
+    The model runs once per batch; at the first node that reads a group it forks once per width. Memory is
+    that of one batch and of the replaced weights.
+    """
+    nodes = {node.name: node for node in graph.nodes}
+    groups = {group.name: group for group in coupling.groups}
+    position = {step.name: index for index, step in enumerate(twin.steps)}
+    forks: dict[int, list[tuple[str, int, Overrides]]] = {}
+    for ranking in rankings:
+        group = groups[ranking.group]
+        parts = group_consumers(group, nodes, twin, curvature)
+        readers = [position[read.node] for read in coupling.reads if np.isin(read.elements, group.elements).any()]
+        if not readers:
+            continue
+        for width in sorted({int(round(group.size * share)) for share in MEASURED_WIDTHS}):
+            if width >= group.size:
+                continue
+            removed = ranking.order[: group.size - width]
+            overrides = _overrides(group, removed, coupling, parts, nodes, twin, curvature)
+            forks.setdefault(min(readers), []).append((group.name, width, overrides))
+    sums: dict[tuple[str, int], float] = {}
+    n_samples = 0
+    n_batches = -(-subset.n_samples // batch_size)
+    n_forks = sum(len(entries) for entries in forks.values())
+    work = _work(twin, subset, forks, scales=scales, batch_size=batch_size, sums=sums)
+    for n in track(work, stage="measure", total=n_batches * max(1, n_forks), on_event=on_event):
+        n_samples = max(n_samples, n)
+    return tuple(
+        _correct(
+            ranking,
+            {width: total / subset.n_samples for (name, width), total in sums.items() if name == ranking.group},
+        )
+        for ranking in rankings
+    )
+
+
+def _work(twin, subset, forks, *, scales, batch_size, sums):  # type: ignore[no-untyped-def]
+    """Run all forks of all batches; yields after each fork."""
+    seen = 0
+    with torch.no_grad():
+        for batch in subset.batches(batch_size):
+            inputs = to_tensors(batch.inputs, twin)
+            expected = twin(inputs)
+            seen += len(next(iter(batch.inputs.values())))
+            values: dict[str, Tensor] = dict(inputs)
+            for index, step in enumerate(twin.steps):
+                for name, width, overrides in forks.get(index, ()):
+                    outputs = _run_from(twin, index, values, overrides)
+                    key = (name, width)
+                    sums[key] = sums.get(key, 0.0) + output_distance(outputs, expected, scales)
+                    yield seen
+                _advance(twin, step, values, {})
+
+
+def output_distance(outputs: Mapping[str, Tensor], expected: Mapping[str, Tensor], scales: Mapping[str, float]) -> float:
+    """Half the squared, scaled distance, summed over samples."""
+    return sum(
+        float((scale**2) * 0.5 * (outputs[name] - expected[name]).double().square().sum())
+        for name, scale in scales.items()
+    )
+
+
+def _run_from(twin: Twin, start: int, values: Mapping[str, Tensor], overrides: Overrides) -> dict[str, Tensor]:
+    own = dict(values)
+    for step in twin.steps[start:]:
+        _advance(twin, step, own, overrides)
+    return {name: own[name] for name in twin.output_names if name in own}
+
+
+def _advance(twin: Twin, step: Step, values: dict[str, Tensor], overrides: Overrides) -> None:
+    def on_read(step: Step, index: int, tensor: Tensor) -> Tensor:
+        return overrides.get((step.name, index), tensor)
+
+    outputs = twin.run_step(step, values, on_read=on_read if overrides else None)
+    for name, tensor in zip(step.outputs, outputs, strict=False):
+        if name:
+            values[name] = tensor
+    for name in step.last_use:
+        values.pop(name, None)
+
+
+def _overrides(
+    group: ChannelGroup,
+    removed: NDArray[np.int64],
+    coupling: Coupling,
+    parts: GroupConsumers,
+    nodes: Mapping[str, gs.Node],
+    twin: Twin,
+    curvature: Mapping[str, LayerCurvature],
+) -> dict[tuple[str, int], Tensor]:
+    """Weights without the removed elements: refitted where statistics are there, else with zeros."""
+    result = refitted_weights(parts, removed, nodes, twin, curvature)
+    gone = group.elements[removed]
+    consumer_axes = {
+        weight.initializer: (weight.axis, np.isin(weight.elements, gone))
+        for weight in coupling.weights
+        if weight.role == "consumer"
+    }
+    for read in coupling.reads:
+        node = nodes[read.node]
+        for index, tensor in enumerate(node.inputs):
+            if tensor.name in consumer_axes and (read.node, index) not in result:
+                axis, hit = consumer_axes[tensor.name]
+                if not hit.any():
+                    continue
+                weight = twin.constant(tensor.name).detach().clone()
+                weight.index_fill_(axis, torch.from_numpy(np.flatnonzero(hit)).to(weight.device), 0.0)
+                result[read.node, index] = weight
+    return result
+
+
+def _correct(ranking: GroupRanking, measured: Mapping[int, float]) -> GroupCurve:
+    """Scale the predicted curve so that it passes through the measured points."""
+    size = len(ranking.order)
+    predicted = ranking.loss[::-1]  # by width
+    if not measured:
+        return GroupCurve(ranking.group, predicted.copy(), {})
+    widths = np.array(sorted(measured))
+    losses = np.array([max(measured[int(width)], _TINY) for width in widths])
+    floor = _TINY + 1e-9 * float(predicted.max(initial=0.0))
+    ratios = np.log(losses) - np.log(predicted[widths] + floor)
+    every = np.arange(size + 1)
+    loss = (predicted + floor) * np.exp(np.interp(every, widths, ratios))
+    loss[widths] = losses
+    loss[size] = 0.0
+    return GroupCurve(ranking.group, loss, dict(measured))
