@@ -11,6 +11,8 @@ import logging
 import sys
 import time
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -101,28 +103,38 @@ def load_digits(*, seed: int = 0) -> tuple[Digits, Digits]:
 
 def train_network(data: Digits, *, epochs: int = 20, seed: int = 0) -> DigitsNet:
     """Train a `DigitsNet` from scratch, on images shifted by up to one pixel; returned in eval mode."""
-    with torch.random.fork_rng(devices=[]):
+    with _one_thread(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         network = DigitsNet()
-    random = torch.Generator().manual_seed(seed)
-    images, labels = torch.from_numpy(data.images), torch.from_numpy(data.labels)
-    batch_size = 64
-    steps = epochs * (len(labels) // batch_size)
-    optimizer = torch.optim.SGD(network.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4, nesterov=True)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.1, total_steps=steps)
-    network.train()
-    for _ in range(epochs):
-        order = torch.randperm(len(labels), generator=random)
-        for start in range(0, len(order) - batch_size + 1, batch_size):
-            chosen = order[start : start + batch_size]
-            row, column = torch.randint(0, 3, (2,), generator=random).tolist()
-            shifted = F.pad(images[chosen], (1, 1, 1, 1))[:, :, row : row + 8, column : column + 8]
-            loss = F.cross_entropy(network(shifted), labels[chosen])
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
+        images, labels = torch.from_numpy(data.images), torch.from_numpy(data.labels)
+        batch_size = 64
+        steps = epochs * (len(labels) // batch_size)
+        optimizer = torch.optim.SGD(network.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.1, total_steps=steps)
+        network.train()
+        for _ in range(epochs):
+            order = torch.randperm(len(labels))
+            for start in range(0, len(order) - batch_size + 1, batch_size):
+                chosen = order[start : start + batch_size]
+                row, column = torch.randint(0, 3, (2,)).tolist()
+                shifted = F.pad(images[chosen], (1, 1, 1, 1))[:, :, row : row + 8, column : column + 8]
+                loss = F.cross_entropy(network(shifted), labels[chosen])
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                schedule.step()
     return network.eval()
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Such small layers gain nothing from threads, and lose much where other work shares the cores."""
+    n_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(n_threads)
 
 
 def measure_accuracy(network: nn.Module, data: Digits) -> float:
