@@ -154,7 +154,7 @@ class OpaqueNode:
         return tuple(self._to_value(next(outputs)) if name else torch.empty(0) for name in self._proto.output)
 
     def prepare(self, dtypes: Sequence[np.dtype | None]) -> None:
-        """Build the session now for inputs of these types; raises ModelError if onnxruntime cannot run the node."""
+        """Build the session now for inputs of these types; raises ModelError if onnxruntime refuses."""
         feeds = {
             name: np.empty(0, np.float32 if dtype.kind == "f" else dtype)
             for name, dtype in zip(self.input_names, dtypes, strict=True)

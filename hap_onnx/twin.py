@@ -97,7 +97,7 @@ class Twin(nn.Module):
         self,
         *,
         steps: Sequence[Step],
-        calls: Sequence[Callable[..., tuple[Tensor, ...]]],
+        calls: Sequence[Callable[..., tuple[Any, ...]]],
         fallbacks: Sequence[Callable[[], OpaqueNode]],
         inputs: Mapping[str, tuple[int | str | None, ...] | None],
         output_names: Sequence[str],
@@ -107,7 +107,7 @@ class Twin(nn.Module):
         super().__init__()
         self._steps = list(steps)
         self._position = {step.name: position for position, step in enumerate(steps)}
-        self._calls = list(calls)
+        self._calls: list[Callable[..., tuple[Any, ...]]] = list(calls)
         self._batch = _BatchState(unit_batch, {}, {})
         self._fallbacks = list(fallbacks)
         self._input_shapes = dict(inputs)
@@ -256,11 +256,12 @@ class Twin(nn.Module):
         except (RuntimeError, TypeError, ValueError, IndexError) as error:
             shapes = [tuple(tensor.shape) if isinstance(tensor, Tensor) else None for tensor in inputs]
             raise ModelError(
-                f"node {step.name!r} ({step.op_type}) cannot be computed on inputs of shapes {shapes}: {error}"
+                f"node {step.name!r} ({step.op_type}) cannot be computed on inputs of shapes {shapes}; "
+                f"check the shapes of the data: {error}"
             ) from error
         return tuple(self._settle(tensor) for tensor in outputs)
 
-    def _call(self, position: int, inputs: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
+    def _call(self, position: int, inputs: Sequence[Tensor | None]) -> tuple[Any, ...]:
         call = self._calls[position]
         if isinstance(call, OpaqueNode):
             return call(*inputs)
@@ -305,8 +306,8 @@ class Twin(nn.Module):
     def batch_limit(self) -> int | None:
         """The largest batch that runs at once, None for any.
 
-        Known once a larger batch has been met, by ``forward`` or by :func:`unfix_batch`. ``forward`` takes any
-        multiple of it, and then calls the hooks once per part.
+        Known once a larger batch has been met, by ``forward`` or by :func:`unfix_batch`. ``forward``
+        takes any multiple of it, and then calls the hooks once per part.
         """
         return self._batch.unit if any(self._batch.loops.values()) else None
 
@@ -511,7 +512,7 @@ def build_twin(graph: gs.Graph, *, device: str | torch.device = "cpu") -> Twin:
         )
         calls.append(fallback() if function is None else _make_call(node, function))
         fallbacks.append(fallback)
-    _check_sessions(nodes, calls, _known_types(graph))
+    _check_sessions(calls, _known_types(graph))
     twin = Twin(
         steps=steps,
         calls=calls,
@@ -619,16 +620,13 @@ def _refuse(problems: Sequence[str]) -> None:
         )
 
 
-def _check_sessions(
-    nodes: Sequence[gs.Node], calls: Sequence[Callable[..., Any]], types: Mapping[str, np.dtype]
-) -> None:
+def _check_sessions(calls: Sequence[Callable[..., Any]], types: Mapping[str, np.dtype]) -> None:
     """List all opaque nodes that onnxruntime refuses, as far as the types of their inputs are known."""
     problems = []
-    for node, call in zip(nodes, calls, strict=True):
-        names = call.input_names if isinstance(call, OpaqueNode) else ()
-        if isinstance(call, OpaqueNode) and all(not name or name in types for name in names):
+    for call in calls:
+        if isinstance(call, OpaqueNode) and all(not name or name in types for name in call.input_names):
             try:
-                call.prepare([types.get(name) for name in names])
+                call.prepare([types.get(name) for name in call.input_names])
             except ModelError as error:
                 problems.append(str(error))
     _refuse(problems)

@@ -1,4 +1,4 @@
-"""The twin: execution, hooks, parameters, opaque nodes, errors and batches; whole models where there are some."""
+"""The twin: execution, hooks, parameters, opaque nodes, errors, batches; whole models if there are any."""
 
 from __future__ import annotations
 
@@ -174,7 +174,10 @@ def test_a_shared_initializer_is_one_parameter() -> None:
 @pytest.mark.parametrize("dtype", [np.float16, np.float64])
 def test_other_float_types_compute_in_float32(dtype: type) -> None:
     x = rand(2, 4).astype(dtype)
-    model = make_model([node("MatMul", ["x", "a.b/w"], ["y"])], inputs={"x": x}, outputs=["y"], weights={"a.b/w": rand(4, 3).astype(dtype)})  # fmt: skip
+    weights = {"a.b/w": rand(4, 3).astype(dtype)}
+    model = make_model(
+        [node("MatMul", ["x", "a.b/w"], ["y"])], inputs={"x": x}, outputs=["y"], weights=weights
+    )
     twin = check_model(model, {"x": x}, tolerance=2e-3) if dtype is np.float64 else make_twin(model)
     output = twin({"x": torch.from_numpy(x)})["y"]
     assert output.dtype == twin.constant("a.b/w").dtype == torch.float32
@@ -244,13 +247,20 @@ def test_an_opaque_node_reads_the_parameters_as_they_are_now() -> None:
 
 def test_loops_and_sequences_equal_onnxruntime() -> None:
     x = rand(3, 4)
+    bools, floats = TensorProto.BOOL, TensorProto.FLOAT
     body = helper.make_graph(
         [helper.make_node("Add", ["state", "x"], ["next"]), helper.make_node("Identity", ["go"], ["stay"])],
         "body",
-        [helper.make_tensor_value_info("i", TensorProto.INT64, []), helper.make_tensor_value_info("go", TensorProto.BOOL, []),
-         helper.make_tensor_value_info("state", TensorProto.FLOAT, None)],
-        [helper.make_tensor_value_info("stay", TensorProto.BOOL, []), helper.make_tensor_value_info("next", TensorProto.FLOAT, None)],
-    )  # fmt: skip
+        [
+            helper.make_tensor_value_info("i", TensorProto.INT64, []),
+            helper.make_tensor_value_info("go", bools, []),
+            helper.make_tensor_value_info("state", floats, None),
+        ],
+        [
+            helper.make_tensor_value_info("stay", bools, []),
+            helper.make_tensor_value_info("next", floats, None),
+        ],
+    )
     nodes = [
         node("Loop", ["n", "", "start"], ["total"], body=body),
         node("SplitToSequence", ["total"], ["parts"], axis=0),
@@ -384,7 +394,11 @@ def test_a_batch_that_cannot_be_unfixed_runs_sample_by_sample() -> None:
         weights={"w": rand(1, 9, 2), "r": rand(1, 9, 3), "h": rand(1, 1, 3), "zero": np.array([0])},
     )
     mixing = make_model(
-        [node("ReduceMean", ["x"], ["m"], axes=[0], keepdims=1), node("Sub", ["x", "m"], ["s"]), node("Add", ["s", "x"], ["y"])],
+        [
+            node("ReduceMean", ["x"], ["m"], axes=[0], keepdims=1),
+            node("Sub", ["x", "m"], ["s"]),
+            node("Add", ["s", "x"], ["y"]),
+        ],
         inputs={"x": [1, 4]},
         outputs=["y"],
     )  # fmt: skip

@@ -36,11 +36,16 @@ def test_matmul_equals_onnxruntime(a: tuple[int, ...], b: tuple[int, ...]) -> No
 
 
 @pytest.mark.parametrize(
-    "equation", ["ij,jk->ik", "bhid, bhjd -> bhij", "...ij,...jk->...ik", "ii->i", "ij,ij"]
+    ("equation", "shapes"),
+    [
+        ("ij,jk->ik", [(3, 4), (4, 5)]),
+        ("bhid, bhjd -> bhij", [(2, 3, 4, 5), (2, 3, 6, 5)]),
+        ("...ij,...jk->...ik", [(2, 3, 4), (2, 4, 5)]),
+        ("ii->i", [(3, 3)]),
+        ("ij,ij", [(3, 4), (3, 4)]),
+    ],
 )
-def test_einsum_equals_onnxruntime(equation: str) -> None:
-    shapes = {"bhid, bhjd -> bhij": [(2, 3, 4, 5), (2, 3, 6, 5)], "...ij,...jk->...ik": [(2, 3, 4), (2, 4, 5)],
-              "ii->i": [(3, 3)], "ij,jk->ik": [(3, 4), (4, 5)], "ij,ij": [(3, 4), (3, 4)]}[equation]  # fmt: skip
+def test_einsum_equals_onnxruntime(equation: str, shapes: list[tuple[int, ...]]) -> None:
     check_node("Einsum", *[rand(*shape, seed=i) for i, shape in enumerate(shapes)], equation=equation)
 
 
