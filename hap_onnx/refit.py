@@ -297,11 +297,40 @@ def _make_pair(
     for step in pair.compressed.steps:
         for index, name in enumerate(step.inputs):
             pair.readers.setdefault(name, []).append((step, index))
-        if not _is_same(pair, step):
-            pair.changed.update(name for name in step.outputs if name)
     for name in pair.compressed.output_names:
         pair.readers.setdefault(name, []).append(None)
+    for _, step in _order_steps(pair):
+        if not _is_same(pair, step) or _can_correct(pair, step):
+            pair.changed.update(name for name in step.outputs if name)
     return pair
+
+
+def _order_steps(pair: _Pair) -> list[tuple[int, Step]]:
+    """Sort the compressed model's steps as the original's, each with the position that it follows there."""
+    position = {step.name: index for index, step in enumerate(pair.original.steps)}
+    due: dict[str, int] = {}
+    found: list[tuple[int, Step]] = []
+    for step in pair.compressed.steps:
+        when = max([position.get(step.name, 0), *(due.get(name, 0) for name in step.inputs)])
+        due.update(dict.fromkeys(step.outputs, when))
+        found.append((when, step))
+    return sorted(found, key=lambda entry: entry[0])
+
+
+def _can_correct(pair: _Pair, step: Step) -> bool:
+    """Say whether a contraction that is as before is only added to something that has changed already."""
+    if find_linear(step.op_type, domain=step.domain) is None:
+        return False
+    name = step.outputs[0]
+    while True:
+        readers = pair.readers.get(name, [])
+        if len(readers) != 1 or readers[0] is None or not _is_addition(readers[0][0]):
+            return False
+        addition, index = readers[0]
+        others = addition.inputs[:index] + addition.inputs[index + 1 :]
+        if any(other in pair.changed or other.endswith(_CONSTANT) for other in others):
+            return True
+        name = addition.outputs[0]
 
 
 def _is_same(pair: _Pair, step: Step) -> bool:
@@ -413,15 +442,10 @@ def _schedule(pair: _Pair) -> list[_Task]:
 
     It ends with the last fit.
     """
-    position = {step.name: index for index, step in enumerate(pair.original.steps)}
-    due = {name: position[step.name] for step in pair.original.steps for name in step.outputs}
-    changed: list[list[Step]] = [[] for _ in position]
-    for step in pair.compressed.steps:
-        if not any(name in pair.changed for name in step.outputs):
-            continue
-        when = max([position.get(step.name, 0), *(due.get(name, 0) for name in step.inputs)])
-        due.update(dict.fromkeys(step.outputs, when))
-        changed[when].append(step)
+    changed: list[list[Step]] = [[] for _ in pair.original.steps]
+    for when, step in _order_steps(pair):
+        if any(name in pair.changed for name in step.outputs):
+            changed[when].append(step)
     order: list[tuple[Twin, Step, _Fit | None]] = []
     end = 0
     for step, followers in zip(pair.original.steps, changed, strict=True):
@@ -807,12 +831,19 @@ class _Dual:
 
 
 def _factorise(gram: Tensor, ridge: float, n_features: int) -> tuple[Tensor, Tensor] | None:
-    """Damp and factorise in place; None if the matrix is not positive definite."""
+    """Damp the diagonal in place and factorise; None if the matrix is not even then positive definite."""
     diagonal = gram.diagonal(dim1=1, dim2=2)
-    damping = (ridge * diagonal.sum(1) / n_features).clamp_min(torch.finfo(torch.float64).tiny)
-    diagonal += damping[:, None]
-    factor, info = torch.linalg.cholesky_ex(gram)
-    return None if bool(info.any()) else (factor, damping[:, None, None])
+    scale = (diagonal.sum(1) / n_features).clamp_min(torch.finfo(torch.float64).tiny)
+    damping = torch.zeros_like(scale)
+    # Sums in float32 leave noise of 1e-7: where inputs depend on each other, a smaller ridge is not enough.
+    for more in (ridge, 1e-6, 1e-5, 1e-4):
+        if more >= ridge:
+            diagonal += (more * scale - damping)[:, None]
+            damping = more * scale
+            factor, info = torch.linalg.cholesky_ex(gram)
+            if not bool(info.any()):
+                return factor, damping[:, None, None]
+    return None
 
 
 def _fit_offset(pair: _Pair, step: Step, fit: _OffsetFit) -> dict[str, Tensor]:
