@@ -1,0 +1,253 @@
+"""Costs without surgery, against counts after surgery."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx_graphsurgeon as gs
+import pytest
+import torch
+from helpers import make_model, node, rand
+
+from hap_onnx.channels import Coupling, find_groups
+from hap_onnx.cost import AxisLength, CostModel, CostState, CostTerm, cost_model, removable_branches
+from hap_onnx.measure import model_size
+from hap_onnx.model_io import load_model, normalise
+from hap_onnx.surgery import remove_channels
+from hap_onnx.twin import build_twin, probe_shapes
+
+SHARED = Path(os.environ.get("HAP_ONNX_SHARED", "/nonexistent"))
+
+Inputs = dict[str, torch.Tensor]
+Prepared = tuple[gs.Graph, Coupling, dict[str, tuple[int, ...]], Inputs]
+
+
+def prepare(model: onnx.ModelProto | Path) -> Prepared:
+    graph = normalise(load_model(model))
+    inputs = {
+        tensor.name: torch.zeros(*[2, *tensor.shape[1:]], dtype=torch.float32) for tensor in graph.inputs
+    }
+    shapes = probe_shapes(build_twin(graph), inputs)
+    return graph, find_groups(graph, shapes), shapes, inputs
+
+
+def check_counts(prepared: Prepared, cost: CostModel, widths: np.ndarray, rng: np.random.Generator) -> None:
+    """Assert that the costs are those of the graph after surgery."""
+    graph, coupling, shapes, inputs = prepared
+    keep = np.zeros(coupling.n_elements, bool)
+    for group, width in zip(coupling.groups, widths, strict=True):
+        keep[rng.choice(group.elements, width, replace=False)] = True
+    cut = remove_channels(graph, coupling, keep, shapes=shapes)
+    size = model_size(cut, probe_shapes(build_twin(cut), inputs))
+    assert (cost.params(widths), cost.macs(widths)) == (size.params, size.macs), widths.tolist()
+
+
+def draw(cost: CostModel, rng: np.random.Generator, *, gone: float) -> np.ndarray:
+    widths = np.array([rng.integers(1, size + 1) for size in cost.sizes], np.int64)
+    for group in sorted(cost.removable):
+        if rng.random() < gone:
+            widths[group] = 0
+    return widths
+
+
+class Net:
+    """Collects nodes and weights."""
+
+    def __init__(self) -> None:
+        self.nodes: list[onnx.NodeProto] = []
+        self.weights: dict[str, np.ndarray] = {}
+
+    def weight(self, *shape: int) -> str:
+        name = f"w{len(self.weights)}"
+        self.weights[name] = np.abs(rand(*shape, seed=len(self.weights))) + 0.1
+        return name
+
+    def op(self, op_type: str, *inputs: str, **attributes: object) -> str:
+        name = f"t{len(self.nodes)}"
+        self.nodes.append(node(op_type, inputs, [name], **attributes))
+        return name
+
+    def conv(
+        self, x: str, n_in: int, n_out: int, *, bias: bool = True, kernel: int = 3, group: int = 1
+    ) -> str:
+        weights = [self.weight(n_out, n_in // group, kernel, kernel)] + [self.weight(n_out)] * bias
+        return self.op("Conv", x, *weights, group=group, pads=[kernel // 2] * 4)
+
+    def norm(self, x: str, n: int) -> str:
+        return self.op("BatchNormalization", x, *[self.weight(n) for _ in range(4)])
+
+    def model(self, out: str, **inputs: tuple[int | str, ...]) -> onnx.ModelProto:
+        return make_model(self.nodes, inputs=inputs, outputs=[out], weights=self.weights)
+
+
+def chain() -> onnx.ModelProto:
+    net = Net()
+    x = net.op("Relu", net.conv("x", 3, 8))
+    x = net.op("Relu", net.norm(net.conv(x, 8, 8, group=8, bias=False), 8))
+    x = net.op("Clip", net.conv(x, 8, 12, kernel=1), net.weight(), net.weight())
+    x = net.conv(x, 12, 8, group=2)
+    x = net.op("ConvTranspose", x, net.weight(8, 5, 2, 2), net.weight(5), strides=[2, 2])
+    x = net.op("Flatten", net.op("AveragePool", x, kernel_shape=[4, 4], strides=[4, 4]))
+    return net.model(net.op("Gemm", x, net.weight(20, 7), net.weight(7)), x=("N", 3, 4, 4))
+
+
+def residual() -> onnx.ModelProto:
+    """Blocks with folded and with real BatchNormalization, a bottleneck, and one normalised before."""
+    net = Net()
+    x = net.op("Relu", net.conv("x", 3, 8))
+    y = net.conv(net.op("Relu", net.conv(x, 8, 6)), 6, 8)
+    x = net.op("Relu", net.op("Add", y, x))
+    y = net.norm(net.conv(net.op("Relu", net.norm(net.conv(x, 8, 6, bias=False), 6)), 6, 8, bias=False), 8)
+    x = net.op("Relu", net.op("Add", x, y))
+    y = net.op("Relu", net.norm(net.conv(x, 8, 4, kernel=1, bias=False), 4))
+    y = net.op("Clip", net.norm(net.conv(y, 4, 5, bias=False), 5), net.weight(), net.weight())
+    y = net.op("LeakyRelu", net.norm(net.conv(y, 5, 8, kernel=1, bias=False), 8))
+    x = net.op("Add", y, x)
+    y = net.conv(net.op("Relu", net.norm(x, 8)), 8, 4)
+    x = net.op("Sub", x, net.conv(net.op("Relu", net.norm(y, 4)), 4, 8, bias=False))
+    x = net.op("Flatten", net.op("GlobalAveragePool", x))
+    return net.model(net.op("Gemm", x, net.weight(7, 8), net.weight(7), transB=1), x=("N", 3, 6, 6))
+
+
+def mixer() -> onnx.ModelProto:
+    """A product that mixes positions, channels passing through it, and a residual branch of products."""
+    net = Net()
+    x = net.op("MatMul", "x", net.weight(5, 8))
+    y = net.op("MatMul", net.op("Relu", net.op("MatMul", x, net.weight(8, 12))), net.weight(12, 8))
+    x = net.op("Add", x, y)
+    x = net.op(
+        "Transpose",
+        net.op("MatMul", net.op("Transpose", x, perm=[0, 2, 1]), net.weight(4, 6)),
+        perm=[0, 2, 1],
+    )
+    return net.model(net.op("MatMul", x, net.weight(8, 3)), x=("N", 4, 5))
+
+
+def shared() -> onnx.ModelProto:
+    """One weight in two places, one number for all channels, and channels side by side."""
+    net = Net()
+    weight = net.weight(6, 6, 3, 3)
+    a = net.op("Relu", net.conv("x", 3, 6))
+    b = net.op("Conv", a, weight, pads=[1] * 4)
+    c = net.op("Mul", net.op("Conv", b, weight, pads=[1] * 4), net.weight(1))
+    d = net.op("Concat", c, net.conv("x", 3, 4), axis=1)
+    return net.model(net.conv(d, 10, 2), x=("N", 3, 5, 5))
+
+
+@pytest.mark.parametrize("build", [chain, residual, mixer, shared])
+def test_costs_equal_counts_after_surgery(build: Callable[[], onnx.ModelProto]) -> None:
+    prepared = prepare(build())
+    cost = cost_model(*prepared[:3])
+    assert len(cost.sizes) > 1
+    rng = np.random.default_rng(0)
+    check_counts(prepared, cost, np.array(cost.sizes), rng)
+    for gone in (0.0, 0.3, 0.3, 0.6, 0.6, 1.0):
+        check_counts(prepared, cost, draw(cost, rng, gone=gone), rng)
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="HAP_ONNX_SHARED is not set")
+@pytest.mark.parametrize(("name", "n_branches"), [("resnet20", 9), ("resnet20_bn", 9)])
+def test_costs_of_a_resnet_equal_counts_after_surgery(name: str, n_branches: int) -> None:
+    prepared = prepare(SHARED / "models" / f"{name}.onnx")
+    cost = cost_model(*prepared[:3])
+    assert len(cost.removable) == n_branches
+    rng = np.random.default_rng(0)
+    for gone in (0.0, 0.3, 1.0):
+        check_counts(prepared, cost, draw(cost, rng, gone=gone), rng)
+
+
+def test_names_the_branches_that_may_go() -> None:
+    graph, coupling, shapes, _ = prepare(residual())
+    names = removable_branches(graph, coupling, shapes)
+    ends = [group.consumers[0] for group in coupling.groups if group.name in names]
+    # The second of two convolutions of each block, the third of the bottleneck.
+    assert len(ends) == 4
+    sizes = [group.size for group in coupling.groups if group.name in names]
+    assert sizes == [6, 6, 5, 4]
+    cost = cost_model(graph, coupling, shapes)
+    assert {coupling.groups[group].name for group in cost.removable} == names
+
+
+def test_keeps_branches_that_something_else_needs() -> None:
+    def n_removable(finish: Callable[[Net, str, str], str]) -> int:
+        net = Net()
+        x = net.op("Relu", net.conv("x", 3, 6))
+        y = net.conv(net.op("Relu", net.conv(x, 6, 4)), 4, 6)
+        out = finish(net, x, y)
+        return len(removable_branches(*prepare(net.model(net.conv(out, 6, 2), x=("N", 3, 5, 5)))[:3]))
+
+    assert n_removable(lambda net, x, y: net.op("Add", x, y)) == 1
+    assert n_removable(lambda net, x, y: net.op("Sub", x, net.op("Identity", y))) == 1
+    assert n_removable(lambda net, x, y: y) == 0
+    assert n_removable(lambda net, x, y: net.op("Mul", x, y)) == 0
+    assert n_removable(lambda net, x, y: net.op("Sub", y, x)) == 0
+    assert n_removable(lambda net, x, y: net.op("Add", y, y)) == 0
+    assert n_removable(lambda net, x, y: net.op("Add", y, net.weight(6, 1, 1))) == 0
+    assert n_removable(lambda net, x, y: net.op("Add", y, net.op("GlobalAveragePool", x))) == 0
+    assert n_removable(lambda net, x, y: net.op("Add", net.op("Mul", x, y), y)) == 0
+
+
+def test_of_two_branches_that_are_all_there_is_one_may_go() -> None:
+    net = Net()
+    left = net.conv(net.op("Relu", net.conv("x", 3, 4)), 4, 6)
+    right = net.conv(net.op("Relu", net.conv("x", 3, 5)), 5, 6)
+    model = net.model(net.conv(net.op("Add", left, right), 6, 2), x=("N", 3, 5, 5))
+    graph, coupling, shapes, _ = prepare(model)
+    names = removable_branches(graph, coupling, shapes)
+    assert [group.size for group in coupling.groups if group.name in names] == [4]
+
+
+@pytest.mark.parametrize("build", [chain, residual, mixer, shared])
+def test_state_follows_every_change_of_a_width(build: Callable[[], onnx.ModelProto]) -> None:
+    cost = cost_model(*prepare(build())[:3])
+    rng = np.random.default_rng(1)
+    state = CostState(cost, draw(cost, rng, gone=0.3))
+    for _ in range(30):
+        options = np.stack([draw(cost, rng, gone=0.4) for _ in range(3)], axis=1)
+        changes = state.changes(options)
+        for group, row in enumerate(options):
+            for width, change in zip(row, changes[group], strict=True):
+                widths = state.widths.copy()
+                widths[group] = width
+                assert (cost.totals(widths) - cost.totals(state.widths)).tolist() == change.tolist()
+        before, old = state.copy(), state.widths.copy()
+        group = int(rng.integers(len(cost.sizes)))
+        state.set_width(group, int(options[group, 0]))
+        assert state.totals.tolist() == cost.totals(state.widths).tolist()
+        assert before.totals.tolist() == cost.totals(old).tolist()
+        assert before.changes(options).tolist() == changes.tolist()
+
+
+def test_slopes_are_differences_where_costs_are_linear() -> None:
+    cost = cost_model(*prepare(residual())[:3])
+    widths = np.array(cost.sizes)
+    for group, size in enumerate(cost.sizes):
+        narrower = widths.copy()
+        narrower[group] -= 1
+        difference = cost.totals(widths) - cost.totals(narrower)
+        if size > 1:
+            assert tuple(difference.tolist()) == cost.slopes(widths, group)
+
+
+def test_a_group_on_both_axes_costs_its_square() -> None:
+    cost = CostModel((5,), (AxisLength(1, ((0, 2),)),), (CostTerm(3, 7, (0, 0)),))
+    assert [cost.params([w]) for w in (1, 2, 5)] == [27, 75, 363]
+    state = CostState(cost, [2])
+    assert state.changes(np.array([[1, 5]])).tolist() == [[[27 - 75, 63 - 175], [363 - 75, 847 - 175]]]
+    assert cost.slopes([2], 0) == (3 * 2 * 2 * 5, 7 * 2 * 2 * 5)
+
+
+def test_refuses_widths_that_cannot_be() -> None:
+    cost = CostModel((5, 3), (AxisLength(0, ((0, 1),)),), (CostTerm(1, 1, (0,)),), frozenset({1}))
+    assert cost.totals([[5, 0], [1, 3]]).tolist() == [[5, 5], [1, 1]]
+    for widths in ([0, 3], [6, 3], [5, -1]):
+        with pytest.raises(ValueError, match="width"):
+            cost.params(widths)
+    with pytest.raises(ValueError, match="1 widths for 2 groups"):
+        cost.params([5])
+    with pytest.raises(ValueError, match="two axes"):
+        CostTerm(1, 1, (0, 0, 0))
