@@ -26,7 +26,7 @@ else:  # pragma: no cover - the backport has the same interface
 
 METRICS = ("auto", "accuracy", "agreement", "r2")
 METHODS = ("hap", "prune")
-SENSITIVITIES = ("auto", "hutchinson", "gauss-newton", "magnitude", "random")
+SENSITIVITIES = ("auto", "obs", "hutchinson", "gauss-newton", "gate", "magnitude", "random")
 RECOVERIES = ("none", "refit")
 PREPROCESSES = ("imagenet", "unit", "signed", "raw")
 DEVICES = ("auto", "cpu", "cuda")

@@ -9,7 +9,7 @@ is removed. The input graph is never changed: arrays are replaced, not written i
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from hap_onnx.channels import Coupling, IdAxis
 from hap_onnx.errors import SurgeryError
 from hap_onnx.ops.registry import find_edit, find_flow
-from hap_onnx.twin import build_twin
+from hap_onnx.twin import Step, build_twin
 
 _log = logging.getLogger(__name__)
 
@@ -144,6 +144,27 @@ def shape_after(shape: tuple[int, ...], found: IdAxis | None, keep: NDArray[np.b
     return (*shape[: found.axis], n_kept, *shape[found.axis + 1 :])
 
 
+def masked_reads(coupling: Coupling, keep: NDArray[np.bool_]) -> Callable[[Step, int, torch.Tensor], torch.Tensor]:
+    """Return an ``on_read`` for the twin that masks removed elements wherever a contraction reads them.
+
+    The original run with it gives what the graph after ``remove_channels`` must give: the oracle of surgery.
+    """
+    reads = {(read.node, read.index): read for read in coupling.reads}
+
+    def on_read(step: Step, index: int, tensor: torch.Tensor) -> torch.Tensor:
+        read = reads.get((step.name, index))
+        if read is None:
+            return tensor
+        mask = np.zeros(len(read.elements), np.float32)
+        mask[kept_positions(read.elements, keep)] = 1
+        shape = [-1 if axis == read.axis else 1 for axis in range(tensor.ndim)]
+        # Not a product with the mask: what is removed may be infinite.
+        gone = torch.from_numpy(mask == 0).to(tensor.device).reshape(shape)
+        return tensor.masked_fill(gone, 0.0)
+
+    return on_read
+
+
 def remove_channels(
     graph: gs.Graph, coupling: Coupling, keep: NDArray[np.bool_], *, shapes: Mapping[str, tuple[int, ...]]
 ) -> gs.Graph:
@@ -240,3 +261,21 @@ def _fold_constants(graph: gs.Graph) -> None:
             dtype = output.dtype or np.float32
             _rewire(output, gs.Constant(output.name + _CONSTANT, values[output.name].astype(dtype)))
         node.outputs.clear()
+
+
+def with_weights(graph: gs.Graph, weights: Mapping[str, np.ndarray]) -> gs.Graph:
+    """Return a new graph with other values for some initializers, in the types that they had.
+
+    Raises:
+        SurgeryError: an initializer is not there, or has another shape.
+    """
+    if not weights:
+        return graph
+    result = graph.copy()
+    tensors = result.tensors()
+    for name, values in weights.items():
+        constant = tensors.get(name)
+        if not isinstance(constant, gs.Constant) or tuple(constant.shape) != values.shape:
+            raise SurgeryError(f"'{name}' {list(values.shape)} is not an initializer of the compressed graph")
+        constant.values = np.ascontiguousarray(values.astype(constant.values.dtype))
+    return result

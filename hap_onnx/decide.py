@@ -1,0 +1,125 @@
+"""From data to a plan: statistics, ranking, loss curves, widths."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hap_onnx.calibration import Subset
+from hap_onnx.cost import CostModel, cost_model, removable_branches
+from hap_onnx.curvature import LayerCurvature, collect_curvature, eliminate, group_consumers
+from hap_onnx.curves import GroupCurve, GroupRanking, measure_curves, rank_by_score
+from hap_onnx.events import OnEvent, ignore_event
+from hap_onnx.plan import GroupDecision, allocate, find_options
+from hap_onnx.prepare import PreparedModel
+from hap_onnx.sensitivity import Options, estimate
+
+DEFAULT_SENSITIVITY = "obs"
+N_MEASURED = 256
+"""Samples that loss curves are measured on."""
+
+
+@dataclass(frozen=True)
+class LossModel:
+    """What removing channels is expected to cost, for every group, and what it saves."""
+
+    rankings: tuple[GroupRanking, ...]
+    curves: tuple[GroupCurve, ...]
+    cost: CostModel
+    removable: frozenset[str]
+
+
+def rank_groups(
+    name: str,
+    prepared: PreparedModel,
+    curvature: Mapping[str, LayerCurvature],
+    subset: Subset,
+    *,
+    options: Options,
+) -> tuple[GroupRanking, ...]:
+    """Order the elements of each group by the sensitivity of that name (``auto``: the default).
+
+    ``obs`` uses the curvature that the planner collects anyway; groups that no contraction with statistics
+    reads, and all other sensitivities, are ordered by a score per element.
+    """
+    if name == "auto":
+        name = DEFAULT_SENSITIVITY
+    coupling, twin = prepared.coupling, prepared.twin
+    nodes = {node.name: node for node in prepared.graph.nodes}
+    if name != "obs":
+        score = estimate(name, twin, coupling, subset, options=options).mean
+        return tuple(rank_by_score(group, score) for group in coupling.groups)
+    rankings = []
+    fallback: NDArray[np.float64] | None = None
+    for group in coupling.groups:
+        parts = group_consumers(group, nodes, twin, curvature)
+        if parts.consumers:
+            order, loss = eliminate(parts, group.size)
+            rankings.append(GroupRanking(group.name, order, loss))
+        else:
+            if fallback is None:
+                fallback = estimate("magnitude", twin, coupling, subset, options=options).mean
+            rankings.append(rank_by_score(group, fallback))
+    return tuple(rankings)
+
+
+def build_loss_model(
+    prepared: PreparedModel,
+    subset: Subset,
+    *,
+    sensitivity: str,
+    scales: Mapping[str, float],
+    batch_size: int,
+    n_probes: int,
+    seed: int,
+    on_event: OnEvent = ignore_event,
+) -> LossModel:
+    """Collect statistics on ``subset``, rank, and measure loss curves; see the modules of each stage."""
+    graph, twin, coupling = prepared.graph, prepared.twin, prepared.coupling
+    curvature = collect_curvature(
+        graph, twin, coupling, subset, scales=scales, batch_size=batch_size, seed=seed, on_event=on_event
+    )
+    options = Options(
+        graph=graph, scales=scales, n_probes=n_probes, batch_size=batch_size, seed=seed, on_event=on_event
+    )
+    rankings = rank_groups(sensitivity, prepared, curvature, subset, options=options)
+    curves = measure_curves(
+        graph,
+        twin,
+        coupling,
+        rankings,
+        curvature,
+        subset.take(N_MEASURED),
+        scales=scales,
+        batch_size=batch_size,
+        on_event=on_event,
+    )
+    return LossModel(
+        rankings=rankings,
+        curves=curves,
+        cost=cost_model(graph, coupling, prepared.shapes),
+        removable=removable_branches(graph, coupling, prepared.shapes),
+    )
+
+
+def choose_widths(
+    prepared: PreparedModel, model: LossModel, budgets: Mapping[str, float | None], *, align: int | str
+) -> tuple[GroupDecision, ...]:
+    """Decide for each group which elements stay, within absolute ``budgets``; raises BudgetError."""
+    options = find_options(prepared.coupling, model.removable, align=align)
+    widths = allocate([curve.loss for curve in model.curves], options, model.cost, budgets)
+    return tuple(
+        GroupDecision.from_keep(group.name, group.size, ranking.order[group.size - int(width) :])
+        for group, ranking, width in zip(prepared.coupling.groups, model.rankings, widths, strict=True)
+    )
+
+
+def predicted_losses(model: LossModel, decisions: tuple[GroupDecision, ...]) -> dict[str, float]:
+    """Expected loss of each decision, from the curve of its group."""
+    return {
+        decision.group: float(curve.loss[len(decision.keep)])
+        for decision, curve in zip(decisions, model.curves, strict=True)
+    }

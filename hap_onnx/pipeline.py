@@ -1,0 +1,889 @@
+"""The stages in order: what the command line and the Python API call.
+
+load -> normalise -> couple -> twin -> statistics -> curves -> plan -> surgery -> refit -> validate -> write
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import platform
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_graphsurgeon as gs
+import onnxruntime as ort
+import torch
+from onnx import ModelProto
+
+import hap_onnx
+from hap_onnx import report as reports
+from hap_onnx.calibration import Dataset, Splits, Subset, open_dataset, split_dataset
+from hap_onnx.config import (
+    CompressConfig,
+    check_options,
+    check_outputs,
+    default_output,
+    files_of,
+    flag_of,
+    rejected_path,
+    resolve_max_drop,
+)
+from hap_onnx.curvature import output_scales, to_tensors
+from hap_onnx.curves import output_distance
+from hap_onnx.decide import LossModel, build_loss_model, choose_widths, predicted_losses
+from hap_onnx.errors import (
+    BudgetError,
+    CalibrationError,
+    GateError,
+    ModelError,
+    SurgeryError,
+    TargetError,
+    UsageError,
+    ValidationError,
+)
+from hap_onnx.events import Event, OnEvent, ignore_event
+from hap_onnx.measure import model_size
+from hap_onnx.metrics import Metric, check_chance_level, choose_metric
+from hap_onnx.model_io import SourceModel, load_model, normalise, save_model, to_proto
+from hap_onnx.plan import CompressionPlan, GroupDecision, load_plan, plan_hash, save_plan
+from hap_onnx.prepare import PreparedModel, make_probe, prepare, try_cut
+from hap_onnx.protos import count_bytes
+from hap_onnx.refit import refit
+from hap_onnx.surgery import Kept, kept_positions, remove_channels, with_weights
+from hap_onnx.twin import Twin, build_twin, probe_shapes
+from hap_onnx.validate import (
+    LatencyComparison,
+    Session,
+    check_finite,
+    check_model,
+    compare_outputs,
+    latency_feed,
+    make_session,
+    measure_latency,
+    run_outputs,
+)
+
+__all__ = ["apply_plan", "compress", "inspect", "load_twin", "validate"]
+
+_log = logging.getLogger(__name__)
+
+SEARCH_RATIOS = (0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6, 0.55, 0.5, 0.45, 0.4, 0.35, 0.3, 0.25, 0.2, 0.15, 0.1)
+"""Sizes, as fractions of the original, among which the smallest within ``max_drop`` is searched."""
+SEARCH_MARGIN = 1.28
+"""The search wants the drop plus so many standard errors below the limit: 90 % one-sided."""
+LARGE_DROP = 0.02
+TWIN_TOLERANCE = {np.dtype(np.float32): 1e-3, np.dtype(np.float64): 1e-3}
+LATENCY_SECONDS = 3.0
+
+Outputs = Mapping[str, np.ndarray]
+
+
+# ---------------------------------------------------------------- compress
+
+
+def compress(
+    model: str | Path | ModelProto, data: Any, *, on_event: OnEvent = ignore_event, **options: Any
+) -> reports.CompressReport:
+    """Write a smaller, faster model that onnxruntime has already run.
+
+    Args:
+        model: path of an ONNX file, or a model in memory (then ``output`` is required).
+        data: representative inputs: a path (see ``hap_onnx.calibration``), arrays by input name, or an
+            iterable of such.
+        on_event: is told about progress.
+        options: the words of ``CompressConfig``.
+
+    Raises:
+        ModelError, CalibrationError: the model or the data cannot be processed.
+        UsageError: the request makes no sense.
+        BudgetError, GateError: the budget cannot be reached, or a gate is not met; nothing is written, and
+            the error's ``report`` holds the numbers.
+        ValidationError: the result cannot be written.
+    """
+    config = CompressConfig.from_options(options)
+    output = _output_of(model, config)
+    check_outputs(files_of(config, output=output), inputs={"MODEL": model, "--data": data, "--val": config.val})
+    with _threads(config.threads):
+        return _Job(model, data, config, output, on_event).run()
+
+
+def _output_of(model: str | Path | ModelProto, config: CompressConfig) -> Path:
+    if config.output is not None:
+        return config.output
+    if isinstance(model, ModelProto):
+        raise UsageError("a model that is given in memory needs 'output', the path to write to")
+    return default_output(Path(model))
+
+
+@dataclass(frozen=True)
+class _Candidate:
+    """One way to compress the model: which elements stay, and the new weights."""
+
+    decisions: tuple[GroupDecision, ...]
+    graph: gs.Graph
+    weights: Mapping[str, np.ndarray] = field(default_factory=dict)
+
+    def finished(self) -> gs.Graph:
+        return with_weights(self.graph, self.weights)
+
+
+class _Job:
+    """One run of compress: what its stages share, and how long each took."""
+
+    def __init__(
+        self, model: str | Path | ModelProto, data: Any, config: CompressConfig, output: Path, on_event: OnEvent
+    ) -> None:
+        self.config, self.output, self.on_event = config, output, on_event
+        self.seconds: dict[str, float] = {}
+        self.label = str(model) if isinstance(model, (str, Path)) else "model in memory"
+        with self.stage("load"):
+            self.source = load_model(model)
+            self.session = _session(self.source.proto, config)
+            self.splits = self._open_data(data)
+            self.batch_size = _batch_size(config.batch_size, self.session)
+        with self.stage("prepare"):
+            self._check_original()
+            probe = next(iter(self.splits.calibrate.batches(max(2, self.session.fixed_batch or 2)))).inputs
+            self.prepared = prepare(
+                self.source, probe, exclude=config.exclude, only=config.only, device=_device(config.device)
+            )
+            self._check_twin()
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+    def note(self, text: str, *, kind: str = "note") -> None:
+        self.on_event(Event("compress", "warning" if kind == "warning" else "note", text))
+
+    # --- data and the original ---
+
+    def _open_data(self, data: Any) -> Splits:
+        config, inputs = self.config, self.session.inputs
+        dataset = _open(data, inputs, config, self.note)
+        val = None
+        if config.val is not None:
+            val = _open(config.val, inputs, replace(config, max_samples=None), self.note)
+        return split_dataset(dataset, seed=config.seed, val=val)
+
+    def _check_original(self) -> None:
+        """Run the original on all parts but the report; choose the metric; refuse data at chance level."""
+        first = self.splits.calibrate.take(256)
+        outputs = run_outputs(self.session, first, batch_size=self.batch_size)
+        check_finite(outputs, label="the original model")
+        self.scales = output_scales([outputs])
+        if not self.scales:
+            raise CalibrationError(
+                "no floating-point output of the model varies over the data, so nothing can be learnt from it; "
+                "give samples that differ"
+            )
+        self.metric = choose_metric(self.config.metric, outputs=outputs, labels=first.labels)
+        if self.metric.name == "accuracy":
+            check_chance_level(
+                self.metric.reference_value(outputs, first.labels),
+                n_classes=self.metric.n_classes or 2,
+                n_samples=first.n_samples,
+            )
+
+    def _check_twin(self) -> None:
+        """Refuse a twin that does not equal onnxruntime on the data."""
+        twin = self.prepared.twin
+        batch = next(iter(self.splits.calibrate.take(max(4, self.session.fixed_batch or 1)).batches(self.batch_size)))
+        with torch.no_grad():
+            ours = twin(to_tensors(batch.inputs, twin))
+        theirs = run_outputs(self.session, [batch], batch_size=self.batch_size)
+        for name in self.scales:
+            expected = theirs[name].astype(np.float64)
+            error = float(np.abs(ours[name].cpu().numpy() - expected).max())
+            allowed = TWIN_TOLERANCE.get(theirs[name].dtype, 5e-2) * max(float(np.abs(expected).max()), 1e-6)
+            if not error <= allowed:
+                raise ModelError(
+                    f"the torch twin differs from onnxruntime by {error:.3g} in output '{name}', so the model "
+                    "cannot be compressed safely; please report it with the model"
+                )
+        if twin.opaque_nodes:
+            self.note(f"{len(twin.opaque_nodes)} nodes run in onnxruntime only and stay as they are")
+
+    # --- the job ---
+
+    def run(self) -> reports.CompressReport:
+        config = self.config
+        if not self.prepared.coupling.groups:
+            raise BudgetError(
+                "no channel of the model can be removed: "
+                + "; ".join(f"'{entry.node}': {entry.reason}" for entry in self.prepared.coupling.frozen[:3])
+            )
+        with self.stage("sensitivity"):
+            self.losses = build_loss_model(
+                self.prepared,
+                self.splits.calibrate,
+                sensitivity=config.sensitivity,
+                scales=self.scales,
+                batch_size=self.batch_size,
+                n_probes=config.probes,
+                seed=config.seed,
+                on_event=self.on_event,
+            )
+        if config.has_budget:
+            candidate = self._plan_fast(self._budgets())
+            if not config.dry_run:
+                candidate = self._recover(candidate)
+        else:
+            candidate = self._search()
+        return self._finish(candidate)
+
+    def _budgets(self) -> dict[str, float | None]:
+        """Absolute limits; ``--max-bytes`` is about parameters, whose bytes all but make up a file."""
+        config, prepared = self.config, self.prepared
+        n_macs = self.losses.cost.macs(self.losses.cost.sizes)
+        limits = []
+        if config.keep_params is not None:
+            limits.append(config.keep_params * prepared.n_params)
+        if config.max_bytes is not None:
+            per_param = 4.0
+            rest = count_bytes(self._to_proto(_Candidate(self._whole(), prepared.graph))) - per_param * self.losses.cost.params(
+                self.losses.cost.sizes
+            )
+            limits.append((config.max_bytes - rest) / per_param)
+            if limits[-1] <= 0:
+                raise BudgetError(
+                    f"--max-bytes {config.max_bytes} cannot be reached: {int(rest)} bytes are needed apart from weights"
+                )
+        return {
+            "params": min(limits) if limits else None,
+            "macs": None if config.keep_macs is None else config.keep_macs * n_macs,
+        }
+
+    def _whole(self) -> tuple[GroupDecision, ...]:
+        return tuple(
+            GroupDecision.from_keep(group.name, group.size, range(group.size)) for group in self.prepared.coupling.groups
+        )
+
+    def _plan(self, budgets: Mapping[str, float | None], *, align: int | str) -> _Candidate:
+        with self.stage("plan"):
+            decisions = choose_widths(self.prepared, self.losses, budgets, align=align)
+            keep = _keep_mask(self.prepared, decisions)
+            complaint = try_cut(self.prepared, keep)
+            if complaint is not None:
+                raise SurgeryError(f"the planned cut is not exact: {complaint}; please report it with the model")
+            graph = remove_channels(self.prepared.graph, self.prepared.coupling, keep, shapes=self.prepared.probe_shapes)
+            return _Candidate(decisions, graph)
+
+    def _plan_fast(self, budgets: Mapping[str, float | None]) -> _Candidate:
+        """Plan, and plan again with wider steps where onnxruntime runs the result slower than the original."""
+        aligns: list[int | str] = [self.config.align]
+        if self.config.align == "auto":
+            aligns += [8, 16]
+        for align in aligns:
+            candidate = self._plan(budgets, align=align)
+            if self.config.allow_slower or self.config.dry_run:
+                return candidate
+            timing = self._time(_session(self._to_proto(candidate), self.config))
+            if not timing.is_slower:
+                return candidate
+            self.note(f"with widths aligned to {align} the model is {timing.ratio:.2f} times as slow; planning again")
+        return candidate  # the gate will refuse it, with all numbers
+
+    def _recover(self, candidate: _Candidate) -> _Candidate:
+        if self.config.recover == "none":
+            return candidate
+        with self.stage("refit"):
+            keep = _keep_mask(self.prepared, candidate.decisions)
+            kept = {
+                name: Kept(found.axis, kept_positions(found.ids, keep))
+                for name, found in self.prepared.coupling.tensors.items()
+            }
+            weights = refit(
+                self.prepared.graph,
+                candidate.graph,
+                kept,
+                self.splits.calibrate,
+                batch_size=self.batch_size,
+                seed=self.config.seed,
+                work_dir=self.config.work_dir,
+                device=_device(self.config.device),
+                on_event=self.on_event,
+            )
+            refitted = replace(candidate, weights=weights)
+            before, after = self._distance(candidate.finished()), self._distance(refitted.finished())
+            _log.info("distance of the outputs on held-out samples: %.4g before refit, %.4g after", before, after)
+            if not after <= before:
+                self.note("refit did not help on held-out samples and was dropped", kind="warning")
+                return candidate
+            return refitted
+
+    def _distance(self, graph: gs.Graph) -> float:
+        """Distance of the outputs to the original's, per sample of the choose part."""
+        twin, total = build_twin(graph, device=_device(self.config.device)), 0.0
+        with torch.no_grad():
+            for batch in self.splits.choose.batches(self.batch_size):
+                tensors = to_tensors(batch.inputs, twin)
+                total += output_distance(twin(tensors), self.prepared.twin(tensors), self.scales)
+        return total / self.splits.choose.n_samples
+
+    def _search(self) -> _Candidate:
+        """Find the smallest model whose drop on the choose part is within the limit, with a margin for noise."""
+        limit = self.config.drop_limit
+        assert limit is not None
+        choose, cost = self.splits.choose, self.losses.cost
+        full = {"params": float(self.prepared.n_params), "macs": float(cost.macs(cost.sizes))}
+        reference = run_outputs(self.session, choose, batch_size=self.batch_size)
+        best: _Candidate | None = None
+        low, high = 0, len(SEARCH_RATIOS)  # ratios before `low` are accepted, from `high` on refused
+        while low < high:
+            middle = (low + high) // 2
+            ratio = SEARCH_RATIOS[middle]
+            try:
+                candidate = self._recover(self._plan_fast({name: ratio * size for name, size in full.items()}))
+            except BudgetError:
+                high = middle
+                continue
+            outputs = run_outputs(_session(self._to_proto(candidate), self.config), choose, batch_size=self.batch_size)
+            quality = self.metric.measure(reference, outputs, choose.labels)
+            spread = 0.0 if quality.interval is None else (quality.interval[1] - quality.interval[0]) / (2 * 1.96)
+            accepted = quality.drop + SEARCH_MARGIN * spread <= limit
+            self.note(
+                f"at {ratio:.0%} of the size: {self.metric.name} drops by {quality.drop:.4f} "
+                f"(+-{spread:.4f}), {'accepted' if accepted else 'refused'}"
+            )
+            if accepted:
+                best, low = candidate, middle + 1
+            else:
+                high = middle
+        if best is None:
+            raise BudgetError(
+                f"no smaller model was found that loses at most {limit:g} of {self.metric.name} beyond doubt on "
+                f"{choose.n_samples} samples; allow more with --max-drop, or give more data"
+            )
+        return best
+
+    # --- the result ---
+
+    def _to_proto(self, candidate: _Candidate, *, plan: CompressionPlan | None = None) -> ModelProto:
+        return _write_proto(candidate.finished(), self.source, plan)
+
+    def _time(self, session: Session) -> LatencyComparison:
+        with self.stage("latency"):
+            inputs = next(iter(self.splits.calibrate.batches(self.session.fixed_batch or 1))).inputs
+            return measure_latency(self.session, session, latency_feed(self.session, inputs), seconds=LATENCY_SECONDS)
+
+    def _finish(self, candidate: _Candidate) -> reports.CompressReport:
+        config = self.config
+        plan = CompressionPlan(
+            model_sha256=self.source.sha256,
+            version=hap_onnx.__version__,
+            config=_plan_words(config, self.prepared),
+            decisions=candidate.decisions,
+            predicted_loss=predicted_losses(self.losses, candidate.decisions),
+            weights=candidate.weights,
+            notes=_explain(self.losses, candidate.decisions),
+        )
+        proto = self._to_proto(candidate, plan=plan)
+        if config.dry_run:
+            report = self._report(candidate, proto)
+            self._save_side_files(plan, report)
+            return report
+        with self.stage("validate"):
+            remark = check_model(proto, reference=self.source.proto)
+            if remark:
+                self.note(remark, kind="warning")
+            session = _session(proto, config)
+            part = self.splits.report
+            before = run_outputs(self.session, part, batch_size=self.batch_size)
+            after = run_outputs(session, part, batch_size=self.batch_size)
+            check_finite(after, label="the compressed model")
+            measured = self._metric_for(before, part).measure(before, after, part.labels)
+            quality = _quality(measured, config.drop_limit)
+            fidelity = compare_outputs(before, after)
+        timing = self._time(session)
+        report = self._report(candidate, proto, quality=quality, fidelity=fidelity, timing=timing)
+        self._gate(report, proto, timing)
+        with self.stage("write"):
+            save_model(
+                proto, self.output, external_data=self.source.external_data, check=lambda path: _loads(path, config)
+            )
+        report = replace(report, output=str(self.output), seconds=dict(self.seconds))
+        self._save_side_files(plan, report)
+        if config.drop_limit is None and quality.drop > LARGE_DROP:
+            self.note(
+                f"{quality.metric} fell by {quality.drop:.4f}: keep more, or give --max-drop to refuse such results",
+                kind="warning",
+            )
+        return report
+
+    def _metric_for(self, outputs: Outputs, part: Subset) -> Metric:
+        """The metric of the report part: ``--val`` may have labels where the data has none."""
+        return choose_metric(self.config.metric, outputs=outputs, labels=part.labels)
+
+    def _gate(self, report: reports.CompressReport, proto: ModelProto, timing: LatencyComparison) -> None:
+        """Raise unless all that was asked for is met; keep the rejected model if asked to."""
+        config, quality = self.config, report.quality
+        failures: list[TargetError] = []
+        for name, asked in report.budget.asked.items():
+            reached = report.budget.reached[name]
+            if reached > asked * (1 + 1e-9):
+                failures.append(BudgetError(f"{flag_of(name)} {asked:g} is not reached: the result has {reached:g}"))
+        if quality is not None and not quality.passed:
+            failures.append(
+                GateError(
+                    f"{quality.metric} drops by {quality.drop:.4f} on {quality.n_samples} held-out samples, more than "
+                    f"--max-drop {quality.max_drop:g}; keep more, or allow a larger drop"
+                )
+            )
+        if timing.is_slower and not config.allow_slower:
+            failures.append(
+                GateError(
+                    f"the result is slower than the original in onnxruntime: {timing.after_ms:.3g} ms against "
+                    f"{timing.before_ms:.3g} ms; keep less, or pass --allow-slower"
+                )
+            )
+        if not failures:
+            return
+        error = failures[0]
+        if config.keep_rejected:
+            save_model(proto, rejected_path(self.output), external_data=self.source.external_data)
+        error.report = replace(report, output=None)
+        if config.report is not None:
+            _write_json(config.report, error.report)
+        raise error
+
+    def _report(
+        self,
+        candidate: _Candidate,
+        proto: ModelProto,
+        *,
+        quality: reports.Quality | None = None,
+        fidelity: reports.Fidelity | None = None,
+        timing: LatencyComparison | None = None,
+    ) -> reports.CompressReport:
+        prepared, config = self.prepared, self.config
+        before = _facts_before(prepared)
+        after = _facts_after(candidate.finished(), prepared, n_bytes=count_bytes(proto))
+        if timing is not None and quality is not None:
+            before = replace(before, latency_ms=timing.before_ms, metric=quality.before)
+            after = replace(after, latency_ms=timing.after_ms, metric=quality.after)
+        asked = {
+            name: value
+            for name in ("keep_params", "keep_macs", "max_bytes")
+            if (value := getattr(config, name)) is not None
+        }
+        return reports.CompressReport(
+            model=self.label,
+            output=None,
+            before=before,
+            after=after,
+            quality=quality,
+            fidelity=fidelity,
+            plan=_plan_summary(prepared, candidate.decisions),
+            frozen=_frozen(prepared),
+            budget=reports.Budget(asked=asked, reached=_reached(before, after)),
+            seconds=dict(self.seconds),
+            seed=config.seed,
+            versions=_versions(),
+        )
+
+    def _save_side_files(self, plan: CompressionPlan, report: reports.CompressReport) -> None:
+        if self.config.save_plan is not None:
+            save_plan(plan, self.config.save_plan)
+        if self.config.report is not None:
+            _write_json(self.config.report, report)
+
+
+# ---------------------------------------------------------------- inspect, apply, validate, load_twin
+
+
+def inspect(
+    model: str | Path | ModelProto, data: Any = None, *, on_event: OnEvent = ignore_event, **options: Any
+) -> reports.InspectReport:
+    """Report size, channel groups and what is frozen, without looking at sensitivity.
+
+    Args:
+        data: needed only where the model leaves sizes of its inputs open.
+        options: ``align``, ``exclude``, ``only``, ``preprocess``, ``max_samples``, ``batch_size``, ``seed``,
+            ``report``.
+
+    Raises:
+        ModelError, CalibrationError, UsageError: see ``compress``.
+    """
+    words = check_options(options, command="inspect")
+    source = load_model(model)
+    session = make_session(source.proto, providers="cpu")
+    if data is None:
+        probe = make_probe(session.inputs)
+    else:
+        dataset = open_dataset(
+            data, session.inputs, preprocess=words["preprocess"], max_samples=words["max_samples"], seed=words["seed"]
+        )
+        probe = next(iter(dataset.batches(np.arange(min(2, dataset.n_samples)), 2))).inputs
+    prepared = prepare(source, probe, exclude=words["exclude"], only=words["only"])
+    report = _inspect_report(str(model) if isinstance(model, (str, Path)) else "model in memory", prepared, words["align"])
+    if words["report"] is not None:
+        _write_json(words["report"], report)
+    return report
+
+
+def _inspect_report(label: str, prepared: PreparedModel, align: int | str) -> reports.InspectReport:
+    from hap_onnx.cost import cost_model
+    from hap_onnx.plan import find_options
+
+    coupling = prepared.coupling
+    cost = cost_model(prepared.graph, coupling, prepared.shapes)
+    options = find_options(coupling, align=align)
+    before = _facts_before(prepared)
+    sizes = np.array(cost.sizes, np.int64)
+    full = cost.totals(sizes) if len(sizes) else np.zeros(2, np.int64)
+    groups = []
+    for index, (group, option) in enumerate(zip(coupling.groups, options, strict=True)):
+        least = sizes.copy()
+        least[index] = 1
+        saved = full - cost.totals(least)
+        steps = np.diff(option.widths)
+        groups.append(
+            reports.GroupInfo(
+                name=group.name,
+                size=group.size,
+                role="residual" if len(group.producers) > 1 else "inner",
+                multiple=int(np.gcd.reduce(steps)) if len(steps) else group.size,
+                params=int(saved[0]),
+                macs=int(saved[1]),
+            )
+        )
+    touched = {weight.initializer for weight in coupling.weights}
+    nodes = [node for node in prepared.graph.nodes if any(tensor.name in touched for tensor in node.inputs)]
+    constants = {t.name: t for n in nodes for t in n.inputs if isinstance(t, gs.Constant) and t.name in touched}
+    from hap_onnx.measure import node_macs
+
+    macs = sum(node_macs(node, prepared.shapes) for node in nodes)
+    params = sum(int(np.prod(tensor.shape)) for tensor in constants.values())
+    return reports.InspectReport(
+        model=label,
+        size=before,
+        groups=tuple(groups),
+        frozen=_frozen(prepared),
+        prunable=reports.Prunable(
+            params_ratio=min(1.0, params / max(before.params, 1)),
+            macs_ratio=None if not before.macs else macs / before.macs,
+        ),
+        versions=_versions(),
+    )
+
+
+def apply_plan(
+    model: str | Path | ModelProto,
+    plan: str | Path,
+    *,
+    output: str | Path | None = None,
+    report: str | Path | None = None,
+    on_event: OnEvent = ignore_event,
+) -> reports.CompressReport:
+    """Write the model that a saved plan describes: no data, no training, the same bytes as ``compress``.
+
+    Raises:
+        ModelError: the plan is damaged, or was made for another model.
+        ValidationError: the result cannot be written.
+    """
+    start = time.perf_counter()
+    if output is None and isinstance(model, ModelProto):
+        raise UsageError("a model that is given in memory needs 'output', the path to write to")
+    target = Path(output) if output is not None else default_output(Path(str(model)))
+    files = {"--output": target, **({"--report": Path(report)} if report is not None else {})}
+    check_outputs(files, inputs={"MODEL": model, "PLAN.json": plan})
+    source = load_model(model)
+    saved = load_plan(plan)
+    saved.check_model(source.sha256)
+    session = make_session(source.proto, providers="cpu")
+    words = saved.config
+    sizes = {name: tuple(shape) for name, shape in dict(words.get("input_shapes", {})).items()}
+    prepared = prepare(
+        source,
+        make_probe(session.inputs, sizes=sizes),
+        exclude=tuple(words.get("exclude", ())),
+        only=tuple(words.get("only", ())),
+    )
+    keep = saved.keep_mask(prepared.coupling)
+    graph = remove_channels(prepared.graph, prepared.coupling, keep, shapes=prepared.probe_shapes)
+    candidate = _Candidate(saved.decisions, graph, saved.weights)
+    proto = _write_proto(candidate.finished(), source, saved)
+    check_model(proto, reference=source.proto)
+    save_model(proto, target, external_data=source.external_data, check=lambda path: _loads(path, None))
+    before = _facts_before(prepared)
+    after = _facts_after(candidate.finished(), prepared, n_bytes=count_bytes(proto))
+    result = reports.CompressReport(
+        model=str(model) if isinstance(model, (str, Path)) else "model in memory",
+        output=str(target),
+        before=before,
+        after=after,
+        quality=None,
+        fidelity=None,
+        plan=_plan_summary(prepared, saved.decisions),
+        frozen=_frozen(prepared),
+        budget=reports.Budget(reached=_reached(before, after)),
+        seconds={"apply": time.perf_counter() - start},
+        seed=int(words.get("seed", 0)),
+        versions=_versions(),
+    )
+    if report is not None:
+        _write_json(Path(report), result)
+    return result
+
+
+def validate(
+    reference: str | Path | ModelProto,
+    candidate: str | Path | ModelProto,
+    data: Any,
+    *,
+    on_event: OnEvent = ignore_event,
+    **options: Any,
+) -> reports.ValidateReport:
+    """Compare two models on all of ``data``: quality, fidelity, size and latency; never raises for a gate.
+
+    Raises:
+        ModelError, CalibrationError, UsageError: see ``compress``.
+    """
+    words = check_options(options, command="validate")
+    seconds: dict[str, float] = {}
+    start = time.perf_counter()
+    sources = [load_model(reference), load_model(candidate)]
+    sessions = [
+        make_session(source.proto, providers=words["providers"] or "cpu", threads=words["threads"] or 1) for source in sources
+    ]
+    _check_same_interface(*sessions)
+    dataset = open_dataset(
+        data,
+        sessions[0].inputs,
+        preprocess=words["preprocess"],
+        max_samples=words["max_samples"],
+        seed=words["seed"],
+    )
+    on_event(Event("validate", "note", dataset.preprocessing))
+    everything = Subset(dataset, np.arange(dataset.n_samples))
+    before, after = (run_outputs(session, everything, batch_size=words["batch_size"]) for session in sessions)
+    seconds["run"] = time.perf_counter() - start
+    metric = choose_metric(words["metric"], outputs=before, labels=everything.labels)
+    limit = resolve_max_drop(words["max_drop"], has_budget=False)
+    quality = _quality(metric.measure(before, after, everything.labels), limit)
+    if metric.name == "accuracy":
+        check_chance_level(quality.before, n_classes=metric.n_classes or 2, n_samples=quality.n_samples)
+    first = next(iter(everything.batches(sessions[0].fixed_batch or 1))).inputs
+    timing = measure_latency(*sessions, latency_feed(sessions[0], first), seconds=LATENCY_SECONDS)
+    seconds["latency"] = time.perf_counter() - start - seconds["run"]
+    facts = []
+    for source, latency, value in zip(
+        sources, (timing.before_ms, timing.after_ms), (quality.before, quality.after), strict=True
+    ):
+        graph = normalise(source)
+        twin = build_twin(graph)
+        shapes = probe_shapes(twin, to_tensors(first, twin))
+        size = model_size(graph, shapes)
+        facts.append(reports.ModelFacts(size.params, size.macs, source.n_bytes, latency, value))
+    slower = timing.is_slower
+    report = reports.ValidateReport(
+        reference=str(reference) if isinstance(reference, (str, Path)) else "reference",
+        candidate=str(candidate) if isinstance(candidate, (str, Path)) else "candidate",
+        before=facts[0],
+        after=facts[1],
+        quality=quality,
+        fidelity=compare_outputs(before, after),
+        slower=slower,
+        passed=quality.passed and (words["allow_slower"] or not slower),
+        seconds=seconds,
+        seed=words["seed"],
+        versions=_versions(),
+    )
+    if words["report"] is not None:
+        _write_json(words["report"], report)
+    return report
+
+
+def _check_same_interface(first: Session, second: Session) -> None:
+    mine, theirs = {spec.name for spec in first.inputs}, {spec.name for spec in second.inputs}
+    if mine != theirs or set(first.output_names) != set(second.output_names):
+        raise ModelError(
+            f"the two models cannot be compared: {first.label} maps {sorted(mine)} to {sorted(first.output_names)}, "
+            f"{second.label} maps {sorted(theirs)} to {sorted(second.output_names)}"
+        )
+
+
+def load_twin(model: str | Path | ModelProto) -> Twin:
+    """Return the model as a ``torch.nn.Module`` from ``{input name: Tensor}`` to ``{output name: Tensor}``."""
+    return build_twin(normalise(load_model(model)))
+
+
+# ---------------------------------------------------------------- small parts
+
+
+@contextmanager
+def _threads(n_threads: int | None) -> Iterator[None]:
+    before = torch.get_num_threads()
+    if n_threads is not None:
+        torch.set_num_threads(n_threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _device(name: str) -> str:
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UsageError("--device cuda: torch finds no CUDA device here")
+    return name
+
+
+def _session(model: ModelProto, config: CompressConfig) -> Session:
+    """Load a model as its latency is measured: one thread unless told otherwise."""
+    return make_session(model, providers=config.providers or "cpu", threads=config.threads or 1)
+
+
+def _batch_size(wanted: int, session: Session) -> int:
+    """Batches of a model that was exported for k samples hold multiples of k."""
+    unit = session.fixed_batch or 1
+    return max(1, wanted // unit) * unit
+
+
+def _open(data: Any, inputs: Sequence[Any], config: CompressConfig, note: Any) -> Dataset:
+    dataset = open_dataset(
+        data,
+        inputs,
+        preprocess=config.preprocess,
+        max_samples=config.max_samples,
+        seed=config.seed,
+        work_dir=config.work_dir,
+    )
+    for text in (dataset.preprocessing, *dataset.notes):
+        if text:
+            note(text)
+    return dataset
+
+
+def _keep_mask(prepared: PreparedModel, decisions: Sequence[GroupDecision]) -> np.ndarray:
+    keep = np.ones(prepared.coupling.n_elements, bool)
+    for group, decision in zip(prepared.coupling.groups, decisions, strict=True):
+        keep[group.elements[decision.drop]] = False
+    return keep
+
+
+def _write_proto(graph: gs.Graph, source: SourceModel, plan: CompressionPlan | None) -> ModelProto:
+    entry = {"version": hap_onnx.__version__, "plan": plan_hash(plan)} if plan is not None else None
+    return to_proto(graph, source, metadata=None if entry is None else {"hap_onnx": json.dumps(entry, sort_keys=True)})
+
+
+def _plan_words(config: CompressConfig, prepared: PreparedModel) -> dict[str, Any]:
+    """The options that shaped the plan, and the input shapes that the channels were found at."""
+    words = config.to_dict()
+    names = (
+        "keep_params", "keep_macs", "max_bytes", "max_drop", "metric", "method", "sensitivity", "probes", "recover",
+        "align", "exclude", "only", "max_samples", "batch_size", "seed",
+    )  # fmt: skip
+    shapes = {name: list(values.shape) for name, values in prepared.probe.items()}
+    return {**{name: words[name] for name in names}, "input_shapes": shapes}
+
+
+def _explain(losses: LossModel, decisions: Sequence[GroupDecision]) -> dict[str, str]:
+    """Say for each group why it was decided so."""
+    notes = {}
+    for decision, curve in zip(decisions, losses.curves, strict=True):
+        width = len(decision.keep)
+        if width == decision.size:
+            notes[decision.group] = "whole: removing channels here loses more per cost than elsewhere"
+        else:
+            how = "measured" if width in curve.measured else "interpolated between measured widths"
+            what = "the whole branch goes" if width == 0 else f"{decision.size - width} channels go"
+            notes[decision.group] = f"{what}: expected loss {curve.loss[width]:.3g} ({how})"
+    return notes
+
+
+def _facts_before(prepared: PreparedModel) -> reports.ModelFacts:
+    size = model_size(prepared.graph, prepared.shapes)
+    return reports.ModelFacts(prepared.n_params, _per_sample(size.macs, prepared), prepared.source.n_bytes)
+
+
+def _facts_after(graph: gs.Graph, prepared: PreparedModel, *, n_bytes: int) -> reports.ModelFacts:
+    twin = build_twin(graph)
+    first = {name: values[: prepared.shapes[name][0]] if values.ndim else values for name, values in prepared.probe.items()}
+    size = model_size(graph, probe_shapes(twin, to_tensors(first, twin)))
+    return reports.ModelFacts(size.params, _per_sample(size.macs, prepared), n_bytes)
+
+
+def _per_sample(macs: int, prepared: PreparedModel) -> int:
+    name = next(iter(prepared.probe))
+    shape = prepared.shapes[name]
+    return macs // (shape[0] if shape else 1)
+
+
+def _reached(before: reports.ModelFacts, after: reports.ModelFacts) -> dict[str, float]:
+    reached = {"keep_params": after.params / max(before.params, 1), "max_bytes": float(after.bytes)}
+    if before.macs and after.macs is not None:
+        reached["keep_macs"] = after.macs / before.macs
+    return reached
+
+
+def _plan_summary(prepared: PreparedModel, decisions: Sequence[GroupDecision]) -> reports.PlanSummary:
+    groups = {group.name: group for group in prepared.coupling.groups}
+    return reports.PlanSummary(
+        groups=tuple(reports.GroupKept(d.group, d.size, len(d.keep)) for d in decisions),
+        removed_branches=tuple(
+            node for d in decisions if not len(d.keep) for node in groups[d.group].consumers
+        ),
+    )
+
+
+def _frozen(prepared: PreparedModel) -> tuple[reports.FrozenNode, ...]:
+    return tuple(reports.FrozenNode(entry.node, entry.reason) for entry in prepared.coupling.frozen)
+
+
+def _quality(measured: Any, limit: float | None) -> reports.Quality:
+    drop = measured.before - measured.after
+    interval = measured.interval if measured.interval is not None else (drop, drop)
+    return reports.Quality(
+        metric=measured.metric,
+        before=measured.before,
+        after=measured.after,
+        drop=drop,
+        interval=(float(interval[0]), float(interval[1])),
+        n_samples=measured.n_samples,
+        max_drop=limit,
+        passed=limit is None or bool(drop <= limit + 1e-12),
+    )
+
+
+def _loads(path: Path, config: CompressConfig | None) -> None:
+    """Refuse to rename a file that onnxruntime cannot load."""
+    try:
+        make_session(path, providers=(config.providers if config else None) or "cpu", threads=1)
+    except ModelError as error:
+        raise ValidationError(f"the written model does not load: {error}") from error
+
+
+def _write_json(path: Path, report: reports.Report) -> None:
+    text = json.dumps(report.to_dict(), indent=1, allow_nan=False) + "\n"
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise ValidationError(f"the report {path} cannot be written: {error.strerror or error}") from error
+
+
+def _versions() -> dict[str, str]:
+    return {
+        "hap_onnx": hap_onnx.__version__,
+        "onnx": onnx.__version__,
+        "onnxruntime": ort.__version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }

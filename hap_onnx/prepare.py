@@ -1,0 +1,208 @@
+"""Everything that is known of a model before a decision is made, and proof that surgery on it is exact.
+
+Every group is cut once for trial. The shapes of all tensors must come out as the ids say, at two probe
+inputs, and the outputs must equal those of the original with the removed channels masked wherever a
+contraction reads them. What fails is frozen, with the reason.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import onnx_graphsurgeon as gs
+import torch
+from numpy.typing import NDArray
+
+from hap_onnx.channels import Coupling, find_groups
+from hap_onnx.curvature import to_tensors
+from hap_onnx.errors import CalibrationError, HapOnnxError, ModelError, UsageError
+from hap_onnx.fusion import fold_batch_norms
+from hap_onnx.input_spec import InputSpec
+from hap_onnx.measure import model_size
+from hap_onnx.model_io import SourceModel, normalise
+from hap_onnx.surgery import masked_reads, remove_channels, shape_after
+from hap_onnx.twin import Twin, build_twin, probe_shapes
+
+_log = logging.getLogger(__name__)
+
+Arrays = Mapping[str, NDArray[np.generic]]
+Shapes = Mapping[str, tuple[int, ...]]
+
+TRIAL_TOLERANCE = 1e-4
+"""Largest difference between a cut and a masked model, relative to the largest output: float rounding."""
+
+
+@dataclass(frozen=True)
+class PreparedModel:
+    """A model with its twin and its channels.
+
+    ``shapes`` are those of one sample (what costs are counted at), ``probe_shapes`` those of the probe
+    (two samples where the model allows); ``coupling`` belongs to the latter.
+    """
+
+    source: SourceModel
+    n_params: int  # of the model as it came; the graph has BatchNormalization folded
+    graph: gs.Graph
+    twin: Twin
+    probe: Arrays
+    shapes: Shapes
+    probe_shapes: Shapes
+    coupling: Coupling
+
+
+def make_probe(inputs: Sequence[InputSpec], *, sizes: Mapping[str, tuple[int, ...]] | None = None) -> Arrays:
+    """Make up two samples for a model without data: noise for floats, zeros for integers.
+
+    ``sizes`` gives the shape of one sample where the model leaves it open. Raises UsageError if nobody does.
+    """
+    generator = np.random.default_rng(0)
+    arrays: dict[str, NDArray[np.generic]] = {}
+    for spec in inputs:
+        shape = list((sizes or {}).get(spec.name, ()) or [axis if isinstance(axis, int) else None for axis in spec.shape])
+        if shape and (spec.shape[0] is None or isinstance(spec.shape[0], str) or sizes):
+            shape[0] = 2 if not isinstance(spec.shape[0], int) else spec.shape[0]
+        if any(axis is None for axis in shape):
+            raise UsageError(f"the input {spec} leaves sizes open: give --data, so that they are known")
+        if spec.dtype.kind == "f":
+            arrays[spec.name] = generator.standard_normal(shape).astype(spec.dtype)
+        else:
+            arrays[spec.name] = np.zeros(shape, spec.dtype)
+    return arrays
+
+
+def prepare(
+    source: SourceModel, probe: Arrays, *, exclude: Sequence[str] = (), only: Sequence[str] = (), device: str = "cpu"
+) -> PreparedModel:
+    """Normalise a model, build its twin, couple its channels and prove on trial cuts that it can be cut.
+
+    Args:
+        probe: a few samples; the first two are used.
+        exclude, only: patterns for names of nodes or initializers.
+
+    Raises:
+        ModelError: the model cannot be run.
+        UsageError: a pattern matches nothing.
+    """
+    original = normalise(source)
+    n_params = model_size(original, {}).params
+    graph = fold_batch_norms(original)
+    twin = build_twin(graph, device=device)
+    probe = {name: values[:2] for name, values in probe.items()}
+    tensors = to_tensors(probe, twin)
+    shapes = probe_shapes(twin, tensors)
+    first = {name: values[:1] for name, values in probe.items()}
+    try:
+        one = probe_shapes(twin, to_tensors(first, twin))
+    except (ModelError, CalibrationError):
+        one = shapes  # a batch that is fixed at two or more
+    reasons = _excluded(graph, exclude, "excluded by --exclude")
+    coupling = find_groups(graph, shapes, exclude=reasons)
+    if only:
+        outside = _outside(graph, coupling, only)
+        coupling = find_groups(graph, shapes, exclude={**reasons, **outside})
+    prepared = PreparedModel(source, n_params, graph, twin, probe, one, shapes, coupling)
+    return _prove(prepared, {**reasons, **(outside if only else {})})
+
+
+def _names_of(graph: gs.Graph) -> dict[str, None]:
+    names: dict[str, None] = {}
+    for node in graph.nodes:
+        names[node.name] = None
+        names.update({tensor.name: None for tensor in node.inputs if isinstance(tensor, gs.Constant)})
+    return names
+
+
+def _excluded(graph: gs.Graph, patterns: Iterable[str], reason: str) -> dict[str, str]:
+    names = _names_of(graph)
+    found: dict[str, str] = {}
+    for pattern in patterns:
+        matches = fnmatch.filter(names, pattern)
+        if not matches:
+            raise UsageError(f"'{pattern}' matches no node and no initializer; 'hap-onnx inspect' lists their names")
+        found.update({name: f"{reason} '{pattern}'" for name in matches})
+    return found
+
+
+def _outside(graph: gs.Graph, coupling: Coupling, patterns: Sequence[str]) -> dict[str, str]:
+    """Nodes that produce channels of groups in which no producer matches ``--only``."""
+    matches = set(_excluded(graph, patterns, ""))
+    weights = {node.name: {tensor.name for tensor in node.inputs} for node in graph.nodes}
+    outside = {}
+    for group in coupling.groups:
+        if not any(name in matches or weights[name] & matches for name in group.producers):
+            outside.update({name: "not among what --only names" for name in group.producers})
+    return outside
+
+
+# --- proof by trial ---
+
+
+def _prove(prepared: PreparedModel, reasons: dict[str, str]) -> PreparedModel:
+    """Cut for trial; freeze what does not come out exactly, and couple again until all is exact."""
+    for _ in range(len(prepared.coupling.groups) + 1):
+        complaint = _try_all(prepared)
+        if complaint is None:
+            return prepared
+        culprits = {}
+        for group in prepared.coupling.groups:
+            keep = np.ones(prepared.coupling.n_elements, bool)
+            keep[group.elements[: max(1, group.size // 2)]] = False
+            found = try_cut(prepared, keep) if group.size > 1 else complaint
+            if found is not None:
+                culprits[group.producers[0]] = f"cutting it for trial failed: {found}"
+        if not culprits:  # each alone is exact, together they are not: give up on all
+            culprits = {group.producers[0]: f"cutting it for trial failed: {complaint}" for group in prepared.coupling.groups}
+        _log.warning("%d channel groups are frozen: %s", len(culprits), next(iter(culprits.values())))
+        reasons = {**reasons, **culprits}
+        coupling = find_groups(prepared.graph, prepared.probe_shapes, exclude=reasons)
+        prepared = replace(prepared, coupling=coupling)
+    return prepared
+
+
+def _try_all(prepared: PreparedModel) -> str | None:
+    """Cut half of every group at once."""
+    keep = np.ones(prepared.coupling.n_elements, bool)
+    for group in prepared.coupling.groups:
+        keep[group.elements[: group.size // 2]] = False
+    return None if keep.all() else try_cut(prepared, keep)
+
+
+def try_cut(prepared: PreparedModel, keep: NDArray[np.bool_]) -> str | None:
+    """Cut and compare with the masked original; return what is wrong, or None.
+
+    Shapes are compared at both probes, outputs at the probe of two samples.
+    """
+    coupling, twin = prepared.coupling, prepared.twin
+    try:
+        cut = build_twin(remove_channels(prepared.graph, coupling, keep, shapes=prepared.probe_shapes), device=str(twin.device or "cpu"))
+        tensors = to_tensors(prepared.probe, twin)
+        for shapes, inputs in (
+            (prepared.probe_shapes, tensors),
+            (prepared.shapes, {name: values[: prepared.shapes[name][0]] if values.ndim else values for name, values in tensors.items()}),
+        ):
+            found = probe_shapes(cut, inputs)
+            for step in cut.steps:
+                for name in step.outputs:
+                    expected = shape_after(shapes[name], coupling.tensors.get(name), keep) if name in shapes else None
+                    if expected is not None and found[name] != expected:
+                        return f"'{name}' has shape {list(found[name])} instead of {list(expected)}"
+        with torch.no_grad():
+            expected_outputs = twin(tensors, on_read=masked_reads(coupling, keep))
+            outputs = cut(tensors)
+    except (HapOnnxError, AssertionError) as error:
+        _log.info("trial cut failed", exc_info=True)
+        return " ".join(str(error).split())[:300]
+    for name, expected_output in expected_outputs.items():
+        if not expected_output.is_floating_point():
+            continue
+        finite = torch.isfinite(expected_output)
+        if not finite.any():
+            continue
+        error = (outputs[name] - expected_output)[finite].abs().max()
+        if not error <= TRIAL_TOLERANCE * expected_output[finite].abs().max() + 1e-7:
+            return f"the output '{name}' differs by {float(error):.3g}"
+    return None
