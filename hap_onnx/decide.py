@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
 from hap_onnx.calibration import Subset
@@ -13,9 +15,11 @@ from hap_onnx.cost import CostModel, cost_model, removable_branches
 from hap_onnx.curvature import LayerCurvature, collect_curvature, eliminate, group_consumers
 from hap_onnx.curves import GroupCurve, GroupRanking, measure_curves, rank_by_score
 from hap_onnx.events import OnEvent, ignore_event
-from hap_onnx.plan import GroupDecision, allocate, find_options
+from hap_onnx.plan import GroupDecision, GroupOptions, allocate, find_options
 from hap_onnx.prepare import PreparedModel
+from hap_onnx.refit import refit
 from hap_onnx.sensitivity import Options, estimate
+from hap_onnx.surgery import Kept, kept_positions
 
 DEFAULT_SENSITIVITY = "obs"
 N_MEASURED = 256
@@ -71,17 +75,19 @@ def build_loss_model(
     subset: Subset,
     *,
     sensitivity: str,
+    curvature: Mapping[str, LayerCurvature] | None = None,
     scales: Mapping[str, float],
     batch_size: int,
     n_probes: int,
     seed: int,
     on_event: OnEvent = ignore_event,
 ) -> LossModel:
-    """Collect statistics on ``subset``, rank, and measure loss curves; see the modules of each stage."""
+    """Collect statistics on ``subset`` (unless they are there already), rank, and measure loss curves."""
     graph, twin, coupling = prepared.graph, prepared.twin, prepared.coupling
-    curvature = collect_curvature(
-        graph, twin, coupling, subset, scales=scales, batch_size=batch_size, seed=seed, on_event=on_event
-    )
+    if curvature is None:
+        curvature = collect_curvature(
+            graph, twin, coupling, subset, scales=scales, batch_size=batch_size, seed=seed, on_event=on_event
+        )
     options = Options(
         graph=graph, scales=scales, n_probes=n_probes, batch_size=batch_size, seed=seed, on_event=on_event
     )
@@ -106,10 +112,21 @@ def build_loss_model(
 
 
 def choose_widths(
-    prepared: PreparedModel, model: LossModel, budgets: Mapping[str, float | None], *, align: int | str
+    prepared: PreparedModel,
+    model: LossModel,
+    budgets: Mapping[str, float | None],
+    *,
+    align: int | str,
+    whole: Collection[str] = (),
 ) -> tuple[GroupDecision, ...]:
-    """Decide for each group which elements stay, within absolute ``budgets``; raises BudgetError."""
-    options = find_options(prepared.coupling, model.removable, align=align)
+    """Decide for each group which elements stay, within absolute ``budgets``; those in ``whole`` do not change.
+
+    Raises BudgetError.
+    """
+    options = tuple(
+        GroupOptions(option.group, option.widths[-1:]) if option.group in whole else option
+        for option in find_options(prepared.coupling, model.removable, align=align)
+    )
     widths = allocate([curve.loss for curve in model.curves], options, model.cost, budgets)
     return tuple(
         GroupDecision.from_keep(group.name, group.size, ranking.order[group.size - int(width) :])
@@ -123,3 +140,26 @@ def predicted_losses(model: LossModel, decisions: tuple[GroupDecision, ...]) -> 
         decision.group: float(curve.loss[len(decision.keep)])
         for decision, curve in zip(decisions, model.curves, strict=True)
     }
+
+
+def residual_groups(prepared: PreparedModel) -> frozenset[str]:
+    """Groups that several nodes produce: the channels of residual streams, which every later layer reads."""
+    return frozenset(group.name for group in prepared.coupling.groups if len(group.producers) > 1)
+
+
+def keep_mask(prepared: PreparedModel, decisions: Sequence[GroupDecision]) -> NDArray[np.bool_]:
+    """One flag per element of the coupling, for ``surgery.remove_channels``."""
+    keep = np.ones(prepared.coupling.n_elements, bool)
+    for group, decision in zip(prepared.coupling.groups, decisions, strict=True):
+        keep[group.elements[decision.drop]] = False
+    return keep
+
+
+def refit_weights(
+    prepared: PreparedModel, compressed: gs.Graph, keep: NDArray[np.bool_], subset: Subset, **options: Any
+) -> dict[str, NDArray[np.float32]]:
+    """``refit.refit`` for a graph that ``remove_channels`` made with this ``keep``."""
+    kept = {
+        name: Kept(found.axis, kept_positions(found.ids, keep)) for name, found in prepared.coupling.tensors.items()
+    }
+    return refit(prepared.graph, compressed, kept, subset, **options)

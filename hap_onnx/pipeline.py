@@ -38,7 +38,15 @@ from hap_onnx.config import (
 )
 from hap_onnx.curvature import output_scales, to_tensors
 from hap_onnx.curves import output_distance
-from hap_onnx.decide import LossModel, build_loss_model, choose_widths, predicted_losses
+from hap_onnx.decide import (
+    LossModel,
+    build_loss_model,
+    choose_widths,
+    keep_mask,
+    predicted_losses,
+    refit_weights,
+    residual_groups,
+)
 from hap_onnx.errors import (
     BudgetError,
     CalibrationError,
@@ -56,8 +64,7 @@ from hap_onnx.model_io import SourceModel, load_model, normalise, save_model, to
 from hap_onnx.plan import CompressionPlan, GroupDecision, load_plan, plan_hash, save_plan
 from hap_onnx.prepare import PreparedModel, make_probe, prepare, try_cut
 from hap_onnx.protos import count_bytes
-from hap_onnx.refit import refit
-from hap_onnx.surgery import Kept, kept_positions, remove_channels, with_weights
+from hap_onnx.surgery import remove_channels, with_weights
 from hap_onnx.twin import Twin, build_twin, probe_shapes
 from hap_onnx.validate import (
     LatencyComparison,
@@ -274,7 +281,7 @@ class _Job:
     def _plan(self, budgets: Mapping[str, float | None], *, align: int | str) -> _Candidate:
         with self.stage("plan"):
             decisions = choose_widths(self.prepared, self.losses, budgets, align=align)
-            keep = _keep_mask(self.prepared, decisions)
+            keep = keep_mask(self.prepared, decisions)
             complaint = try_cut(self.prepared, keep)
             if complaint is not None:
                 raise SurgeryError(f"the planned cut is not exact: {complaint}; please report it with the model")
@@ -300,15 +307,11 @@ class _Job:
         if self.config.recover == "none":
             return candidate
         with self.stage("refit"):
-            keep = _keep_mask(self.prepared, candidate.decisions)
-            kept = {
-                name: Kept(found.axis, kept_positions(found.ids, keep))
-                for name, found in self.prepared.coupling.tensors.items()
-            }
-            weights = refit(
-                self.prepared.graph,
+            keep = keep_mask(self.prepared, candidate.decisions)
+            weights = refit_weights(
+                self.prepared,
                 candidate.graph,
-                kept,
+                keep,
                 self.splits.calibrate,
                 batch_size=self.batch_size,
                 seed=self.config.seed,
@@ -767,13 +770,6 @@ def _open(data: Any, inputs: Sequence[Any], config: CompressConfig, note: Any) -
         if text:
             note(text)
     return dataset
-
-
-def _keep_mask(prepared: PreparedModel, decisions: Sequence[GroupDecision]) -> np.ndarray:
-    keep = np.ones(prepared.coupling.n_elements, bool)
-    for group, decision in zip(prepared.coupling.groups, decisions, strict=True):
-        keep[group.elements[decision.drop]] = False
-    return keep
 
 
 def _write_proto(graph: gs.Graph, source: SourceModel, plan: CompressionPlan | None) -> ModelProto:
