@@ -10,7 +10,7 @@ import logging
 import os
 import platform
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -244,9 +244,7 @@ class _Job:
                 on_event=self.on_event,
             )
         if config.has_budget:
-            candidate = self._plan_fast(self._budgets())
-            if not config.dry_run:
-                candidate = self._recover(candidate)
+            candidate = self._compress_to(self._budgets())
         else:
             candidate = self._search()
         return self._finish(candidate)
@@ -278,9 +276,11 @@ class _Job:
             GroupDecision.from_keep(group.name, group.size, range(group.size)) for group in self.prepared.coupling.groups
         )
 
-    def _plan(self, budgets: Mapping[str, float | None], *, align: int | str) -> _Candidate:
+    def _plan(
+        self, budgets: Mapping[str, float | None], *, align: int | str, whole: Collection[str]
+    ) -> _Candidate:
         with self.stage("plan"):
-            decisions = choose_widths(self.prepared, self.losses, budgets, align=align)
+            decisions = choose_widths(self.prepared, self.losses, budgets, align=align, whole=whole)
             keep = keep_mask(self.prepared, decisions)
             complaint = try_cut(self.prepared, keep)
             if complaint is not None:
@@ -288,13 +288,13 @@ class _Job:
             graph = remove_channels(self.prepared.graph, self.prepared.coupling, keep, shapes=self.prepared.probe_shapes)
             return _Candidate(decisions, graph)
 
-    def _plan_fast(self, budgets: Mapping[str, float | None]) -> _Candidate:
+    def _plan_fast(self, budgets: Mapping[str, float | None], *, whole: Collection[str] = ()) -> _Candidate:
         """Plan, and plan again with wider steps where onnxruntime runs the result slower than the original."""
         aligns: list[int | str] = [self.config.align]
         if self.config.align == "auto":
             aligns += [8, 16]
         for align in aligns:
-            candidate = self._plan(budgets, align=align)
+            candidate = self._plan(budgets, align=align, whole=whole)
             if self.config.allow_slower or self.config.dry_run:
                 return candidate
             timing = self._time(_session(self._to_proto(candidate), self.config))
@@ -302,6 +302,25 @@ class _Job:
                 return candidate
             self.note(f"with widths aligned to {align} the model is {timing.ratio:.2f} times as slow; planning again")
         return candidate  # the gate will refuse it, with all numbers
+
+    def _compress_to(self, budgets: Mapping[str, float | None]) -> _Candidate:
+        """Plan and refit; where the plan narrows a residual stream, see whether a plan that does not is better.
+
+        Every later layer reads a residual stream, so what its channels cost adds up less well than what
+        the inner channels of a block cost. The outputs on held-out samples decide.
+        """
+        candidate = self._plan_fast(budgets)
+        if self.config.dry_run:
+            return candidate
+        candidate = self._recover(candidate)
+        residual = residual_groups(self.prepared)
+        if not any(d.group in residual and len(d.drop) for d in candidate.decisions):
+            return candidate
+        try:
+            other = self._recover(self._plan_fast(budgets, whole=residual))
+        except BudgetError:
+            return candidate
+        return min((candidate, other), key=lambda one: self._distance(one.finished()))
 
     def _recover(self, candidate: _Candidate) -> _Candidate:
         if self.config.recover == "none":
@@ -349,7 +368,7 @@ class _Job:
             middle = (low + high) // 2
             ratio = SEARCH_RATIOS[middle]
             try:
-                candidate = self._recover(self._plan_fast({name: ratio * size for name, size in full.items()}))
+                candidate = self._compress_to({name: ratio * size for name, size in full.items()})
             except BudgetError:
                 high = middle
                 continue
