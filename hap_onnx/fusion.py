@@ -35,6 +35,7 @@ def fold_batch_norms(graph: gs.Graph) -> gs.Graph:
         if conv is None or not _can_fold(conv, norm, readers, outputs):
             continue
         _fold(conv, norm)
+        readers[conv.inputs[2].name] = 1  # another normalisation may follow
         n_folded += 1
     _log.info("folded %d BatchNormalization nodes", n_folded)
     return result.cleanup(remove_unused_graph_inputs=False).toposort() if n_folded else graph
