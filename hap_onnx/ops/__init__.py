@@ -1,14 +1,12 @@
 """The operators, one module per family; importing this package registers them all."""
 
-from hap_onnx.ops import concat, conv, elementwise, flows, index, linear, matmul, norm, pool, reduce, resize, shape
+from hap_onnx.ops import concat, conv, elementwise, index, matmul, norm, pool, reduce, resize, shape
 
 __all__ = [
     "concat",
     "conv",
     "elementwise",
-    "flows",
     "index",
-    "linear",
     "matmul",
     "norm",
     "pool",

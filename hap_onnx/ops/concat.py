@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
+import numpy as np
+import onnx_graphsurgeon as gs
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -17,7 +20,12 @@ from hap_onnx.ops.arguments import (
     normalise_axis,
     together,
 )
-from hap_onnx.ops.registry import run_op
+from hap_onnx.ops.registry import edit_op, flow_op, run_op
+from hap_onnx.ops.rules import ReadInts, read_ints
+
+if TYPE_CHECKING:
+    from hap_onnx.channels import Flow
+    from hap_onnx.surgery import Cut
 
 # --- Concat ---
 
@@ -45,6 +53,37 @@ def _repeat_constant_operands(
     )
 
 
+@flow_op("Concat")
+def _flow_concat(node: gs.Node, flow: Flow) -> None:
+    ndim = len(flow.shape(node.outputs[0]))
+    axis = int(node.attrs["axis"]) % ndim
+    found = [flow.ids(tensor) for tensor in node.inputs]
+    for tensor in node.inputs:
+        if isinstance(tensor, gs.Constant):
+            flow.use(tensor, node)
+    if all(f is None for f in found):
+        return
+    axes = {f.axis for f in found if f is not None}
+    if len(axes) > 1:
+        for f in found:
+            flow.freeze(f, node, "Concat of tensors whose channels lie on different axes")
+        return
+    channel_axis = axes.pop()
+    if channel_axis == axis:
+        parts = []
+        for tensor, f in zip(node.inputs, found, strict=True):
+            parts.append(np.zeros(flow.shape(tensor)[axis], np.int64) if f is None else f.ids)
+        flow.put(node.outputs[0], axis, np.concatenate(parts))
+        return
+    first = next(f for f in found if f is not None)
+    for tensor, f in zip(node.inputs, found, strict=True):
+        if f is None:
+            flow.freeze(first, node, f"Concat beside '{tensor.name}', whose channels must stay")
+        else:
+            flow.join(first.ids, f.ids)
+    flow.put(node.outputs[0], channel_axis, first.ids)
+
+
 # --- Split ---
 
 
@@ -64,6 +103,38 @@ def Split(
         width = -(-x.shape[axis] // n_outputs)
         sizes = [width] * (n_outputs - 1) + [x.shape[axis] - width * (n_outputs - 1)]
     return torch.split(x, sizes, axis)
+
+
+@flow_op("Split")
+def _flow_split(node: gs.Node, flow: Flow) -> None:
+    found = flow.ids(node.inputs[0])
+    if found is None:
+        return
+    axis = int(node.attrs.get("axis", 0)) % len(flow.shape(node.inputs[0]))
+    if len(node.inputs) > 1 and isinstance(node.inputs[1], gs.Constant):
+        flow.use(node.inputs[1], node)
+    start = 0
+    for output in node.outputs:
+        if axis == found.axis:
+            size = flow.shape(output)[axis]
+            flow.put(output, axis, found.ids[start : start + size])
+            start += size
+        else:
+            flow.put(output, found.axis, found.ids)
+
+
+@edit_op("Split")
+def _edit_split(node: gs.Node, cut: Cut) -> None:
+    axis = int(node.attrs.get("axis", 0)) % len(cut.shape(node.inputs[0]))
+    kept = [cut.kept(output) for output in node.outputs]
+    if not any(k is not None and k.axis == axis for k in kept):
+        return
+    sizes = [
+        cut.shape(output)[axis] if k is None else len(k.positions)
+        for output, k in zip(node.outputs, kept, strict=True)
+    ]
+    node.attrs.pop("num_outputs", None)
+    cut.set_ints(node, 1, "split", sizes, as_attribute=cut.opset < 13)
 
 
 # --- Slice ---
@@ -110,6 +181,80 @@ def Slice(
     for axis, start, end, step in zip(along, first, last, strides, strict=True):
         x = _slice_axis(x, axis, start, end, step)
     return x
+
+
+def _slice_bounds(shape: tuple[int, ...], read: ReadInts) -> dict[int, tuple[int, int, int]] | None:
+    """Map each sliced axis to its clamped (start, stop, step), or None if any is computed."""
+    starts, ends, axes, steps = (
+        read(1, "starts"),
+        read(2, "ends"),
+        read(3, "axes"),
+        read(4, "steps"),
+    )
+    if starts is None or ends is None or axes is None or steps is None:
+        return None
+    axes = axes or list(range(len(starts)))
+    steps = steps or [1] * len(starts)
+    result = {}
+    for start, end, axis, step in zip(starts, ends, axes, steps, strict=True):
+        axis %= len(shape)
+        result[axis] = slice(start, end if step > 0 or end >= -shape[axis] else None, step).indices(
+            shape[axis]
+        )
+    return result
+
+
+@flow_op("Slice")
+def _flow_slice(node: gs.Node, flow: Flow) -> None:
+    found = flow.ids(node.inputs[0])
+    bounds = _slice_bounds(flow.shape(node.inputs[0]), lambda i, name: read_ints(node, flow, i, name))
+    if found is None:
+        return
+    if bounds is None:
+        if flow.shape(node.outputs[0])[found.axis] == len(found.ids):
+            flow.freeze(found, node, "Slice with computed bounds")
+        else:
+            flow.freeze(found, node, "Slice of the channels with computed bounds")
+        return
+    if found.axis in bounds:
+        start, stop, step = bounds[found.axis]
+        if step != 1:
+            if len(range(start, stop, step)) == len(found.ids) and step == 1:
+                flow.put(node.outputs[0], found.axis, found.ids)
+                return
+            flow.freeze(found, node, "Slice of the channels with a step")
+            return
+        flow.put(node.outputs[0], found.axis, found.ids[start:stop])
+        return
+    flow.put(node.outputs[0], found.axis, found.ids)
+
+
+@edit_op("Slice")
+def _edit_slice(node: gs.Node, cut: Cut) -> None:
+    kept_in, kept_out = cut.kept(node.inputs[0]), cut.kept(node.outputs[0])
+    if kept_in is None:
+        return
+    axis = kept_in.axis
+    bounds = _slice_bounds(cut.shape(node.inputs[0]), lambda i, name: cut.ints(node, i, name))
+    if bounds is None or axis not in bounds:
+        return
+    start, stop, _ = bounds[axis]
+    if (start, stop) == (0, cut.shape(node.inputs[0])[axis]):
+        new = (0, len(kept_in.positions))
+    else:
+        new = (int((kept_in.positions < start).sum()), int((kept_in.positions < stop).sum()))
+    n_out = cut.shape(node.outputs[0])[axis] if kept_out is None else len(kept_out.positions)
+    if new[1] - new[0] != n_out:
+        raise AssertionError(f"{node.name}: slice {new} for {n_out} channels")
+    starts, ends = cut.ints(node, 1, "starts"), cut.ints(node, 2, "ends")
+    axes = cut.ints(node, 3, "axes") or list(range(len(starts or [])))
+    assert starts is not None
+    assert ends is not None
+    index = [a % len(cut.shape(node.inputs[0])) for a in axes].index(axis)
+    starts[index], ends[index] = new
+    as_attribute = "starts" in node.attrs
+    cut.set_ints(node, 1, "starts", starts, as_attribute=as_attribute)
+    cut.set_ints(node, 2, "ends", ends, as_attribute=as_attribute)
 
 
 # --- Pad ---
@@ -166,3 +311,61 @@ def _pad_constant(x: Tensor, begins: Sequence[int], ends: Sequence[int], value: 
     if x.dtype == torch.bool:
         return F.pad(x.to(torch.uint8), amounts, value=value).to(torch.bool)
     return F.pad(x, amounts, value=value)
+
+
+def _pads(ndim: int, read: ReadInts) -> list[tuple[int, int]] | None:
+    """(begin, end) for each axis, or None if the amounts are computed."""
+    pads = read(1, "pads")
+    axes = read(3, "axes")
+    if pads is None or axes is None:
+        return None
+    axes = [axis % ndim for axis in axes] or list(range(ndim))
+    half = len(pads) // 2
+    result = [(0, 0)] * ndim
+    for axis, begin, end in zip(axes, pads[:half], pads[half:], strict=True):
+        result[axis] = (begin, end)
+    return result
+
+
+@flow_op("Pad")
+def _flow_pad(node: gs.Node, flow: Flow) -> None:
+    x = node.inputs[0]
+    found = flow.ids(x)
+    pads = _pads(len(flow.shape(x)), lambda i, name: read_ints(node, flow, i, name))
+    if len(node.inputs) > 2 and isinstance(node.inputs[2], gs.Constant):
+        flow.use(node.inputs[2], node)
+    if found is None:
+        return
+    if pads is None:
+        flow.freeze(found, node, "Pad with computed amounts")
+        return
+    begin, end = pads[found.axis]
+    if begin == end == 0:
+        flow.put(node.outputs[0], found.axis, found.ids)
+        return
+    mode = node.attrs.get("mode", "constant")
+    if mode != "constant" or begin < 0 or end < 0:
+        flow.freeze(found, node, f"Pad of the channels in mode '{mode}' or by a negative amount")
+        return
+    ids = np.concatenate([flow.fresh(begin), found.ids, flow.fresh(end)])
+    flow.put(node.outputs[0], found.axis, ids)
+
+
+@edit_op("Pad")
+def _edit_pad(node: gs.Node, cut: Cut) -> None:
+    kept = cut.kept(node.outputs[0])
+    if kept is None:
+        return
+    ndim = len(cut.shape(node.inputs[0]))
+    pads = _pads(ndim, lambda i, name: cut.ints(node, i, name))
+    if pads is None or pads[kept.axis] == (0, 0):
+        return
+    begin, end = pads[kept.axis]
+    total = cut.shape(node.outputs[0])[kept.axis]
+    new = (int((kept.positions < begin).sum()), int((kept.positions >= total - end).sum()))
+    raw = cut.ints(node, 1, "pads")
+    assert raw is not None
+    axes = [axis % ndim for axis in (cut.ints(node, 3, "axes") or range(ndim))]
+    index = axes.index(kept.axis)
+    raw[index], raw[index + len(raw) // 2] = new
+    cut.set_ints(node, 1, "pads", raw, as_attribute="pads" in node.attrs)

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import reduce
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import onnx
+import onnx_graphsurgeon as gs
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from hap_onnx.ops.arguments import is_float, together
-from hap_onnx.ops.registry import run_op
+from hap_onnx.ops.registry import flow_op, run_op
+
+if TYPE_CHECKING:
+    from hap_onnx.channels import Flow
 
 # --- One input, no attributes ---
 
@@ -325,3 +329,62 @@ def FastGelu(x: Tensor, bias: Tensor | None = None) -> Tensor:
 def QuickGelu(x: Tensor, *, alpha: float = 1.702) -> Tensor:
     """x * sigmoid(alpha * x)."""
     return x * torch.sigmoid(x * alpha)
+
+
+# --- How channels pass ---
+
+
+_ELEMENTWISE = """
+    Abs Acos Acosh Add And Asin Asinh Atan Atanh BitShift BitwiseAnd BitwiseNot BitwiseOr BitwiseXor
+    Cast CastLike Ceil Celu Clip Cos Cosh Div Dropout Elu Equal Erf Exp Floor Gelu Greater
+    GreaterOrEqual HardSigmoid HardSwish Identity IsInf IsNaN LeakyRelu Less LessOrEqual Log Max
+    Mean Min Mish Mod Mul Neg Not Or PRelu Pow Reciprocal Relu Round Selu Shrink Sigmoid Sign Sin
+    Sinh Softplus Softsign Sqrt Sub Sum Swish Tan Tanh ThresholdedRelu Where Xor
+""".split()
+
+
+@flow_op(*_ELEMENTWISE)
+def _flow_elementwise(node: gs.Node, flow: Flow) -> None:
+    """Join the channels of all inputs; constants lose what the channels lose."""
+    out_shape = flow.shape(node.outputs[0])
+    ndim = len(out_shape)
+    inputs = [tensor for tensor in node.inputs if tensor.name]
+    carrying = [(tensor, found) for tensor in inputs if (found := flow.ids(tensor)) is not None]
+    if not carrying:
+        for tensor in inputs:
+            if isinstance(tensor, gs.Constant):
+                flow.use(tensor, node)
+        return
+    # Axes are counted from the right: shapes are broadcast that way.
+    first, found = next(
+        ((t, f) for t, f in carrying if len(f.ids) == out_shape[f.axis + ndim - len(flow.shape(t))]),
+        carrying[0],
+    )
+    axis = found.axis + ndim - len(flow.shape(first))
+    ids = found.ids
+    for tensor in inputs:
+        shape = flow.shape(tensor)
+        own_axis = axis - (ndim - len(shape))
+        own = flow.ids(tensor)
+        size = shape[own_axis] if own_axis >= 0 else 1
+        if own is not None and own.axis == own_axis and size == len(ids):
+            flow.join(ids, own.ids)
+        elif own is not None:
+            flow.freeze(own, node, f"{node.op} combines channels on different axes")
+            if size == len(ids) > 1:
+                flow.freeze(ids, node, f"{node.op} combines channels on different axes")
+        elif isinstance(tensor, gs.Constant):
+            flow.use(tensor, node)
+            if size == len(ids) and (size > 1 or len(shape) > 0) and own_axis >= 0:
+                if size > 1:
+                    flow.bind(tensor, own_axis, ids, "follower", node)
+            elif size > 1:
+                flow.freeze(ids, node, f"{node.op} spreads one channel over several")
+        elif size == len(ids) and size > 1:
+            flow.freeze(ids, node, f"{node.op} joins them with '{tensor.name}', whose channels must stay")
+        elif size > len(ids):
+            flow.freeze(ids, node, f"{node.op} spreads one channel over several")
+    if len(ids) == out_shape[axis]:
+        for output in node.outputs:
+            if output.name:
+                flow.put(output, axis, ids)

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+import numpy as np
+import onnx_graphsurgeon as gs
 import torch
 from torch import Tensor
 
 from hap_onnx.ops.arguments import as_int, normalise_axis, together
-from hap_onnx.ops.registry import run_op
+from hap_onnx.ops.registry import edit_op, flow_op, run_op
+
+if TYPE_CHECKING:
+    from hap_onnx.channels import Flow
+    from hap_onnx.surgery import Cut
 
 
 def _from_front(indices: Tensor, size: int) -> Tensor:
@@ -59,6 +67,42 @@ def GatherND(x: Tensor, indices: Tensor, *, batch_dims: int = 0) -> Tensor:
     offsets = torch.arange(n_batch, device=x.device)[:, None] * n_inner
     picked = x.reshape(n_batch * n_inner, *rest).index_select(0, (flat + offsets).reshape(-1))
     return picked.reshape(indices.shape[:-1] + rest)
+
+
+@flow_op("Gather")
+def _flow_gather(node: gs.Node, flow: Flow) -> None:
+    x, indices = node.inputs
+    found = flow.ids(x)
+    if isinstance(indices, gs.Constant):
+        flow.use(indices, node)
+    if flow.ids(indices) is not None:
+        flow.freeze(flow.ids(indices), node, "channels are used as indices")
+    if found is None:
+        return
+    axis = int(node.attrs.get("axis", 0)) % len(flow.shape(x))
+    n_index_axes = len(flow.shape(indices))
+    if axis != found.axis:
+        flow.put(node.outputs[0], found.axis + (n_index_axes - 1 if axis < found.axis else 0), found.ids)
+        return
+    if not isinstance(indices, gs.Constant) or n_index_axes != 1:
+        flow.freeze(found, node, "Gather of channels by computed indices, or by a single one")
+        return
+    flow.put(node.outputs[0], axis, found.ids[np.asarray(indices.values)])
+
+
+@edit_op("Gather")
+def _edit_gather(node: gs.Node, cut: Cut) -> None:
+    kept_in, kept_out = cut.kept(node.inputs[0]), cut.kept(node.outputs[0])
+    axis = int(node.attrs.get("axis", 0)) % len(cut.shape(node.inputs[0]))
+    if kept_in is None or kept_in.axis != axis or not isinstance(node.inputs[1], gs.Constant):
+        return
+    n_channels = cut.shape(node.inputs[0])[axis]
+    indices = np.asarray(node.inputs[1].values) % n_channels
+    if kept_out is not None:
+        indices = indices[kept_out.positions]
+    new_position = np.full(n_channels, -1, np.int64)
+    new_position[kept_in.positions] = np.arange(len(kept_in.positions))
+    cut.set_constant(node, 1, new_position[indices].astype(node.inputs[1].values.dtype))
 
 
 # --- ScatterElements, Scatter, ScatterND ---

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 from math import prod
+from typing import TYPE_CHECKING
 
 import onnx_graphsurgeon as gs
 import torch
 from torch import Tensor
 
 from hap_onnx.ops.arguments import together
-from hap_onnx.ops.registry import macs_op, run_op
+from hap_onnx.ops.linear import LinearForm
+from hap_onnx.ops.registry import flow_op, linear_op, macs_op, run_op
+from hap_onnx.ops.rules import bind_bias, constant_input, freeze_other_axis
+
+if TYPE_CHECKING:
+    from hap_onnx.channels import Flow
 
 # --- Gemm ---
 
@@ -43,6 +49,63 @@ def _macs_gemm(
     return prod(output_shapes[0]) * a[0 if node.attrs.get("transA", 0) else 1]
 
 
+@flow_op("Gemm")
+def _flow_gemm(node: gs.Node, flow: Flow) -> None:
+    a, b = node.inputs[:2]
+    found = flow.ids(a)
+    if not isinstance(b, gs.Constant) or int(node.attrs.get("transA", 0)):
+        for tensor in node.inputs:
+            flow.freeze(flow.ids(tensor), node, "Gemm with a computed or transposed operand")
+        return
+    if freeze_other_axis(node, flow, a, 1):
+        return
+    in_axis, out_axis = (1, 0) if int(node.attrs.get("transB", 0)) else (0, 1)
+    ids = flow.fresh(b.shape[out_axis])
+    if found is not None:
+        flow.bind(b, in_axis, found.ids, "consumer", node)
+        flow.read(node, 0)
+    flow.bind(b, out_axis, ids, "producer", node)
+    bind_bias(node, flow, 2, ids)
+    flow.put(node.outputs[0], 1, ids)
+
+
+def _product_form(*, transposed: bool, bias_index: int | None) -> LinearForm:
+    """Matrix form of ``x @ w`` (or ``x @ w.T``) over the last axis of x."""
+
+    def rows(x: Tensor, positions: Tensor) -> Tensor:
+        middle = x.reshape(x.shape[0], -1, x.shape[-1])[:, positions.to(x.device)]
+        return middle.reshape(1, -1, x.shape[-1])
+
+    return LinearForm(
+        data_index=0,
+        weight_index=1,
+        bias_index=bias_index,
+        conv_group=1,
+        n_taps=1,
+        in_axis=1 if transposed else 0,
+        out_axis=0 if transposed else 1,
+        channel_axis=-1,
+        patches=rows,
+        outputs=rows,
+        n_positions=lambda y: prod(y.shape[1:-1]),
+        to_matrix=lambda w: (w if transposed else w.T)[None],
+        to_weight=lambda matrix, shape: matrix[0] if transposed else matrix[0].T.contiguous(),
+    )
+
+
+@linear_op("Gemm")
+def _linear_gemm(node: gs.Node) -> LinearForm | None:
+    attributes = node.attrs
+    scaled = attributes.get("alpha", 1.0) != 1.0 or attributes.get("beta", 1.0) != 1.0
+    if not isinstance(node.inputs[1], gs.Constant) or attributes.get("transA", 0) or scaled:
+        return None
+    bias_index = constant_input(node, 2)
+    n_out = node.inputs[1].shape[0 if attributes.get("transB", 0) else 1]
+    if bias_index is not None and node.inputs[2].values.size != n_out:
+        bias_index = None
+    return _product_form(transposed=bool(attributes.get("transB", 0)), bias_index=bias_index)
+
+
 # --- MatMul ---
 
 
@@ -60,6 +123,43 @@ def _macs_matmul(
     a = input_shapes[0]
     assert a is not None
     return prod(output_shapes[0]) * a[-1]
+
+
+@flow_op("MatMul")
+def _flow_matmul(node: gs.Node, flow: Flow) -> None:
+    a, b = node.inputs
+    weight, data = (b, a) if isinstance(b, gs.Constant) else (a, b)
+    found = flow.ids(data)
+    if not isinstance(weight, gs.Constant) or isinstance(data, gs.Constant):
+        for tensor in node.inputs:
+            flow.freeze(flow.ids(tensor), node, "a product of two computed tensors (attention) stays whole")
+        return
+    if len(weight.shape) != 2 or len(flow.shape(data)) < 2:
+        flow.freeze(found, node, "MatMul with a weight that is not a matrix")
+        return
+    on_right = weight is b
+    ndim = len(flow.shape(data))
+    contracted, made = (ndim - 1, ndim - 1) if on_right else (ndim - 2, ndim - 2)
+    in_axis, out_axis = (0, 1) if on_right else (1, 0)
+    flow.use(weight, node)
+    ids = flow.fresh(weight.shape[out_axis])
+    if found is not None and found.axis != contracted:
+        # The channels pass through, so the columns that the weight makes have to stay.
+        flow.put(node.outputs[0], found.axis, found.ids)
+        return
+    if found is not None:
+        flow.bind(weight, in_axis, found.ids, "consumer", node)
+        flow.read(node, 0 if on_right else 1)
+    flow.bind(weight, out_axis, ids, "producer", node)
+    flow.put(node.outputs[0], made, ids)
+
+
+@linear_op("MatMul")
+def _linear_matmul(node: gs.Node) -> LinearForm | None:
+    a, b = node.inputs
+    if not isinstance(b, gs.Constant) or isinstance(a, gs.Constant) or len(b.shape) != 2:
+        return None
+    return _product_form(transposed=False, bias_index=None)
 
 
 # --- Einsum ---

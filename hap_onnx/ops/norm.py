@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 from math import prod
+from typing import TYPE_CHECKING
 
+import onnx_graphsurgeon as gs
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from hap_onnx.ops.arguments import as_ints, normalise_axis
-from hap_onnx.ops.registry import run_op
+from hap_onnx.ops.registry import flow_op, run_op
+from hap_onnx.ops.rules import freeze_other_axis
+
+if TYPE_CHECKING:
+    from hap_onnx.channels import Flow
 
 
 def _standardise(x: Tensor, axes: list[int], epsilon: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -81,6 +87,27 @@ def GroupNormalization(
         width = x.shape[1] // num_groups
         scale, bias = scale.repeat_interleave(width), bias.repeat_interleave(width)
     return standard * _per_channel(scale, x) + _per_channel(bias, x)
+
+
+@flow_op("BatchNormalization", "InstanceNormalization")
+def _flow_channel_norm(node: gs.Node, flow: Flow) -> None:
+    x = node.inputs[0]
+    found = flow.ids(x)
+    if found is None:
+        for tensor in node.inputs[1:]:
+            flow.use(tensor, node)
+        return
+    if freeze_other_axis(node, flow, x, 1):
+        return
+    if int(node.attrs.get("training_mode", 0)):
+        flow.freeze(found, node, "BatchNormalization in training mode")
+        return
+    for tensor in node.inputs[1:]:
+        if not isinstance(tensor, gs.Constant):
+            flow.freeze(found, node, f"its statistic '{tensor.name}' is computed by other nodes")
+            return
+        flow.bind(tensor, 0, found.ids, "follower", node)
+    flow.put(node.outputs[0], 1, found.ids)
 
 
 # --- LayerNormalization and relatives ---
@@ -158,6 +185,20 @@ def LRN(x: Tensor, *, size: int, alpha: float = 1e-4, beta: float = 0.75, bias: 
     return x / (bias + alpha * mean) ** beta
 
 
+@flow_op("LayerNormalization", "LpNormalization", "RMSNormalization")
+def _flow_normalised_axes(node: gs.Node, flow: Flow) -> None:
+    found = flow.ids(node.inputs[0])
+    if found is None:
+        return
+    axis = int(node.attrs.get("axis", -1)) % len(flow.shape(node.inputs[0]))
+    if found.axis >= axis:
+        flow.freeze(found, node, f"{node.op} normalises over the channels")
+    else:
+        flow.put(node.outputs[0], found.axis, found.ids)
+        for tensor in node.inputs[1:]:
+            flow.use(tensor, node)
+
+
 # --- Softmax, LogSoftmax, Hardmax ---
 
 
@@ -209,3 +250,17 @@ def Hardmax_1(x: Tensor, *, axis: int = 1) -> Tensor:
 def Hardmax(x: Tensor, *, axis: int = -1) -> Tensor:
     """One at the first maximum along one axis, zero elsewhere."""
     return torch.zeros_like(x).scatter(axis, first_max(x, axis), 1)
+
+
+@flow_op("Softmax", "LogSoftmax", "Hardmax")
+def _flow_softmax(node: gs.Node, flow: Flow) -> None:
+    found = flow.ids(node.inputs[0])
+    if found is None:
+        return
+    ndim = len(flow.shape(node.inputs[0]))
+    flat = flow.graph.opset < 13  # before, all axes from `axis` on were normalised together
+    axis = int(node.attrs.get("axis", 1 if flat else -1)) % ndim
+    if found.axis == axis or (flat and found.axis > axis):
+        flow.freeze(found, node, f"{node.op} normalises over the channels")
+    else:
+        flow.put(node.outputs[0], found.axis, found.ids)

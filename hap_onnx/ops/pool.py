@@ -4,13 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import prod
+from typing import TYPE_CHECKING
 
+import onnx_graphsurgeon as gs
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hap_onnx.ops.registry import run_op
+from hap_onnx.ops.registry import flow_op, run_op
 from hap_onnx.ops.window import n_windows, pad_spatial, per_axis, resolve_pads, window_sum
+
+if TYPE_CHECKING:
+    from hap_onnx.channels import Flow
 
 _MAX_POOL = (F.max_pool1d, F.max_pool2d, F.max_pool3d)
 _AVG_POOL = (F.avg_pool1d, F.avg_pool2d, F.avg_pool3d)
@@ -182,3 +187,20 @@ def GlobalMaxPool(x: Tensor) -> Tensor:
 def GlobalLpPool(x: Tensor, *, p: int = 2) -> Tensor:
     """The p-norm over all positions of x [N, C, *spatial]."""
     return (x.abs() ** p).sum(list(range(2, x.ndim)), keepdim=True) ** (1 / p)
+
+
+# --- How channels pass ---
+
+
+@flow_op("MaxPool", "AveragePool", "LpPool", "GlobalAveragePool", "GlobalMaxPool", "GlobalLpPool")
+def _flow_pool(node: gs.Node, flow: Flow) -> None:
+    found = flow.ids(node.inputs[0])
+    if found is None:
+        return
+    if found.axis > 1:
+        flow.freeze(found, node, f"{node.op} mixes positions of axis {found.axis}")
+        return
+    if len(node.outputs) > 1 and node.outputs[1].name:
+        flow.freeze(found, node, "its second output counts positions across channels")
+        return
+    flow.put(node.outputs[0], found.axis, found.ids)

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
+import onnx_graphsurgeon as gs
 import torch
 from torch import Tensor
 
 from hap_onnx.ops.arguments import IntsLike, as_int, as_ints, is_float, normalise_axes, normalise_axis
 from hap_onnx.ops.norm import first_max
-from hap_onnx.ops.registry import run_op
+from hap_onnx.ops.registry import flow_op, run_op
+from hap_onnx.ops.rules import read_ints
+
+if TYPE_CHECKING:
+    from hap_onnx.channels import Flow
 
 # --- ReduceSum, ReduceMean, ReduceMax and relatives ---
 
@@ -85,6 +91,30 @@ for _op_type in _REDUCTIONS:
     run_op(_op_type)(_make_reduction(_op_type))
 
 
+@flow_op(*_REDUCTIONS)
+def _flow_reduce(node: gs.Node, flow: Flow) -> None:
+    found = flow.ids(node.inputs[0])
+    for tensor in node.inputs[1:]:
+        flow.use(tensor, node)
+    if found is None:
+        return
+    ndim = len(flow.shape(node.inputs[0]))
+    axes = read_ints(node, flow, 1, "axes")
+    if axes is None:
+        flow.freeze(found, node, f"{node.op} over axes that are computed")
+        return
+    if not axes and int(node.attrs.get("noop_with_empty_axes", 0)):
+        flow.put(node.outputs[0], found.axis, found.ids)
+        return
+    reduced = {axis % ndim for axis in axes} or set(range(ndim))
+    if found.axis in reduced:
+        flow.freeze(found, node, f"{node.op} runs over the channels")
+        return
+    keepdims = int(node.attrs.get("keepdims", 1))
+    axis = found.axis if keepdims else found.axis - sum(a < found.axis for a in reduced)
+    flow.put(node.outputs[0], axis, found.ids)
+
+
 # --- ArgMax, ArgMin ---
 
 
@@ -103,6 +133,19 @@ def ArgMin(x: Tensor, *, axis: int = 0, keepdims: int = 1, select_last_index: in
     """The index of the minimum along ``axis``: of equals the first, or the last if asked."""
     mirrored = -x if is_float(x) else -x.to(torch.int64)
     return ArgMax(mirrored, axis=axis, keepdims=keepdims, select_last_index=select_last_index)
+
+
+@flow_op("ArgMax", "ArgMin")
+def _flow_arg(node: gs.Node, flow: Flow) -> None:
+    found = flow.ids(node.inputs[0])
+    if found is None:
+        return
+    axis = int(node.attrs.get("axis", 0)) % len(flow.shape(node.inputs[0]))
+    if found.axis == axis:
+        flow.freeze(found, node, f"{node.op} counts positions of the channel axis")
+        return
+    keepdims = int(node.attrs.get("keepdims", 1))
+    flow.put(node.outputs[0], found.axis - int(not keepdims and axis < found.axis), found.ids)
 
 
 # --- CumSum ---

@@ -10,14 +10,19 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import onnx_graphsurgeon as gs
 import torch
 from torch import Tensor
 
 from hap_onnx.ops.arguments import IntsLike, UnitShapes, as_floats, as_ints, normalise_axes
-from hap_onnx.ops.registry import run_op
+from hap_onnx.ops.registry import edit_op, flow_op, run_op
+
+if TYPE_CHECKING:
+    from hap_onnx.channels import Flow
+    from hap_onnx.surgery import Cut
 
 _f = np.float32
 
@@ -221,3 +226,24 @@ def Resize_10(x: Tensor, scales: Any = None, *, mode: str = "nearest") -> Tensor
 def Upsample(x: Tensor, scales: Any = None, *, mode: str = "nearest") -> Tensor:
     """The former name of Resize."""
     return Resize_10(x, scales, mode=mode)
+
+
+@flow_op("Resize", "Upsample")
+def _flow_resize(node: gs.Node, flow: Flow) -> None:
+    found = flow.ids(node.inputs[0])
+    for tensor in node.inputs[1:]:
+        if isinstance(tensor, gs.Constant):
+            flow.use(tensor, node)
+    if found is None:
+        return
+    if flow.shape(node.outputs[0])[found.axis] != len(found.ids):
+        flow.freeze(found, node, f"{node.op} changes the number of channels")
+        return
+    flow.put(node.outputs[0], found.axis, found.ids)
+
+
+@edit_op("Resize")
+def _edit_resize(node: gs.Node, cut: Cut) -> None:
+    kept = cut.kept(node.outputs[0])
+    if kept is not None and len(node.inputs) > 3 and node.inputs[3].name and "axes" not in node.attrs:
+        cut.edit_shape_input(node, 3)

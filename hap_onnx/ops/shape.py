@@ -7,12 +7,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import ceil, prod
+from typing import TYPE_CHECKING
 
+import numpy as np
+import onnx_graphsurgeon as gs
 import torch
 from torch import Tensor
 
 from hap_onnx.ops.arguments import IntsLike, UnitShapes, as_ints, normalise_axes
-from hap_onnx.ops.registry import run_op
+from hap_onnx.ops.registry import edit_op, flow_op, run_op
+from hap_onnx.ops.rules import freeze_other_axis
+
+if TYPE_CHECKING:
+    from hap_onnx.channels import Flow
+    from hap_onnx.surgery import Cut
 
 # --- Shape, Size, Constant, ConstantOfShape, Range, EyeLike ---
 
@@ -74,6 +82,14 @@ def EyeLike(x: Tensor, *, dtype: int | None = None, k: int = 0) -> Tensor:
     return on_diagonal.to(x.device, x.dtype) if dtype is None else Cast(on_diagonal.to(x.device), to=dtype)
 
 
+@flow_op("Shape", "Size", "Constant", "ConstantOfShape", "Range", "RandomNormalLike", "RandomUniformLike")
+def _flow_nothing(node: gs.Node, flow: Flow) -> None:
+    """Carry no channels: what is computed from a shape is checked on the result instead."""
+    for tensor in node.inputs:
+        if isinstance(tensor, gs.Constant):
+            flow.use(tensor, node)
+
+
 # --- Reshape, Flatten, Squeeze, Unsqueeze, Transpose ---
 
 
@@ -132,6 +148,62 @@ def Transpose(x: Tensor, *, perm: Sequence[int] | None = None) -> Tensor:
     return x.permute(list(perm) if perm is not None else list(reversed(range(x.ndim))))
 
 
+def _block_of(old: tuple[int, ...], new: tuple[int, ...], axis: int) -> tuple[list[int], list[int]]:
+    """Find the smallest run of axes around ``axis`` that a reshape maps to a run of new axes."""
+    cuts_old = np.cumprod((1, *old)).tolist()
+    cuts_new = np.cumprod((1, *new)).tolist()
+    shared = set(cuts_old) & set(cuts_new)
+    begin = max(cut for cut in shared if cut <= cuts_old[axis])
+    end = min(cut for cut in shared if cut >= cuts_old[axis + 1])
+    in_axes = [
+        a
+        for a in range(len(old))
+        if cuts_old[a] >= begin and cuts_old[a + 1] <= end and (old[a] > 1 or a == axis)
+    ]
+    out_axes = [a for a in range(len(new)) if cuts_new[a] >= begin and cuts_new[a + 1] <= end and new[a] > 1]
+    return in_axes, out_axes
+
+
+@flow_op("Reshape", "Flatten", "Squeeze", "Unsqueeze")
+def _flow_reshape(node: gs.Node, flow: Flow) -> None:
+    found = flow.ids(node.inputs[0])
+    for tensor in node.inputs[1:]:
+        if isinstance(tensor, gs.Constant):
+            flow.use(tensor, node)
+    if found is None:
+        return
+    old, new = flow.shape(node.inputs[0]), flow.shape(node.outputs[0])
+    if prod(old) == 0:
+        flow.freeze(found, node, f"{node.op} of an empty tensor")
+        return
+    in_axes, out_axes = _block_of(old, new, found.axis)
+    if not out_axes:  # the axis of size one vanished
+        flow.freeze(found, node, f"{node.op} drops the channel axis")
+        return
+    spread = found.ids.reshape([-1 if axis == found.axis else 1 for axis in in_axes])
+    spread = np.broadcast_to(spread, [old[axis] for axis in in_axes]).reshape(
+        [new[axis] for axis in out_axes]
+    )
+    axis, ids = flow.merge(node, spread)
+    flow.put(node.outputs[0], out_axes[axis], ids)
+
+
+@edit_op("Reshape")
+def _edit_reshape(node: gs.Node, cut: Cut) -> None:
+    if cut.kept(node.outputs[0]) is not None or cut.kept(node.inputs[0]) is not None:
+        cut.edit_shape_input(node, 1)
+
+
+@flow_op("Transpose")
+def _flow_transpose(node: gs.Node, flow: Flow) -> None:
+    found = flow.ids(node.inputs[0])
+    if found is None:
+        return
+    ndim = len(flow.shape(node.inputs[0]))
+    perm = list(node.attrs.get("perm", range(ndim - 1, -1, -1)))
+    flow.put(node.outputs[0], perm.index(found.axis), found.ids)
+
+
 # --- Expand, Tile ---
 
 
@@ -145,6 +217,38 @@ def Expand(x: Tensor, shape: Tensor) -> Tensor:
 def Tile(x: Tensor, repeats: Tensor) -> Tensor:
     """Repeat x along each axis."""
     return x.repeat(as_ints(repeats))
+
+
+@flow_op("Expand")
+def _flow_expand(node: gs.Node, flow: Flow) -> None:
+    found = flow.ids(node.inputs[0])
+    if isinstance(node.inputs[1], gs.Constant):
+        flow.use(node.inputs[1], node)
+    if found is None:
+        return
+    shape, out = flow.shape(node.inputs[0]), flow.shape(node.outputs[0])
+    axis = found.axis + len(out) - len(shape)
+    if out[axis] != len(found.ids):
+        flow.freeze(found, node, "Expand spreads one channel over several")
+        return
+    flow.put(node.outputs[0], axis, found.ids)
+
+
+@edit_op("Expand")
+def _edit_expand(node: gs.Node, cut: Cut) -> None:
+    if cut.kept(node.outputs[0]) is not None:
+        cut.edit_shape_input(node, 1, ones_stay=True)
+
+
+@flow_op("Tile")
+def _flow_tile(node: gs.Node, flow: Flow) -> None:
+    found = flow.ids(node.inputs[0])
+    if isinstance(node.inputs[1], gs.Constant):
+        flow.use(node.inputs[1], node)
+    if found is None:
+        return
+    repeats = flow.shape(node.outputs[0])[found.axis] // len(found.ids)
+    flow.put(node.outputs[0], found.axis, np.tile(found.ids, repeats))
 
 
 # --- DepthToSpace, SpaceToDepth ---
@@ -170,6 +274,26 @@ def SpaceToDepth(x: Tensor, *, blocksize: int, mode: str = "DCR") -> Tensor:
     y = x.reshape(n, c, h // b, b, w // b, b)
     y = y.permute(0, 3, 5, 1, 2, 4) if mode == "DCR" else y.permute(0, 1, 3, 5, 2, 4)
     return y.reshape(n, c * b * b, h // b, w // b)
+
+
+@flow_op("DepthToSpace")
+def _flow_depth_to_space(node: gs.Node, flow: Flow) -> None:
+    found = flow.ids(node.inputs[0])
+    if found is None or freeze_other_axis(node, flow, node.inputs[0], 1):
+        return
+    n_blocks = int(node.attrs["blocksize"]) ** 2
+    crd = node.attrs.get("mode", "DCR") == "CRD"
+    rows = found.ids.reshape(-1, n_blocks) if crd else found.ids.reshape(n_blocks, -1).T  # [C_out, blocks]
+    flow.join(np.repeat(rows[:, 0], n_blocks), rows.ravel())
+    flow.put(node.outputs[0], 1, np.ascontiguousarray(rows[:, 0]))
+
+
+@flow_op("SpaceToDepth")
+def _flow_space_to_depth(node: gs.Node, flow: Flow) -> None:
+    found = flow.ids(node.inputs[0])
+    if found is None or freeze_other_axis(node, flow, node.inputs[0], 1):
+        return
+    flow.put(node.outputs[0], 1, np.tile(found.ids, int(node.attrs["blocksize"]) ** 2))
 
 
 # --- Trilu ---
