@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 
+from hap_onnx.opaque import captured_names
 from hap_onnx.ops.registry import find_flow
 
 _log = logging.getLogger(__name__)
@@ -287,6 +288,8 @@ def _flow_once(flow: Flow, exclude: Mapping[str, str]) -> None:
                 flow.freeze(flow.ids(tensor), node, f"{node.op} is not an operator that channels are followed through")
         else:
             rule(node, flow)
+        for name in captured_names(node, flow.shapes):  # what a subgraph reads is out of sight
+            flow.freeze(flow.tensors.get(name), node, f"a subgraph of {node.op} reads them")
         if node.name in exclude:
             for tensor in (*node.inputs, *node.outputs):
                 flow.freeze(flow.ids(tensor), node, exclude[node.name])

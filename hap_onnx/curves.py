@@ -53,6 +53,9 @@ class GroupCurve:
 def rank_by_score(group: ChannelGroup, score: NDArray[np.float64]) -> GroupRanking:
     """Order the elements of a group by their score; losses add up."""
     own = np.maximum(score[group.elements], 0.0)
+    # What no gradient reaches scores infinity: it goes last, at a loss that dwarfs the rest but can be summed.
+    finite = own[np.isfinite(own)]
+    own = np.where(np.isfinite(own), own, 1e3 * finite.sum() + 1.0)
     order = np.argsort(own, kind="stable")
     return GroupRanking(group.name, order, np.concatenate([[0.0], np.cumsum(own[order])]))
 
