@@ -225,9 +225,9 @@ def _varies(ids: Ids, axis: int) -> bool:
 def _n_left(ids: Ids, axis: int) -> int:
     """Count the elements that are left when ids are joined until they vary along ``axis`` only."""
     rows = np.moveaxis(ids, axis, 0).reshape(ids.shape[axis], -1)
-    _, dense = np.unique(rows, return_inverse=True)
-    dense = dense.reshape(rows.shape)
-    graph = coo_matrix((np.ones(dense.size), (np.repeat(dense[:, 0], dense.shape[1]), dense.ravel())))
+    dense = np.unique(rows, return_inverse=True)[1].reshape(-1)  # some versions of numpy keep the shape
+    first = np.repeat(dense[:: rows.shape[1]], rows.shape[1])
+    graph = coo_matrix((np.ones(dense.size), (first, dense)))
     n = int(dense.max()) + 1
     graph.resize((n, n))
     return int(connected_components(graph, directed=False)[0])
@@ -264,7 +264,10 @@ def find_groups(
 
 
 def _settle(
-    graph: gs.Graph, shapes: Mapping[str, tuple[int, ...]], choices: dict[str, int], exclude: Mapping[str, str]
+    graph: gs.Graph,
+    shapes: Mapping[str, tuple[int, ...]],
+    choices: dict[str, int],
+    exclude: Mapping[str, str],
 ) -> Flow:
     """Flow until joins that were found late no longer change the merges that were chosen early."""
     representative = np.zeros(1, np.int64)
@@ -284,8 +287,9 @@ def _flow_once(flow: Flow, exclude: Mapping[str, str]) -> None:
         rule = find_flow(node.op, domain=node.domain or "")
         n_before = len(flow.bound)
         if rule is None:
+            reason = f"{node.op} is not an operator that channels are followed through"
             for tensor in node.inputs:
-                flow.freeze(flow.ids(tensor), node, f"{node.op} is not an operator that channels are followed through")
+                flow.freeze(flow.ids(tensor), node, reason)
         else:
             rule(node, flow)
         for name in captured_names(node, flow.shapes):  # what a subgraph reads is out of sight
@@ -337,7 +341,8 @@ def _representatives(flow: Flow) -> Ids:
     known = np.arange(min(n, len(flow.representative)))
     rows = np.concatenate([rows, known])
     columns = np.concatenate([columns, flow.representative[known]])
-    _, labels = connected_components(coo_matrix((np.ones(len(rows)), (rows, columns)), shape=(n, n)), directed=False)
+    edges = coo_matrix((np.ones(len(rows)), (rows, columns)), shape=(n, n))
+    _, labels = connected_components(edges, directed=False)
     smallest = np.full(labels.max() + 1, n, np.int64)
     np.minimum.at(smallest, labels, np.arange(n))
     return smallest[labels]
@@ -412,9 +417,9 @@ def _group_elements(weights: Iterable[WeightAxis], n_elements: int, flow: Flow) 
         members.setdefault(tuple(signature), []).append(element)
     groups = []
     taken: set[str] = set()
-    for signature, elements_of_group in members.items():
+    for key, elements_of_group in members.items():
         by_role: dict[str, dict[str, None]] = {"producer": {}, "consumer": {}, "follower": {}}
-        for index, _ in signature:
+        for index, _ in key:
             for node in flow.users[weights[index].initializer]:
                 by_role[weights[index].role][node] = None
         name = base = next(iter(by_role["producer"]))
@@ -427,7 +432,7 @@ def _group_elements(weights: Iterable[WeightAxis], n_elements: int, flow: Flow) 
             ChannelGroup(
                 name=name,
                 elements=np.array(elements_of_group, np.int64),
-                axes=tuple((weights[i].initializer, weights[i].axis, count) for i, count in signature),
+                axes=tuple((weights[i].initializer, weights[i].axis, count) for i, count in key),
                 producers=tuple(by_role["producer"]),
                 consumers=tuple(by_role["consumer"]),
             )
@@ -443,9 +448,8 @@ def _frozen_nodes(
     for (name, _), (ids, role) in flow.bound.items():
         if role != "producer" or not frozen[ids].all():
             continue
-        node, reason = next(
-            (reasons[int(root)] for root in roots[ids] if int(root) in reasons), ("", "joined with channels that must stay")
-        )
+        known = (reasons[int(root)] for root in roots[ids] if int(root) in reasons)
+        node, reason = next(known, ("", "joined with channels that must stay"))
         for user in flow.users[name]:
             text = reason if node in ("", user) else f"{reason} (at '{node}')"
             result.setdefault(user, Frozen(user, text))

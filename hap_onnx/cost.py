@@ -32,18 +32,13 @@ from scipy.sparse import csr_matrix
 from hap_onnx import ops  # noqa: F401  (registers the counting rules)
 from hap_onnx.channels import Coupling, Read
 from hap_onnx.measure import Shapes, is_float_type, node_macs
-from hap_onnx.ops.registry import find_macs
+from hap_onnx.ops.elementwise import takes_branch
+from hap_onnx.ops.registry import find_bias, find_macs, keeps_constant
 
 Ints = NDArray[np.int64]
 
 METRICS = ("params", "macs")
 """The order of the two costs wherever both are in one array."""
-
-# What may lie between the last contraction of a branch and the Add that takes it in.
-_CONSTANT_FOLDING = frozenset(
-    """BatchNormalization Identity Dropout Relu LeakyRelu PRelu Elu Selu Celu Clip Sigmoid HardSigmoid
-    HardSwish Swish Mish Gelu Tanh Softplus Softsign Erf ThresholdedRelu""".split()
-)
 
 
 @dataclass(frozen=True)
@@ -481,15 +476,11 @@ class _Network:
 
     def bias_left(self, read: Read) -> tuple[tuple[int, ...], dict[int, AxisLength]]:
         """Shape and channel axis of the constant that a contraction without inputs becomes."""
-        node = self.nodes[read.node]
-        bias = node.inputs[2] if len(node.inputs) > 2 and node.inputs[2].name else None
-        out = node.outputs[0].name
-        axis = len(self.shapes[out]) - 1 if node.op == "MatMul" else 1
-        n_out = self.shapes[out][axis]
-        if bias is not None and bias.values.size != n_out:
-            return (int(bias.values.size),), {}
+        node, out = self.nodes[read.node], self.nodes[read.node].outputs[0].name
+        left = _bias_of(node, len(self.shapes[out]))
+        assert left is not None  # or the group would not count as removable
         found = self.coupling.tensors.get(out)
-        return (n_out,), {0: self.length(found.ids)} if found is not None and found.axis == axis else {}
+        return left.shape, {} if found is None else {found.axis: self.length(found.ids)}
 
 
 def _removable_groups(network: _Network) -> tuple[int, ...]:
@@ -516,7 +507,7 @@ def _removable_groups(network: _Network) -> tuple[int, ...]:
 def _chain_to_add(read: Read, network: _Network) -> list[str] | None:
     """Names of the tensors from a contraction to the Add that takes it in; None if it goes elsewhere."""
     node = network.nodes[read.node]
-    if not _leaves_its_bias(node, read):
+    if _bias_of(node, len(network.shapes[node.outputs[0].name])) is None:
         return None
     chain: list[str] = []
     while True:
@@ -526,17 +517,15 @@ def _chain_to_add(read: Read, network: _Network) -> list[str] | None:
         if name in network.outputs or len(users) != 1 or any(t.name for t in node.outputs[1:]):
             return None
         user = users[0]
-        if user.op in ("Add", "Sub"):
-            position = [tensor.name for tensor in user.inputs].index(name)
+        position = [tensor.name for tensor in user.inputs].index(name)
+        if takes_branch(user, position):
             other = user.inputs[1 - position]
-            is_branch = user.op == "Add" or position == 1
             whole = not isinstance(other, gs.Constant) and network.shapes.get(other.name) is not None
             whole = whole and network.shapes[other.name] == network.shapes[user.outputs[0].name]
-            return chain if is_branch and whole else None
+            return chain if whole else None
         parameters = [tensor for tensor in user.inputs[1:] if tensor.name]
         if (
-            user.op not in _CONSTANT_FOLDING
-            or (user.domain or "") not in ("", "ai.onnx")
+            not keeps_constant(user.op, domain=user.domain or "")
             or user.inputs[0].name != name
             or not all(isinstance(tensor, gs.Constant) for tensor in parameters)
             or int(user.attrs.get("training_mode", 0))
@@ -545,16 +534,10 @@ def _chain_to_add(read: Read, network: _Network) -> list[str] | None:
         node = user
 
 
-def _leaves_its_bias(node: gs.Node, read: Read) -> bool:
-    """Say whether surgery can replace the node by its bias when it has nothing to read any more."""
-    if read.index != 0 or node.op not in ("Conv", "ConvTranspose", "Gemm", "MatMul"):
-        return False
-    bias = node.inputs[2] if len(node.inputs) > 2 and node.inputs[2].name else None
-    if bias is not None and (not isinstance(bias, gs.Constant) or bias.values.size != bias.shape[-1]):
-        return False
-    if node.op == "ConvTranspose" and bias is None:
-        return False
-    return float(node.attrs.get("beta", 1.0)) == 1.0
+def _bias_of(node: gs.Node, ndim: int) -> np.ndarray | None:
+    """What surgery replaces a node by when it has nothing to read any more; None if it cannot."""
+    rule = find_bias(node.op, domain=node.domain or "")
+    return None if rule is None else rule(node, ndim)
 
 
 class _TermBuilder:

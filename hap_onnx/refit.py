@@ -37,9 +37,10 @@ from torch import Tensor
 from hap_onnx.calibration import Subset
 from hap_onnx.errors import CalibrationError, SurgeryError
 from hap_onnx.events import OnEvent, ignore_event, track
+from hap_onnx.ops.elementwise import clip_bounds, is_addition
 from hap_onnx.ops.linear import LinearForm
 from hap_onnx.ops.registry import find_linear, find_macs
-from hap_onnx.surgery import _CONSTANT, Kept
+from hap_onnx.surgery import CONSTANT_SUFFIX, Kept
 from hap_onnx.twin import Step, Twin, build_twin, unfix_batch
 
 _log = logging.getLogger(__name__)
@@ -328,7 +329,7 @@ def _can_correct(pair: _Pair, step: Step) -> bool:
             return False
         addition, index = readers[0]
         others = addition.inputs[:index] + addition.inputs[index + 1 :]
-        if any(other in pair.changed or other.endswith(_CONSTANT) for other in others):
+        if any(other in pair.changed or other.endswith(CONSTANT_SUFFIX) for other in others):
             return True
         name = addition.outputs[0]
 
@@ -472,7 +473,7 @@ def _plan_fit(pair: _Pair, step: Step) -> _Fit | None:
         return None  # there is nothing that it should be
     for name in step.inputs:
         # What is left of a removed branch, where it is added to the others.
-        if name.endswith(_CONSTANT) and _is_addition(step) and pair.owned(name):
+        if name.endswith(CONSTANT_SUFFIX) and _is_addition(step) and pair.owned(name):
             return _OffsetFit(name, None, 1.0)
     rule = find_linear(node.op, domain=node.domain or "")
     form: LinearForm | None = rule(node) if rule is not None else None
@@ -527,7 +528,7 @@ class _Link:
 
 
 def _is_addition(step: Step) -> bool:
-    return step.domain in ("", "ai.onnx") and step.op_type in ("Add", "Sum")
+    return is_addition(step.op_type, domain=step.domain)
 
 
 def _find_links(pair: _Pair, name: str) -> list[_Link]:
@@ -561,23 +562,9 @@ def _find_links(pair: _Pair, name: str) -> list[_Link]:
 def _find_bounds(pair: _Pair, name: str) -> _Bounds | None:
     """Return the bounds beyond which the values of a tensor do not matter, None if they always do."""
     readers = pair.readers.get(name, [])
-    found = {None if reader is None else _clip_bounds(pair.nodes[reader[0].name]) for reader in readers}
+    found = {None if reader is None else clip_bounds(pair.nodes[reader[0].name]) for reader in readers}
     bounds = found.pop() if len(found) == 1 else None
     return bounds if bounds != (-inf, inf) else None
-
-
-def _clip_bounds(node: gs.Node) -> _Bounds | None:
-    if node.domain not in (None, "", "ai.onnx") or node.op not in ("Relu", "Clip"):
-        return None
-    if node.op == "Relu":
-        return 0.0, inf
-    bounds = []
-    for index, name, default in ((1, "min", -inf), (2, "max", inf)):
-        given = node.inputs[index] if len(node.inputs) > index and node.inputs[index].name else None
-        if given is not None and not isinstance(given, gs.Constant):
-            return None
-        bounds.append(float(node.attrs.get(name, default) if given is None else np.ravel(given.values)[0]))
-    return (bounds[0], bounds[1]) if bounds[0] < bounds[1] else None
 
 
 def _target(

@@ -19,12 +19,14 @@ from numpy.typing import NDArray
 
 from hap_onnx.channels import Coupling, IdAxis
 from hap_onnx.errors import SurgeryError
-from hap_onnx.ops.registry import find_edit, find_flow
+from hap_onnx.ops.elementwise import is_elementwise
+from hap_onnx.ops.registry import find_bias, find_edit, keeps_constant
 from hap_onnx.twin import Step, build_twin
 
 _log = logging.getLogger(__name__)
 
-_CONSTANT = "_hap_constant"
+CONSTANT_SUFFIX = "_hap_constant"
+"""How the names of constants end that took the place of removed branches."""
 
 
 @dataclass(frozen=True)
@@ -127,13 +129,21 @@ class Cut:
         parts = target.inputs[0]
         for axis in changed:
             part = parts.inputs[axis]
-            if isinstance(part, gs.Constant) and part.values.size == 1 and int(part.values.ravel()[0]) == before[axis]:
+            if (
+                isinstance(part, gs.Constant)
+                and part.values.size == 1
+                and int(part.values.ravel()[0]) == before[axis]
+            ):
                 self.set_constant(parts, axis, np.full(part.shape, after[axis], np.int64))
 
 
 def kept_positions(elements: NDArray[np.int64], keep: NDArray[np.bool_]) -> NDArray[np.int64]:
     """Positions of an axis that stay: those of kept elements and those of none (-1)."""
-    return np.flatnonzero((elements < 0) | keep[np.maximum(elements, 0)]) if keep.size else np.arange(len(elements))
+    return (
+        np.flatnonzero((elements < 0) | keep[np.maximum(elements, 0)])
+        if keep.size
+        else np.arange(len(elements))
+    )
 
 
 def shape_after(shape: tuple[int, ...], found: IdAxis | None, keep: NDArray[np.bool_]) -> tuple[int, ...]:
@@ -144,7 +154,9 @@ def shape_after(shape: tuple[int, ...], found: IdAxis | None, keep: NDArray[np.b
     return (*shape[: found.axis], n_kept, *shape[found.axis + 1 :])
 
 
-def masked_reads(coupling: Coupling, keep: NDArray[np.bool_]) -> Callable[[Step, int, torch.Tensor], torch.Tensor]:
+def masked_reads(
+    coupling: Coupling, keep: NDArray[np.bool_]
+) -> Callable[[Step, int, torch.Tensor], torch.Tensor]:
     """Return an ``on_read`` for the twin that masks removed elements wherever a contraction reads them.
 
     The original run with it gives what the graph after ``remove_channels`` must give: the oracle of surgery.
@@ -208,7 +220,39 @@ def remove_channels(
         _replace_by_bias(result, node, all_shapes)
     if dead:
         _fold_constants(result)
-    return result.cleanup(remove_unused_graph_inputs=False).toposort()
+    result = result.cleanup(remove_unused_graph_inputs=False).toposort()
+    _check_cut(graph, result, cut)
+    return result
+
+
+def _check_cut(before: gs.Graph, after: gs.Graph, cut: Cut) -> None:
+    """Refuse a decision that leaves an axis empty, or a constant where a whole tensor is needed."""
+    old = before.tensors()
+    for name, tensor in after.tensors().items():
+        if (
+            isinstance(tensor, gs.Constant)
+            and not tensor.values.size
+            and (name not in old or not isinstance(old[name], gs.Constant) or old[name].values.size)
+        ):
+            raise SurgeryError(f"nothing is left of '{name}', which is still needed")
+    for node in after.nodes:
+        if not any(tensor.name.endswith(CONSTANT_SUFFIX) for tensor in node.inputs):
+            continue
+        shapes = [
+            tuple(tensor.shape) if isinstance(tensor, gs.Constant) else cut.new_shape(tensor)
+            for tensor in node.inputs
+            if tensor.name
+        ]
+        broadcasts = is_elementwise(node.op, domain=node.domain or "")
+        if not broadcasts or np.broadcast_shapes(*shapes) != cut.new_shape(node.outputs[0]):
+            raise SurgeryError(
+                f"{node.op} '{node.name}' reads a branch that is gone, and cannot do with a constant"
+            )
+    lost = {tensor.name for tensor in before.outputs if tensor.inputs} - {
+        tensor.name for tensor in after.outputs if tensor.inputs
+    }
+    if lost:
+        raise SurgeryError(f"nothing is left of what computes the output '{min(lost)}'")
 
 
 def _dead_reads(coupling: Coupling, keep: NDArray[np.bool_]) -> set[str]:
@@ -216,25 +260,13 @@ def _dead_reads(coupling: Coupling, keep: NDArray[np.bool_]) -> set[str]:
 
 
 def _replace_by_bias(graph: gs.Graph, node: gs.Node, shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Replace a contraction without inputs by its bias (or zeros), one number per channel.
-
-    The channel axis of the bias is the output's: axis 1 for convolutions and Gemm, the last for MatMul.
-    """
+    """Replace a contraction without inputs by its bias (or zeros), one number per channel."""
     out = node.outputs[0]
-    ndim = len(shapes[out.name])
-    weight = next(tensor for tensor in node.inputs if isinstance(tensor, gs.Constant))
-    bias = node.inputs[2] if len(node.inputs) > 2 and node.inputs[2].name else None
-    if bias is not None:
-        values = np.ravel(bias.values)
-    else:
-        transposed = node.op == "Gemm" and not int(node.attrs.get("transB", 0))
-        n_out = weight.shape[-1] if node.op == "MatMul" or transposed else weight.shape[0]
-        values = np.zeros(n_out, weight.values.dtype)
-    axis = ndim - 1 if node.op == "MatMul" else 1
-    shape = [1] * ndim
-    shape[axis] = len(values)
-    constant = gs.Constant(out.name + _CONSTANT, np.ascontiguousarray(values.reshape(shape)))
-    _rewire(out, constant)
+    rule = find_bias(node.op, domain=node.domain or "")
+    values = rule(node, len(shapes[out.name])) if rule is not None else None
+    if values is None:
+        raise SurgeryError(f"{node.op} '{node.name}' cannot lose all its inputs: its bias is computed")
+    _rewire(out, gs.Constant(out.name + CONSTANT_SUFFIX, np.ascontiguousarray(values)))
     node.outputs.clear()
 
 
@@ -246,20 +278,24 @@ def _rewire(old: gs.Tensor, new: gs.Tensor) -> None:
 
 
 def _fold_constants(graph: gs.Graph) -> None:
-    """Evaluate the nodes that read nothing but constants since a branch is gone (normalisation, activation)."""
+    """Evaluate the normalisations and activations that read nothing but constants since a branch is gone."""
     for node in graph.toposort().nodes:
         inputs = [tensor for tensor in node.inputs if tensor.name]
-        if not node.outputs or not any(tensor.name.endswith(_CONSTANT) for tensor in inputs):
+        if not node.outputs or not any(tensor.name.endswith(CONSTANT_SUFFIX) for tensor in inputs):
             continue
-        if not all(isinstance(tensor, gs.Constant) for tensor in inputs) or find_flow(node.op, domain=node.domain or "") is None:
+        domain = node.domain or ""
+        if not all(isinstance(tensor, gs.Constant) for tensor in inputs):
+            continue
+        if not (is_elementwise(node.op, domain=domain) or keeps_constant(node.op, domain=domain)):
             continue
         unused = gs.Variable("hap_unused", np.float32, (1,))  # a twin wants an input
         single = gs.Graph(nodes=[node], inputs=[unused], outputs=list(node.outputs), opset=graph.opset)
         with torch.no_grad():
-            values = {name: value.detach().numpy() for name, value in build_twin(single)({unused.name: torch.zeros(1)}).items()}
+            found = build_twin(single)({unused.name: torch.zeros(1)})
+        values = {name: value.numpy() for name, value in found.items()}
         for output in list(node.outputs):
             dtype = output.dtype or np.float32
-            _rewire(output, gs.Constant(output.name + _CONSTANT, values[output.name].astype(dtype)))
+            _rewire(output, gs.Constant(output.name + CONSTANT_SUFFIX, values[output.name].astype(dtype)))
         node.outputs.clear()
 
 

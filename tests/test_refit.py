@@ -17,7 +17,8 @@ from hap_onnx.channels import find_groups
 from hap_onnx.errors import SurgeryError
 from hap_onnx.events import Event
 from hap_onnx.model_io import load_model, normalise
-from hap_onnx.refit import _clip_bounds, _n_rows, _Options, _Store, refit
+from hap_onnx.ops.elementwise import clip_bounds
+from hap_onnx.refit import _n_rows, _Options, _Store, refit
 from hap_onnx.surgery import Kept, kept_positions, remove_channels
 from hap_onnx.twin import build_twin, probe_shapes
 from tests.helpers import make_model, node, rand
@@ -316,7 +317,7 @@ def test_rounds_lower_the_error_after_a_relu() -> None:
 )
 def test_bounds(op_type: str, limits: list[float], expected: tuple[float, float] | None) -> None:
     constants = [gs.Constant(str(value), np.array(value, np.float32)) for value in limits]
-    assert _clip_bounds(gs.Node(op_type, inputs=[gs.Variable("x"), *constants])) == expected
+    assert clip_bounds(gs.Node(op_type, inputs=[gs.Variable("x"), *constants])) == expected
 
 
 # --- what is left alone ---

@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hap_onnx.ops.linear import LinearForm
-from hap_onnx.ops.registry import edit_op, flow_op, linear_op, macs_op, run_op
-from hap_onnx.ops.rules import bind_bias, constant_input, freeze_other_axis
+from hap_onnx.ops.registry import bias_op, edit_op, flow_op, linear_op, macs_op, run_op
+from hap_onnx.ops.rules import bind_bias, constant_bias, constant_input, freeze_other_axis
 from hap_onnx.ops.window import pad_spatial, per_axis, resolve_pads
 
 if TYPE_CHECKING:
@@ -136,6 +136,12 @@ def _edit_conv(node: gs.Node, cut: Cut) -> None:
         return
     if cut.shape(weight)[1] == weight.shape[1]:  # whole groups went, not positions within each
         node.attrs["group"] = len(kept.positions) // weight.shape[1]
+
+
+@bias_op("Conv")
+def _bias_conv(node: gs.Node, ndim: int) -> np.ndarray | None:
+    bias = constant_bias(node, 2, n_outputs=node.inputs[1].shape[0])
+    return None if bias is None else bias.reshape(1, -1, *[1] * (ndim - 2))
 
 
 @linear_op("Conv")
@@ -285,6 +291,13 @@ def _flow_conv_transpose(node: gs.Node, flow: Flow) -> None:
     repeated = np.repeat(group_ids, weight.shape[1])
     bind_bias(node, flow, 2, repeated)
     flow.put(node.outputs[0], 1, repeated)
+
+
+@bias_op("ConvTranspose")
+def _bias_conv_transpose(node: gs.Node, ndim: int) -> np.ndarray | None:
+    n_outputs = node.inputs[1].shape[1] * int(node.attrs.get("group", 1))
+    bias = constant_bias(node, 2, n_outputs=n_outputs)
+    return None if bias is None else bias.reshape(1, -1, *[1] * (ndim - 2))
 
 
 @edit_op("ConvTranspose")

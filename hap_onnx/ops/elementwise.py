@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import reduce
+from math import inf
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 import torch
@@ -13,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hap_onnx.ops.arguments import is_float, together
-from hap_onnx.ops.registry import flow_op, run_op
+from hap_onnx.ops.registry import find_flow, flow_op, keep_constant, run_op
 
 if TYPE_CHECKING:
     from hap_onnx.channels import Flow
@@ -388,3 +390,43 @@ def _flow_elementwise(node: gs.Node, flow: Flow) -> None:
         for output in node.outputs:
             if output.name:
                 flow.put(output, axis, ids)
+
+
+# --- What the rest of hap-onnx asks about elementwise operators ---
+
+keep_constant(
+    *"""Identity Dropout Relu LeakyRelu PRelu Elu Selu Celu Clip Sigmoid HardSigmoid HardSwish Swish Mish Gelu
+    Tanh Softplus Softsign Erf ThresholdedRelu""".split()
+)
+
+
+def is_elementwise(op_type: str, *, domain: str = "") -> bool:
+    """Say whether an operator works element by element on inputs that are broadcast together."""
+    return find_flow(op_type, domain=domain) is _flow_elementwise
+
+
+def is_addition(op_type: str, *, domain: str = "") -> bool:
+    """Say whether an operator is the sum of all its inputs."""
+    return domain in ("", "ai.onnx") and op_type in ("Add", "Sum")
+
+
+def takes_branch(node: gs.Node, index: int) -> bool:
+    """Say whether a node of two inputs adds its input ``index`` to the other one, or subtracts it."""
+    if (node.domain or "") not in ("", "ai.onnx"):
+        return False
+    return node.op == "Add" or (node.op == "Sub" and index == 1)
+
+
+def clip_bounds(node: gs.Node) -> tuple[float, float] | None:
+    """The bounds that a node clips its input to, infinite where there is none; None if it does not clip."""
+    if (node.domain or "") not in ("", "ai.onnx") or node.op not in ("Relu", "Clip"):
+        return None
+    if node.op == "Relu":
+        return 0.0, inf
+    bounds = []
+    for index, name, default in ((1, "min", -inf), (2, "max", inf)):
+        given = node.inputs[index] if len(node.inputs) > index and node.inputs[index].name else None
+        if given is not None and not isinstance(given, gs.Constant):
+            return None
+        bounds.append(float(node.attrs.get(name, default) if given is None else np.ravel(given.values)[0]))
+    return (bounds[0], bounds[1]) if bounds[0] < bounds[1] else None

@@ -5,14 +5,15 @@ from __future__ import annotations
 from math import prod
 from typing import TYPE_CHECKING
 
+import numpy as np
 import onnx_graphsurgeon as gs
 import torch
 from torch import Tensor
 
 from hap_onnx.ops.arguments import together
 from hap_onnx.ops.linear import LinearForm
-from hap_onnx.ops.registry import flow_op, linear_op, macs_op, run_op
-from hap_onnx.ops.rules import bind_bias, constant_input, freeze_other_axis
+from hap_onnx.ops.registry import bias_op, flow_op, linear_op, macs_op, run_op
+from hap_onnx.ops.rules import bind_bias, constant_bias, constant_input, freeze_other_axis
 
 if TYPE_CHECKING:
     from hap_onnx.channels import Flow
@@ -67,6 +68,16 @@ def _flow_gemm(node: gs.Node, flow: Flow) -> None:
     flow.bind(b, out_axis, ids, "producer", node)
     bind_bias(node, flow, 2, ids)
     flow.put(node.outputs[0], 1, ids)
+
+
+@bias_op("Gemm")
+def _bias_gemm(node: gs.Node, ndim: int) -> np.ndarray | None:
+    n_outputs = node.inputs[1].shape[0 if int(node.attrs.get("transB", 0)) else 1]
+    bias = constant_bias(node, 2, n_outputs=n_outputs)
+    if bias is None:
+        return None
+    beta = float(node.attrs.get("beta", 1.0))
+    return (bias if beta == 1.0 else (bias * beta).astype(bias.dtype)).reshape(1, -1)
 
 
 def _product_form(*, transposed: bool, bias_index: int | None) -> LinearForm:
@@ -152,6 +163,15 @@ def _flow_matmul(node: gs.Node, flow: Flow) -> None:
         flow.read(node, 0 if on_right else 1)
     flow.bind(weight, out_axis, ids, "producer", node)
     flow.put(node.outputs[0], made, ids)
+
+
+@bias_op("MatMul")
+def _bias_matmul(node: gs.Node, ndim: int) -> np.ndarray | None:
+    """Zeros: on the last axis where the weight is the right operand, on the one before where the left."""
+    a, b = node.inputs
+    if isinstance(b, gs.Constant):
+        return np.zeros([1] * (ndim - 1) + [b.shape[-1]], b.values.dtype)
+    return np.zeros([1] * (ndim - 2) + [a.shape[-2], 1], a.values.dtype)
 
 
 @linear_op("MatMul")

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hap_onnx.ops.arguments import as_ints, normalise_axis
-from hap_onnx.ops.registry import flow_op, run_op
+from hap_onnx.ops.registry import flow_op, keep_constant, run_op
 from hap_onnx.ops.rules import freeze_other_axis
 
 if TYPE_CHECKING:
@@ -87,6 +87,9 @@ def GroupNormalization(
         width = x.shape[1] // num_groups
         scale, bias = scale.repeat_interleave(width), bias.repeat_interleave(width)
     return standard * _per_channel(scale, x) + _per_channel(bias, x)
+
+
+keep_constant("BatchNormalization")
 
 
 @flow_op("BatchNormalization", "InstanceNormalization")

@@ -1,6 +1,6 @@
 """The one registry of operators.
 
-An operator is known by ``(domain, op_type)``. For each there are up to five plain functions,
+An operator is known by ``(domain, op_type)``. For each there are up to six plain functions,
 side by side in the module of its family:
 
 * ``@run_op("Conv", since=1)``: the torch computation. The function is named as the operator, takes
@@ -12,7 +12,10 @@ side by side in the module of its family:
 * ``@edit_op("Reshape")``: how literals (sizes, bounds, indices) follow when channels are removed
   (see ``hap_onnx.surgery``); weights are sliced by their ids and need no rule.
 * ``@linear_op("Conv")``: the contraction as a matrix product (see ``hap_onnx.ops.linear``).
+* ``@bias_op("Conv")``: what the contraction leaves when it has nothing to read any more.
 * ``@macs_op("Conv")``: multiply-accumulates of one node from its input and output shapes.
+
+``keep_constant("Relu")`` marks operators that turn one number per channel into one number per channel.
 
 No other part of hap-onnx branches on the name of an operator.
 """
@@ -29,7 +32,9 @@ _RUN: dict[Key, list[tuple[int, Callable[..., Any]]]] = {}
 _FLOW: dict[Key, Callable[..., Any]] = {}
 _EDIT: dict[Key, Callable[..., Any]] = {}
 _LINEAR: dict[Key, Callable[..., Any]] = {}
+_BIAS: dict[Key, Callable[..., Any]] = {}
 _MACS: dict[Key, Callable[..., Any]] = {}
+_KEEPS_CONSTANT: set[Key] = set()
 
 
 def _key(op_type: str, domain: str) -> Key:
@@ -79,6 +84,15 @@ def linear_op(*op_types: str, domain: str = "") -> Callable[[F], F]:
     return _register_once(_LINEAR, op_types, domain)
 
 
+def bias_op(*op_types: str, domain: str = "") -> Callable[[F], F]:
+    """Register what contractions leave when they read nothing any more: (node, ndim) -> array or None.
+
+    The array has as many axes as the output and can be added where the output was; its length along the
+    channel axis is the output's. None: the contraction cannot be replaced by a constant.
+    """
+    return _register_once(_BIAS, op_types, domain)
+
+
 def macs_op(*op_types: str, domain: str = "") -> Callable[[F], F]:
     """Register how multiply-accumulates of operators are counted."""
     return _register_once(_MACS, op_types, domain)
@@ -107,6 +121,21 @@ def find_linear(op_type: str, *, domain: str = "") -> Callable[..., Any] | None:
     return _LINEAR.get(_key(op_type, domain))
 
 
+def find_bias(op_type: str, *, domain: str = "") -> Callable[..., Any] | None:
+    """Return what a contraction leaves when it reads nothing any more, or None if it has no such rule."""
+    return _BIAS.get(_key(op_type, domain))
+
+
 def find_macs(op_type: str, *, domain: str = "") -> Callable[..., Any] | None:
     """Return the counting rule of an operator, or None if its multiply-accumulates count as zero."""
     return _MACS.get(_key(op_type, domain))
+
+
+def keep_constant(*op_types: str, domain: str = "") -> None:
+    """Mark operators that, if all other inputs are constants, map a constant per channel to another."""
+    _KEEPS_CONSTANT.update(_key(op_type, domain) for op_type in op_types)
+
+
+def keeps_constant(op_type: str, *, domain: str = "") -> bool:
+    """Say whether an operator maps one number per channel to one number per channel."""
+    return _key(op_type, domain) in _KEEPS_CONSTANT

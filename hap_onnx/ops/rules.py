@@ -38,6 +38,16 @@ def bind_bias(node: gs.Node, flow: Flow, index: int, ids: Ids) -> None:
         flow.freeze(ids, node, "its bias is computed by other nodes")
 
 
+def constant_bias(node: gs.Node, index: int, *, n_outputs: int) -> np.ndarray | None:
+    """The bias of a contraction, one number per output; zeros if it has none, None if it is computed."""
+    bias = node.inputs[index] if len(node.inputs) > index and node.inputs[index].name else None
+    if bias is None:
+        return np.zeros(n_outputs, node.inputs[1].values.dtype)
+    if not isinstance(bias, gs.Constant) or bias.values.size != (bias.shape[-1] if bias.shape else 1):
+        return None
+    return np.ascontiguousarray(np.broadcast_to(bias.values.ravel(), n_outputs))
+
+
 def read_ints(node: gs.Node, flow: Flow, index: int, attribute: str) -> list[int] | None:
     """Integers from a constant input or an attribute; [] if neither is there, None if they are computed."""
     if attribute in node.attrs:
