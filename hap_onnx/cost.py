@@ -31,7 +31,7 @@ from scipy.sparse import csr_matrix
 
 from hap_onnx import ops  # noqa: F401  (registers the counting rules)
 from hap_onnx.channels import Coupling, Read
-from hap_onnx.measure import Shapes, is_float_type, node_macs
+from hap_onnx.measure import Shapes, constants_of, is_float_type, node_macs
 from hap_onnx.ops.elementwise import takes_branch
 from hap_onnx.ops.registry import find_bias, find_macs, keeps_constant
 
@@ -324,7 +324,7 @@ def cost_model(graph: gs.Graph, coupling: Coupling, shapes: Shapes) -> CostModel
     readers: dict[str, list[str]] = defaultdict(list)
     constants: dict[str, gs.Constant] = {}
     for node in graph.nodes:
-        for tensor in _constants_of(node):
+        for tensor in constants_of(node):
             readers[tensor.name].append(node.name)
             constants[tensor.name] = tensor
     outputs = {tensor.name: tensor for tensor in graph.outputs if isinstance(tensor, gs.Constant)}
@@ -632,14 +632,3 @@ def _tensors_read(node: gs.Node) -> Iterator[gs.Tensor]:
             for inner in value.nodes:
                 yield from _tensors_read(inner)
             yield from value.outputs
-
-
-def _constants_of(node: gs.Node) -> Iterator[gs.Constant]:
-    """Yield the constants that ``model_size`` counts with a node."""
-    for tensor in node.inputs:
-        if isinstance(tensor, gs.Constant):
-            yield tensor
-    for value in node.attrs.values():
-        if isinstance(value, gs.Graph):
-            for inner in value.nodes:
-                yield from _constants_of(inner)

@@ -60,7 +60,7 @@ def node_costs(graph: gs.Graph, shapes: Shapes) -> tuple[NodeCost, ...]:
     seen: set[str] = set()
     costs = []
     for node in graph.nodes:
-        fresh = {t.name: t for t in _read_constants(node) if t.name not in seen}
+        fresh = {t.name: t for t in constants_of(node) if t.name not in seen}
         seen.update(fresh)
         costs.append(
             NodeCost(
@@ -96,7 +96,7 @@ def _shape(tensor: gs.Tensor, shapes: Shapes) -> tuple[int, ...] | None:
 def _constants(graph: gs.Graph) -> dict[str, gs.Constant]:
     found: dict[str, gs.Constant] = {}
     for node in graph.nodes:
-        for tensor in _read_constants(node):
+        for tensor in constants_of(node):
             found.setdefault(tensor.name, tensor)
     for tensor in graph.outputs:
         if isinstance(tensor, gs.Constant):
@@ -104,7 +104,7 @@ def _constants(graph: gs.Graph) -> dict[str, gs.Constant]:
     return found
 
 
-def _read_constants(node: gs.Node) -> Iterator[gs.Constant]:
+def constants_of(node: gs.Node) -> Iterator[gs.Constant]:
     """Yield the constants that a node reads, its subgraphs included."""
     for tensor in node.inputs:
         if isinstance(tensor, gs.Constant):
@@ -112,7 +112,7 @@ def _read_constants(node: gs.Node) -> Iterator[gs.Constant]:
     for value in node.attrs.values():
         if isinstance(value, gs.Graph):
             for inner in value.nodes:
-                yield from _read_constants(inner)
+                yield from constants_of(inner)
 
 
 def is_float_type(dtype: np.dtype) -> bool:
