@@ -86,8 +86,12 @@ def output_scales(outputs: Iterable[Mapping[str, NDArray[np.generic]]]) -> dict[
 
 
 def to_tensors(inputs: Mapping[str, NDArray[np.generic]], twin: Twin) -> dict[str, Tensor]:
-    """Turn a batch of arrays into tensors on the twin's device."""
-    return {name: torch.from_numpy(np.ascontiguousarray(values)).to(twin.device) for name, values in inputs.items()}
+    """Turn a batch of arrays into tensors on the twin's device, floats in the type that it computes in."""
+    tensors = {}
+    for name, values in inputs.items():
+        tensor = torch.from_numpy(np.ascontiguousarray(values)).to(twin.device)
+        tensors[name] = tensor.to(twin.dtype) if tensor.is_floating_point() else tensor
+    return tensors
 
 
 def collect_curvature(
@@ -106,6 +110,7 @@ def collect_curvature(
     Memory does not depend on the number of samples. Contractions without a matrix form (transposed
     convolutions) are left out.
     """
+    batch_size = twin.batch_limit or batch_size  # else the hooks below see parts of a batch
     nodes = {node.name: node for node in graph.nodes}
     forms: dict[str, tuple[LinearForm, Read]] = {}
     for read in coupling.reads:

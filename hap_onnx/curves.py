@@ -77,6 +77,7 @@ def measure_curves(
     The model runs once per batch; at the first node that reads a group it forks once per width. Memory is
     that of one batch and of the replaced weights.
     """
+    batch_size = twin.batch_limit or batch_size  # single steps do not loop over samples by themselves
     nodes = {node.name: node for node in graph.nodes}
     groups = {group.name: group for group in coupling.groups}
     position = {step.name: index for index, step in enumerate(twin.steps)}

@@ -58,12 +58,12 @@ from hap_onnx.errors import (
     ValidationError,
 )
 from hap_onnx.events import Event, OnEvent, ignore_event
-from hap_onnx.measure import model_size
+from hap_onnx.measure import is_float_type, model_size
 from hap_onnx.metrics import Metric, check_chance_level, choose_metric
 from hap_onnx.model_io import SourceModel, load_model, normalise, save_model, to_proto
 from hap_onnx.plan import CompressionPlan, GroupDecision, load_plan, plan_hash, save_plan
 from hap_onnx.prepare import PreparedModel, make_probe, prepare, try_cut
-from hap_onnx.protos import count_bytes
+from hap_onnx.saving import ALIGNMENT, count_saved_bytes
 from hap_onnx.surgery import remove_channels, with_weights
 from hap_onnx.twin import Twin, build_twin, probe_shapes
 from hap_onnx.validate import (
@@ -87,6 +87,8 @@ SEARCH_RATIOS = (0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6, 0.55, 0.5, 0.45, 0.
 SEARCH_MARGIN = 1.28
 """The search wants the drop plus so many standard errors below the limit: 90 % one-sided."""
 LARGE_DROP = 0.02
+SPARE_BYTES = 256
+"""What ``--max-bytes`` leaves for the entry in the model's metadata."""
 TWIN_TOLERANCE = {np.dtype(np.float32): 1e-3, np.dtype(np.float64): 1e-3}
 LATENCY_SECONDS = 3.0
 
@@ -257,10 +259,13 @@ class _Job:
         if config.keep_params is not None:
             limits.append(config.keep_params * prepared.n_params)
         if config.max_bytes is not None:
-            per_param = 4.0
-            rest = count_bytes(self._to_proto(_Candidate(self._whole(), prepared.graph))) - per_param * self.losses.cost.params(
-                self.losses.cost.sizes
-            )
+            constants = [t for t in prepared.graph.tensors().values() if isinstance(t, gs.Constant)]
+            weights = [t.values for t in constants if is_float_type(t.values.dtype)]
+            n_weight_bytes = sum(values.nbytes for values in weights)
+            per_param = n_weight_bytes / max(sum(values.size for values in weights), 1)
+            whole = self._to_proto(_Candidate(self._whole(), prepared.graph))
+            rest = count_saved_bytes(whole, self.output, external_data=self.source.external_data) - n_weight_bytes
+            rest += SPARE_BYTES + (ALIGNMENT * len(weights) if self.source.external_data else 0)
             limits.append((config.max_bytes - rest) / per_param)
             if limits[-1] <= 0:
                 raise BudgetError(
@@ -492,7 +497,8 @@ class _Job:
     ) -> reports.CompressReport:
         prepared, config = self.prepared, self.config
         before = _facts_before(prepared)
-        after = _facts_after(candidate.finished(), prepared, n_bytes=count_bytes(proto))
+        n_bytes = count_saved_bytes(proto, self.output, external_data=self.source.external_data)
+        after = _facts_after(candidate.finished(), prepared, n_bytes=n_bytes)
         if timing is not None and quality is not None:
             before = replace(before, latency_ms=timing.before_ms, metric=quality.before)
             after = replace(after, latency_ms=timing.after_ms, metric=quality.after)
@@ -548,7 +554,8 @@ def inspect(
         dataset = open_dataset(
             data, session.inputs, preprocess=words["preprocess"], max_samples=words["max_samples"], seed=words["seed"]
         )
-        probe = next(iter(dataset.batches(np.arange(min(2, dataset.n_samples)), 2))).inputs
+        n_probe = min(max(2, session.fixed_batch or 2), dataset.n_samples)
+        probe = next(iter(dataset.batches(np.arange(n_probe), n_probe))).inputs
     prepared = prepare(source, probe, exclude=words["exclude"], only=words["only"])
     report = _inspect_report(str(model) if isinstance(model, (str, Path)) else "model in memory", prepared, words["align"])
     if words["report"] is not None:
@@ -641,7 +648,8 @@ def apply_plan(
     check_model(proto, reference=source.proto)
     save_model(proto, target, external_data=source.external_data, check=lambda path: _loads(path, None))
     before = _facts_before(prepared)
-    after = _facts_after(candidate.finished(), prepared, n_bytes=count_bytes(proto))
+    n_bytes = count_saved_bytes(proto, target, external_data=source.external_data)
+    after = _facts_after(candidate.finished(), prepared, n_bytes=n_bytes)
     result = reports.CompressReport(
         model=str(model) if isinstance(model, (str, Path)) else "model in memory",
         output=str(target),
@@ -699,7 +707,8 @@ def validate(
     if metric.name == "accuracy":
         check_chance_level(quality.before, n_classes=metric.n_classes or 2, n_samples=quality.n_samples)
     first = next(iter(everything.batches(sessions[0].fixed_batch or 1))).inputs
-    timing = measure_latency(*sessions, latency_feed(sessions[0], first), seconds=LATENCY_SECONDS)
+    feed = latency_feed(sessions[0], first)
+    timing = measure_latency(sessions[0], sessions[1], feed, seconds=LATENCY_SECONDS)
     seconds["latency"] = time.perf_counter() - start - seconds["run"]
     facts = []
     for source, latency, value in zip(

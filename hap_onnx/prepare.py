@@ -57,20 +57,24 @@ class PreparedModel:
 def make_probe(inputs: Sequence[InputSpec], *, sizes: Mapping[str, tuple[int, ...]] | None = None) -> Arrays:
     """Make up two samples for a model without data: noise for floats, zeros for integers.
 
-    ``sizes`` gives the shape of one sample where the model leaves it open. Raises UsageError if nobody does.
+    ``sizes`` gives whole shapes, batch included, where they are known. Raises UsageError if nobody knows.
     """
     generator = np.random.default_rng(0)
     arrays: dict[str, NDArray[np.generic]] = {}
     for spec in inputs:
-        shape = list((sizes or {}).get(spec.name, ()) or [axis if isinstance(axis, int) else None for axis in spec.shape])
-        if shape and (spec.shape[0] is None or isinstance(spec.shape[0], str) or sizes):
-            shape[0] = 2 if not isinstance(spec.shape[0], int) else spec.shape[0]
-        if any(axis is None for axis in shape):
+        shape: list[int | None]
+        if sizes and spec.name in sizes:
+            shape = list(sizes[spec.name])
+        else:
+            shape = [axis if isinstance(axis, int) else None for axis in spec.shape]
+            if shape:
+                shape[0] = max(2, shape[0] or 0)
+        if None in shape:
             raise UsageError(f"the input {spec} leaves sizes open: give --data, so that they are known")
         if spec.dtype.kind == "f":
-            arrays[spec.name] = generator.standard_normal(shape).astype(spec.dtype)
+            arrays[spec.name] = generator.standard_normal([axis or 0 for axis in shape]).astype(spec.dtype)
         else:
-            arrays[spec.name] = np.zeros(shape, spec.dtype)
+            arrays[spec.name] = np.zeros([axis or 0 for axis in shape], spec.dtype)
     return arrays
 
 
@@ -80,7 +84,7 @@ def prepare(
     """Normalise a model, build its twin, couple its channels and prove on trial cuts that it can be cut.
 
     Args:
-        probe: a few samples; the first two are used.
+        probe: a few samples; the first two are used, or the batch that the model declares.
         exclude, only: patterns for names of nodes or initializers.
 
     Raises:
@@ -91,7 +95,8 @@ def prepare(
     n_params = model_size(original, {}).params
     graph = fold_batch_norms(original)
     twin = build_twin(graph, device=device)
-    probe = {name: values[:2] for name, values in probe.items()}
+    n_probe = max(2, _declared_batch(graph))
+    probe = {name: values[:n_probe] for name, values in probe.items()}
     tensors = to_tensors(probe, twin)
     shapes = probe_shapes(twin, tensors)
     first = {name: values[:1] for name, values in probe.items()}
@@ -106,6 +111,12 @@ def prepare(
         coupling = find_groups(graph, shapes, exclude={**reasons, **outside})
     prepared = PreparedModel(source, n_params, graph, twin, probe, one, shapes, coupling)
     return _prove(prepared, {**reasons, **(outside if only else {})})
+
+
+def _declared_batch(graph: gs.Graph) -> int:
+    """The number of samples that is written into the model, 1 if none."""
+    sizes = [tensor.shape[0] for tensor in graph.inputs if tensor.shape]
+    return max((size for size in sizes if isinstance(size, int)), default=1)
 
 
 def _names_of(graph: gs.Graph) -> dict[str, None]:
@@ -202,7 +213,7 @@ def try_cut(prepared: PreparedModel, keep: NDArray[np.bool_]) -> str | None:
         finite = torch.isfinite(expected_output)
         if not finite.any():
             continue
-        error = (outputs[name] - expected_output)[finite].abs().max()
-        if not error <= TRIAL_TOLERANCE * expected_output[finite].abs().max() + 1e-7:
-            return f"the output '{name}' differs by {float(error):.3g}"
+        distance = (outputs[name] - expected_output)[finite].abs().max()
+        if not distance <= TRIAL_TOLERANCE * expected_output[finite].abs().max() + 1e-7:
+            return f"the output '{name}' differs by {float(distance):.3g}"
     return None

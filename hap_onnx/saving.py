@@ -15,7 +15,7 @@ from hap_onnx.errors import ValidationError
 from hap_onnx.protos import MAX_PROTO_BYTES, copy_without, count_bytes
 
 _EXTERNAL_MIN_BYTES = 1024  # smaller tensors stay in the model file: shape inference reads them
-_ALIGNMENT = 4096  # lets onnxruntime map the weights instead of copying them
+ALIGNMENT = 4096  # lets onnxruntime map the weights instead of copying them
 
 
 def save_model(
@@ -81,6 +81,30 @@ def _sync_folder(folder: Path) -> None:
             os.close(descriptor)
 
 
+def count_saved_bytes(proto: ModelProto, path: Path, *, external_data: bool) -> int:
+    """Return how many bytes ``save_model`` will write: the file and its external data."""
+    total = count_bytes(proto)
+    if not external_data and total <= MAX_PROTO_BYTES:
+        return total
+    slim: ModelProto = copy_without(proto, omit=["graph"])
+    slim.graph.CopyFrom(copy_without(proto.graph, omit=["initializer"]))
+    position = 0
+    for tensor in proto.graph.initializer:
+        raw = _raw_data(tensor)
+        if raw is None or len(raw) < _EXTERNAL_MIN_BYTES:
+            slim.graph.initializer.append(tensor)
+            continue
+        position += -position % ALIGNMENT
+        header = _header_with_meta(tensor)
+        header.data_location = TensorProto.EXTERNAL
+        name = f"{path.stem}-{'0' * 12}.data"
+        for key, value in (("offset", position), ("length", len(raw)), ("location", name)):
+            header.external_data.add(key=key, value=str(value))
+        slim.graph.initializer.append(header)
+        position += len(raw)
+    return int(slim.ByteSize()) + position
+
+
 def _move_weights_out(proto: ModelProto, path: Path, temporary: list[Path]) -> ModelProto:
     """Write large initializers to a file named after their content; return the model that points there."""
     slim: ModelProto = copy_without(proto, omit=["graph"])
@@ -95,7 +119,7 @@ def _move_weights_out(proto: ModelProto, path: Path, temporary: list[Path]) -> M
             if raw is None or len(raw) < _EXTERNAL_MIN_BYTES:
                 slim.graph.initializer.append(tensor)
                 continue
-            padding = bytes(-position % _ALIGNMENT)
+            padding = bytes(-position % ALIGNMENT)
             header = _header_with_meta(tensor)
             header.data_location = TensorProto.EXTERNAL
             for key, value in (("offset", position + len(padding)), ("length", len(raw))):
