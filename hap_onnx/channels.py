@@ -128,6 +128,7 @@ class Flow:
     n_ids: int = 1
     tensors: dict[str, IdAxis] = field(default_factory=dict)
     bound: dict[tuple[str, int], tuple[Ids, Role]] = field(default_factory=dict)
+    binders: dict[tuple[str, int], set[str]] = field(default_factory=dict)
     users: dict[str, list[str]] = field(default_factory=dict)
     reads: list[tuple[str, int, str, IdAxis]] = field(default_factory=list)
     edges: list[tuple[Ids, Ids]] = field(default_factory=list)
@@ -174,17 +175,21 @@ class Flow:
         self.tensors[tensor.name] = IdAxis(axis, ids)
 
     def use(self, constant: gs.Tensor, node: gs.Node) -> None:
-        """Say that ``node`` is aware of how it uses ``constant`` (else its channels are frozen)."""
+        """Record that ``node`` reads ``constant``."""
         users = self.users.setdefault(constant.name, [])
         if node.name not in users:
             users.append(node.name)
 
     def bind(self, constant: gs.Tensor, axis: int, ids: Ids, role: Role, node: gs.Node) -> None:
-        """Let ``axis`` of an initializer carry ``ids``; a shared one joins what it already carries."""
+        """Let ``axis`` of an initializer carry ``ids``; a shared one joins what it carries already.
+
+        An axis that not all readers of the initializer bind stays whole.
+        """
         if constant.shape[axis] != len(ids):
             raise AssertionError(f"{constant.name}: {len(ids)} ids on an axis of {constant.shape[axis]}")
         self.use(constant, node)
         key = (constant.name, axis)
+        self.binders.setdefault(key, set()).add(node.name)
         if key in self.bound:
             self.join(self.bound[key][0], ids)
         else:
@@ -308,8 +313,10 @@ def _flow_once(flow: Flow, exclude: Mapping[str, str]) -> None:
         for name in _constants_read(node):
             consumers.setdefault(name, []).append(node)
     outputs = {tensor.name for tensor in graph.outputs}
-    for (name, _), (ids, _) in flow.bound.items():
-        strangers = [node for node in consumers.get(name, []) if node.name not in flow.users[name]]
+    for (name, axis), (ids, _) in flow.bound.items():
+        # A reader that has other channels, or none, along this axis cannot lose them.
+        binders = flow.binders[name, axis]
+        strangers = [node for node in consumers.get(name, []) if node.name not in binders]
         for node in strangers:
             flow.freeze(ids, node, f"the initializer '{name}' is also used by {node.op} '{node.name}'")
         if name in outputs:

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from hap_onnx.channels import Coupling, IdAxis
 from hap_onnx.errors import SurgeryError
+from hap_onnx.ops.concat import is_concat
 from hap_onnx.ops.elementwise import is_elementwise
 from hap_onnx.ops.registry import find_bias, find_edit, keeps_constant
 from hap_onnx.twin import Step, build_twin
@@ -47,6 +48,7 @@ class Cut:
         tensors: Mapping[str, IdAxis],
         keep: NDArray[np.bool_],
     ) -> None:
+        self._graph = graph
         self._tensors = tensors
         self._keep = keep
         self._shapes = shapes
@@ -118,23 +120,50 @@ class Cut:
             if not np.array_equal(literal, target.values):
                 self.set_constant(node, index, literal)
             return
-        self._edit_concatenated(target, before, after, changed)
+        self._edit_concatenated(node, index, before, after)
+
+    def changes(self, node: gs.Node) -> bool:
+        """Say whether anything that a node reads or writes loses positions."""
+        for tensor in (*node.inputs, *node.outputs):
+            found, kept = self._tensors.get(tensor.name), self.kept(tensor)
+            if found is not None and kept is not None and len(kept.positions) < len(found.ids):
+                return True
+        return False
 
     def _edit_concatenated(
-        self, target: gs.Tensor, before: tuple[int, ...], after: tuple[int, ...], changed: list[int]
+        self, node: gs.Node, index: int, before: tuple[int, ...], after: tuple[int, ...]
     ) -> None:
-        """Edit the constants among the parts of a computed shape (Concat of one entry each)."""
-        if not target.inputs or len(target.inputs[0].inputs) != len(before):
+        """Edit the constants among the parts of a computed shape."""
+        parts = node.inputs[index].inputs[0] if node.inputs[index].inputs else None
+        if parts is None or not is_concat(parts):
             return
-        parts = target.inputs[0]
-        for axis in changed:
-            part = parts.inputs[axis]
-            if (
-                isinstance(part, gs.Constant)
-                and part.values.size == 1
-                and int(part.values.ravel()[0]) == before[axis]
-            ):
-                self.set_constant(parts, axis, np.full(part.shape, after[axis], np.int64))
+        edits: dict[int, NDArray[np.int64]] = {}
+        start = 0
+        for position, part in enumerate(parts.inputs):
+            stop = start + self.shape(part)[0]
+            if isinstance(part, gs.Constant):
+                literal = np.array(part.values)
+                for axis in range(start, min(stop, len(before))):
+                    if before[axis] != after[axis] and literal[axis - start] == before[axis]:
+                        literal[axis - start] = after[axis]
+                if not np.array_equal(literal, part.values):
+                    edits[position] = literal
+            start = stop
+        if edits and len(parts.outputs[0].outputs) > 1:  # others read this shape too
+            parts = self._own_copy(node, index)
+        for position, literal in edits.items():
+            self.set_constant(parts, position, literal)
+
+    def _own_copy(self, node: gs.Node, index: int) -> gs.Node:
+        """Give ``node`` a copy of what computes its input ``index``."""
+        original = node.inputs[index].inputs[0]
+        self._n_new += 1
+        name = f"{original.name}_hap{self._n_new}"
+        copy = gs.Node(original.op, name, dict(original.attrs), list(original.inputs), domain=original.domain)
+        copy.outputs = [gs.Variable(f"{name}_output", original.outputs[0].dtype, original.outputs[0].shape)]
+        node.inputs[index] = copy.outputs[0]
+        self._graph.nodes.insert(self._graph.nodes.index(original) + 1, copy)
+        return copy
 
 
 def kept_positions(elements: NDArray[np.int64], keep: NDArray[np.bool_]) -> NDArray[np.int64]:
@@ -212,15 +241,15 @@ def remove_channels(
             values = np.take(values, positions, axis=axis)
         constant.values = np.ascontiguousarray(values)
     # 3. Literals.
-    for node in result.nodes:
+    for node in list(result.nodes):
         edit = find_edit(node.op, domain=node.domain or "")
-        if edit is not None:
+        if edit is not None and cut.changes(node):
             edit(node, cut)
     for node in [node for node in result.nodes if node.name in dead]:
         _replace_by_bias(result, node, all_shapes)
     if dead:
         _fold_constants(result)
-    result = result.cleanup(remove_unused_graph_inputs=False).toposort()
+    result = result.cleanup(remove_unused_graph_inputs=False)
     _check_cut(graph, result, cut)
     return result
 
@@ -279,7 +308,7 @@ def _rewire(old: gs.Tensor, new: gs.Tensor) -> None:
 
 def _fold_constants(graph: gs.Graph) -> None:
     """Evaluate the normalisations and activations that read nothing but constants since a branch is gone."""
-    for node in graph.toposort().nodes:
+    for node in graph.nodes:
         inputs = [tensor for tensor in node.inputs if tensor.name]
         if not node.outputs or not any(tensor.name.endswith(CONSTANT_SUFFIX) for tensor in inputs):
             continue

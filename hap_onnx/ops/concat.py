@@ -53,6 +53,11 @@ def _repeat_constant_operands(
     )
 
 
+def is_concat(node: gs.Node) -> bool:
+    """Say whether a node joins tensors."""
+    return node.op == "Concat" and (node.domain or "") in ("", "ai.onnx")
+
+
 @flow_op("Concat")
 def _flow_concat(node: gs.Node, flow: Flow) -> None:
     ndim = len(flow.shape(node.outputs[0]))

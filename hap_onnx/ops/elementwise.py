@@ -371,6 +371,10 @@ def _flow_elementwise(node: gs.Node, flow: Flow) -> None:
         size = shape[own_axis] if own_axis >= 0 else 1
         if own is not None and own.axis == own_axis and size == len(ids):
             flow.join(ids, own.ids)
+        elif own is not None and own.axis == own_axis and 1 in (size, len(ids)):
+            flow.freeze(own, node, f"{node.op} spreads one channel over several")
+            if size > 1:
+                flow.freeze(ids, node, f"{node.op} spreads one channel over several")
         elif own is not None:
             flow.freeze(own, node, f"{node.op} combines channels on different axes")
             if size == len(ids) > 1:
