@@ -119,6 +119,8 @@ def collect_curvature(
         form = rule(node) if rule is not None else None
         if form is not None and form.data_index == read.index:
             forms[read.node] = (form, read)
+    if not forms:
+        return {}
     a_sums: dict[str, Tensor] = {}
     g_sums: dict[str, Tensor] = {}
     n_rows: dict[str, int] = {}
@@ -145,7 +147,9 @@ def collect_curvature(
             pairs = output_directions(outputs, scales, directions)
             total = sum((output * noise).sum() for output, noise in pairs)
             names = list(made)
-            gradients = torch.autograd.grad(total, [made[name] for name in names], allow_unused=True)
+            gradients: Sequence[Tensor | None] = [None] * len(names)
+            if isinstance(total, Tensor) and total.requires_grad:  # else opaque operators block all of it
+                gradients = torch.autograd.grad(total, [made[name] for name in names], allow_unused=True)
         n_batch = len(next(iter(batch.inputs.values())))
         n_samples += n_batch
         with torch.no_grad():
