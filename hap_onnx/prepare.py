@@ -17,7 +17,7 @@ import onnx_graphsurgeon as gs
 import torch
 from numpy.typing import NDArray
 
-from hap_onnx.channels import Coupling, find_groups
+from hap_onnx.channels import Coupling, Frozen, IdAxis, find_groups
 from hap_onnx.curvature import to_tensors
 from hap_onnx.errors import CalibrationError, HapOnnxError, ModelError, UsageError
 from hap_onnx.fusion import fold_batch_norms
@@ -107,10 +107,8 @@ def prepare(
     reasons = _excluded(graph, exclude, "excluded by --exclude")
     coupling = find_groups(graph, shapes, exclude=reasons)
     if only:
-        outside = _outside(graph, coupling, only)
-        coupling = find_groups(graph, shapes, exclude={**reasons, **outside})
-    prepared = PreparedModel(source, n_params, graph, twin, probe, one, shapes, coupling)
-    return _prove(prepared, {**reasons, **(outside if only else {})})
+        coupling = freeze_groups(coupling, _outside(graph, coupling, only))
+    return _prove(PreparedModel(source, n_params, graph, twin, probe, one, shapes, coupling))
 
 
 def _declared_batch(graph: gs.Graph) -> int:
@@ -139,21 +137,50 @@ def _excluded(graph: gs.Graph, patterns: Iterable[str], reason: str) -> dict[str
 
 
 def _outside(graph: gs.Graph, coupling: Coupling, patterns: Sequence[str]) -> dict[str, str]:
-    """Nodes that produce channels of groups in which no producer matches ``--only``."""
+    """Groups in which no producer matches ``--only``, with the reason why they are frozen."""
     matches = set(_excluded(graph, patterns, ""))
     weights = {node.name: {tensor.name for tensor in node.inputs} for node in graph.nodes}
-    outside = {}
+    return {
+        group.name: "not among what --only names"
+        for group in coupling.groups
+        if not any(name in matches or weights[name] & matches for name in group.producers)
+    }
+
+
+def freeze_groups(coupling: Coupling, reasons: Mapping[str, str]) -> Coupling:
+    """Return the coupling without some groups, whose channels must stay for the ``reasons`` given by name.
+
+    Excluding their nodes would do more: it freezes what the nodes read, too.
+    """
+    stay = [group for group in coupling.groups if group.name not in reasons]
+    alive = np.sort(np.concatenate([group.elements for group in stay])) if stay else np.zeros(0, np.int64)
+    # The last entry serves -1, which stays -1.
+    new = np.full(coupling.n_elements + 1, -1, np.int64)
+    new[alive] = np.arange(len(alive))
+    frozen = {entry.node: entry for entry in coupling.frozen}
     for group in coupling.groups:
-        if not any(name in matches or weights[name] & matches for name in group.producers):
-            outside.update({name: "not among what --only names" for name in group.producers})
-    return outside
+        if group.name in reasons:
+            for node in group.producers:
+                frozen.setdefault(node, Frozen(node, reasons[group.name]))
+    weights = [replace(weight, elements=new[weight.elements]) for weight in coupling.weights]
+    tensors = {name: IdAxis(found.axis, new[found.ids]) for name, found in coupling.tensors.items()}
+    reads = [replace(read, elements=new[read.elements]) for read in coupling.reads]
+    return replace(
+        coupling,
+        n_elements=len(alive),
+        groups=tuple(replace(group, elements=new[group.elements]) for group in stay),
+        weights=tuple(weight for weight in weights if (weight.elements >= 0).any()),
+        tensors={name: found for name, found in tensors.items() if (found.ids >= 0).any()},
+        reads=tuple(read for read in reads if (read.elements >= 0).any()),
+        frozen=tuple(frozen.values()),
+    )
 
 
 # --- proof by trial ---
 
 
-def _prove(prepared: PreparedModel, reasons: dict[str, str]) -> PreparedModel:
-    """Cut for trial; freeze what does not come out exactly, and couple again until all is exact."""
+def _prove(prepared: PreparedModel) -> PreparedModel:
+    """Cut for trial; freeze what does not come out exactly, until all is exact."""
     for _ in range(len(prepared.coupling.groups) + 1):
         complaint = _try_all(prepared)
         if complaint is None:
@@ -164,13 +191,12 @@ def _prove(prepared: PreparedModel, reasons: dict[str, str]) -> PreparedModel:
             keep[group.elements[: max(1, group.size // 2)]] = False
             found = try_cut(prepared, keep) if group.size > 1 else complaint
             if found is not None:
-                culprits[group.producers[0]] = f"cutting it for trial failed: {found}"
+                culprits[group.name] = f"cutting it for trial failed: {found}"
         if not culprits:  # each alone is exact, together they are not: give up on all
-            culprits = {group.producers[0]: f"cutting it for trial failed: {complaint}" for group in prepared.coupling.groups}
+            reason = f"cutting it for trial failed: {complaint}"
+            culprits = {group.name: reason for group in prepared.coupling.groups}
         _log.warning("%d channel groups are frozen: %s", len(culprits), next(iter(culprits.values())))
-        reasons = {**reasons, **culprits}
-        coupling = find_groups(prepared.graph, prepared.probe_shapes, exclude=reasons)
-        prepared = replace(prepared, coupling=coupling)
+        prepared = replace(prepared, coupling=freeze_groups(prepared.coupling, culprits))
     return prepared
 
 
@@ -189,17 +215,21 @@ def try_cut(prepared: PreparedModel, keep: NDArray[np.bool_]) -> str | None:
     """
     coupling, twin = prepared.coupling, prepared.twin
     try:
-        cut = build_twin(remove_channels(prepared.graph, coupling, keep, shapes=prepared.probe_shapes), device=str(twin.device or "cpu"))
+        graph = remove_channels(prepared.graph, coupling, keep, shapes=prepared.probe_shapes)
+        cut = build_twin(graph, device=str(twin.device or "cpu"))
         tensors = to_tensors(prepared.probe, twin)
-        for shapes, inputs in (
-            (prepared.probe_shapes, tensors),
-            (prepared.shapes, {name: values[: prepared.shapes[name][0]] if values.ndim else values for name, values in tensors.items()}),
-        ):
+        first = {
+            name: values[: prepared.shapes[name][0]] if values.ndim else values
+            for name, values in tensors.items()
+        }
+        for shapes, inputs in ((prepared.probe_shapes, tensors), (prepared.shapes, first)):
             found = probe_shapes(cut, inputs)
             for step in cut.steps:
                 for name in step.outputs:
-                    expected = shape_after(shapes[name], coupling.tensors.get(name), keep) if name in shapes else None
-                    if expected is not None and found[name] != expected:
+                    if name not in shapes:
+                        continue
+                    expected = shape_after(shapes[name], coupling.tensors.get(name), keep)
+                    if found[name] != expected:
                         return f"'{name}' has shape {list(found[name])} instead of {list(expected)}"
         with torch.no_grad():
             expected_outputs = twin(tensors, on_read=masked_reads(coupling, keep))

@@ -1,0 +1,268 @@
+"""Preparing a model: patterns, made-up probes, and the proof by trial that surgery is exact."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from sample_models import residual_cnn
+
+from hap_onnx import prepare as module
+from hap_onnx.channels import Frozen
+from hap_onnx.errors import ModelError, UsageError
+from hap_onnx.input_spec import InputSpec
+from hap_onnx.model_io import load_model
+from hap_onnx.prepare import PreparedModel, freeze_groups, make_probe, prepare, try_cut
+from tests.helpers import make_model, node, rand
+
+FLOAT = np.dtype(np.float32)
+PROBE = {"x": rand(4, 3, 8, 8)}
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    n_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(n_threads)
+
+
+def prepared(model: onnx.ModelProto | None = None, **options: Any) -> PreparedModel:
+    return prepare(load_model(model or residual_cnn()), PROBE, **options)
+
+
+def groups_of(result: PreparedModel) -> set[str]:
+    return {group.name for group in result.coupling.groups}
+
+
+def reason_for(result: PreparedModel, name: str) -> str:
+    return next(entry.reason for entry in result.coupling.frozen if entry.node == name)
+
+
+ALL = {"make_stem", "make_a1", "make_a2", "make_b2"}
+
+# ---------------------------------------------------------------- what is known of a model
+
+
+def test_shapes_are_those_of_one_sample_and_of_two() -> None:
+    result = prepared()
+    assert groups_of(result) == ALL
+    assert result.shapes["stem"] == (1, 16, 8, 8)
+    assert result.probe_shapes["stem"] == (2, 16, 8, 8)
+    assert len(result.probe["x"]) == 2
+    assert result.n_params == sum(int(np.prod(t.dims)) for t in residual_cnn().graph.initializer)
+
+
+def test_a_declared_batch_is_the_probe() -> None:
+    result = prepared(residual_cnn(batch=4))
+    assert groups_of(result) == ALL
+    assert len(result.probe["x"]) == 4
+    assert result.shapes["stem"] == result.probe_shapes["stem"] == (4, 16, 8, 8)
+
+
+def test_a_batch_of_one_is_probed_with_two() -> None:
+    result = prepared(residual_cnn(batch=1))
+    assert groups_of(result) == ALL
+    assert result.probe_shapes["stem"] == (2, 16, 8, 8)
+
+
+# ---------------------------------------------------------------- patterns
+
+
+def test_an_excluded_node_keeps_its_inputs_and_its_outputs() -> None:
+    result = prepared(exclude=["make_b1"])
+    # It reads the channels of make_a1 and adds its own to the stem's.
+    assert groups_of(result) == {"make_a2", "make_b2"}
+    for name in ("make_a1", "make_stem", "make_b1"):
+        assert "excluded by --exclude 'make_b1'" in reason_for(result, name)
+
+
+def test_an_excluded_initializer_keeps_its_channels() -> None:
+    assert groups_of(prepared(exclude=["a1.w"])) == {"make_a2", "make_b2"}
+    assert groups_of(prepared(exclude=["a1.b"])) == ALL - {"make_a1"}
+
+
+def test_patterns_are_globs_and_may_be_many() -> None:
+    assert groups_of(prepared(exclude=["make_[ab]2", "make_head", "a1.*"][:1])) == {"make_a1"}
+    assert groups_of(prepared(exclude=["make_a1", "make_a2"])) == {"make_b2"}
+    assert groups_of(prepared(exclude=["a1.b", "a2.b"])) == {"make_stem", "make_b2"}
+
+
+def test_only_freezes_all_groups_that_nothing_named_produces() -> None:
+    result = prepared(only=["make_a?"])
+    assert groups_of(result) == {"make_a1", "make_a2"}
+    assert "--only" in reason_for(result, "make_stem")
+    assert groups_of(prepared(only=["a1.w"])) == {"make_a1"}
+    assert groups_of(prepared(only=["make_b1"])) == {"make_stem"}  # one producer of the stream is enough
+
+
+def test_only_and_exclude_go_together() -> None:
+    assert groups_of(prepared(only=["make_a?"], exclude=["a2.b"])) == {"make_a1"}
+
+
+@pytest.mark.parametrize("options", [{"exclude": ["make_a1", "nothing*"]}, {"only": ["nothing*"]}], ids=str)
+def test_a_pattern_that_matches_nothing_is_a_usage_error(options: dict[str, list[str]]) -> None:
+    with pytest.raises(UsageError, match=r"'nothing\*' matches no node and no initializer"):
+        prepared(**options)
+
+
+# ---------------------------------------------------------------- probes
+
+
+def test_a_probe_is_made_up_from_declared_shapes() -> None:
+    specs = [
+        InputSpec("image", FLOAT, ("N", 3, 8)),
+        InputSpec("half", np.dtype(np.float16), (None, 2)),
+        InputSpec("ids", np.dtype(np.int64), ("N", 5)),
+        InputSpec("threshold", FLOAT, ()),
+    ]
+    probe = make_probe(specs)
+    assert {name: (array.shape, array.dtype) for name, array in probe.items()} == {
+        "image": ((2, 3, 8), FLOAT),
+        "half": ((2, 2), np.float16),
+        "ids": ((2, 5), np.int64),
+        "threshold": ((), FLOAT),
+    }
+    assert probe["image"].std() > 0.5
+    assert (probe["image"][0] != probe["image"][1]).any()
+    assert not probe["ids"].any()
+    np.testing.assert_array_equal(make_probe(specs)["image"], probe["image"])
+
+
+def test_a_probe_has_the_declared_batch_but_two_samples_at_least() -> None:
+    assert make_probe([InputSpec("x", FLOAT, (4, 3))])["x"].shape == (4, 3)
+    assert make_probe([InputSpec("x", FLOAT, (1, 3))])["x"].shape == (2, 3)
+
+
+def test_known_sizes_are_taken_as_they_are() -> None:
+    specs = [InputSpec("x", FLOAT, ("N", 3, "H", None)), InputSpec("y", FLOAT, ("N", 2))]
+    probe = make_probe(specs, sizes={"x": (2, 3, 9, 7)})
+    assert probe["x"].shape == (2, 3, 9, 7)
+    assert probe["y"].shape == (2, 2)
+
+
+def test_open_sizes_ask_for_data() -> None:
+    with pytest.raises(UsageError, match="--data"):
+        make_probe([InputSpec("x", FLOAT, ("N", 3, "H", 4))])
+
+
+# ---------------------------------------------------------------- proof by trial
+
+
+def hidden_width() -> onnx.ModelProto:
+    """Flatten the positions of 8 channels to a width computed at run time as numbers per sample / 8."""
+    weights = {
+        "w1": rand(8, 3, 1, 1, seed=1),
+        "w2": rand(8, 8, 1, 1, seed=2),
+        "w3": rand(8, 5, seed=3),
+        "start": np.array([1], np.int64),
+        "stop": np.array([4], np.int64),
+        "eight": np.array([8], np.int64),
+        "target": np.array([0, 8], np.int64),
+    }
+    nodes = [
+        node("Conv", ["x", "w1"], ["a"]),
+        node("Relu", ["a"], ["h"]),
+        node("Conv", ["h", "w2"], ["b"]),
+        node("Relu", ["b"], ["r"]),
+        node("Shape", ["r"], ["s"]),
+        node("Slice", ["s", "start", "stop"], ["chw"]),
+        node("ReduceProd", ["chw"], ["numbers"], keepdims=1),
+        node("Div", ["numbers", "eight"], ["n_positions"]),
+        node("Concat", ["target", "n_positions"], ["shape"], axis=0),
+        node("Reshape", ["r", "shape"], ["flat"]),
+        node("ReduceMean", ["flat"], ["p"], axes=[2], keepdims=0),
+        node("MatMul", ["p", "w3"], ["y"]),
+    ]
+    return make_model(nodes, inputs={"x": ["N", 3, 8, "W"]}, outputs=["y"], weights=weights)
+
+
+def test_a_channel_count_that_hides_in_a_computed_shape_freezes_its_group() -> None:
+    result = prepared(hidden_width())
+    assert groups_of(result) == {"make_a"}
+    assert reason_for(result, "make_b")
+    keep = np.ones(result.coupling.n_elements, bool)
+    keep[result.coupling.groups[0].elements[:3]] = False
+    assert try_cut(result, keep) is None
+
+
+def test_a_frozen_group_leaves_all_others_as_they_were() -> None:
+    before = prepared()
+    after = freeze_groups(before.coupling, {"make_a1": "because"})
+    assert after.n_elements == before.coupling.n_elements - 16
+    assert {group.name for group in after.groups} == ALL - {"make_a1"}
+    assert np.array_equal(
+        np.sort(np.concatenate([g.elements for g in after.groups])), np.arange(after.n_elements)
+    )
+    assert Frozen("make_a1", "because") in after.frozen
+    assert "h1" not in after.tensors
+    assert not {(w.initializer, w.axis) for w in after.weights} & {("a1.w", 0), ("a1.b", 0), ("b1.w", 1)}
+    assert ("a1.w", 1) in {(w.initializer, w.axis) for w in after.weights}
+    keep = np.ones(after.n_elements, bool)
+    for group in after.groups:
+        keep[group.elements[::3]] = False
+    assert try_cut(replace(before, coupling=after), keep) is None
+    assert freeze_groups(before.coupling, dict.fromkeys(ALL, "all")).n_elements == 0
+
+
+def test_what_fails_on_trial_is_frozen_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = module.try_cut
+
+    def refuse(candidate: PreparedModel, keep: np.ndarray) -> str | None:
+        for group in candidate.coupling.groups:
+            if group.name == "make_a1" and not keep[group.elements].all():
+                return "the output 'scores' differs by 1"
+        return real(candidate, keep)
+
+    monkeypatch.setattr(module, "try_cut", refuse)
+    result = prepared()
+    assert groups_of(result) == ALL - {"make_a1"}
+    assert reason_for(result, "make_a1") == "cutting it for trial failed: the output 'scores' differs by 1"
+
+
+def test_what_fails_only_together_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(candidate: PreparedModel, keep: np.ndarray) -> str | None:
+        n_cut = sum(not keep[group.elements].all() for group in candidate.coupling.groups)
+        return "together they differ" if n_cut > 1 else None
+
+    monkeypatch.setattr(module, "try_cut", refuse)
+    result = prepared()
+    assert groups_of(result) == set()
+    assert "together they differ" in reason_for(result, "make_a1")
+
+
+def test_a_trial_cut_says_what_is_wrong() -> None:
+    result = prepared()
+    keep = np.ones(result.coupling.n_elements, bool)
+    keep[result.coupling.groups[0].elements[:4]] = False
+    assert try_cut(result, keep) is None
+    wrong = dict(result.probe_shapes)
+    wrong["h1"] = (2, 16, 99, 8)
+    complaint = try_cut(replace(result, probe_shapes=wrong), keep)
+    assert complaint == "'h1' has shape [2, 16, 8, 8] instead of [2, 16, 99, 8]"
+
+
+def test_a_difference_beyond_rounding_is_noticed() -> None:
+    result = prepared()
+    keep = np.ones(result.coupling.n_elements, bool)
+    keep[result.coupling.groups[0].elements[:4]] = False
+    with torch.no_grad():
+        result.twin.parameter_of["head.b"].add_(1.0)  # the graph is not changed
+    assert try_cut(result, keep) == "the output 'scores' differs by 1"
+
+
+def test_a_model_that_does_not_fit_its_data_is_refused() -> None:
+    weights = {"w": rand(4, 3, 1, 1), "v": rand(5, 100)}
+    nodes = [
+        node("Conv", ["x", "w"], ["c"]),
+        node("Flatten", ["c"], ["f"]),
+        node("Gemm", ["f", "v"], ["y"], transB=1),
+    ]
+    model = make_model(nodes, inputs={"x": ["N", 3, 8, "W"]}, outputs=["y"], weights=weights)
+    with pytest.raises(ModelError, match="make_y"):
+        prepared(model)
