@@ -802,3 +802,192 @@ def fixed_batch() -> Topology:
     x = net.op("Reshape", net.relu(net.conv("x", 3, 4)), net.ints(1, 144))
     _head(net, x, 144)
     return Topology(net.model("y", inputs={"x": (1, 3, 6, 6)}), (4, 6))
+
+
+# --- combinations that are easy to get wrong ---
+
+
+@topology
+def padded_by_ones() -> Topology:
+    net = Net()
+    x = net.op("Pad", net.conv("x", 3, 4), net.ints(0, 1, 0, 0, 0, 3, 0, 0), net.const(np.float32(1)))
+    x = net.op("Add", net.norm(x, 8), net.conv("x", 3, 8))
+    net.conv(net.relu(x), 8, 3, out="y")
+    return Topology(net.model("y"), (4, 4))
+
+
+@topology
+def channels_in_the_batch() -> Topology:
+    net = Net()
+    x = net.op("Reshape", net.conv("x", 3, 8), net.ints(-1, 36))
+    x = net.relu(net.op("MatMul", x, net.rand(36, 36)))
+    net.conv(net.op("Reshape", x, net.ints(-1, 8, 6, 6)), 8, 3, out="y")
+    return Topology(net.model("y"), (8,))
+
+
+@topology
+def tokens_of_positions() -> Topology:
+    net = Net()
+    x = net.op("Reshape", net.conv("x", 3, 8, out="stem"), net.ints(0, 8, 36))
+    tokens = net.op("Transpose", x, perm=[0, 2, 1])
+    x = net.relu(net.op("Add", net.op("MatMul", tokens, net.rand(8, 6), out="a"), net.rand(6)))
+    x = net.op("Add", tokens, net.op("MatMul", x, net.rand(6, 8)))
+    x = net.op("Reshape", net.op("Transpose", x, perm=[0, 2, 1]), net.ints(-1, 8, 6, 6))
+    net.conv(x, 8, 3, out="y")
+    return Topology(net.model("y"), (6, 8), gone=("make_a",))
+
+
+@topology
+def grouped_after_concat() -> Topology:
+    """The first group reads the model's input: what lies at the same positions of others stays."""
+    net = Net()
+    x = net.op("Concat", "x", net.conv("x", 4, 8), axis=1)
+    net.conv(net.relu(net.conv(x, 12, 6, group=2)), 6, 3, out="y")
+    return Topology(net.model("y", inputs={"x": ("N", 4, 6, 6)}), (2, 3))
+
+
+@topology
+def depthwise_after_concat() -> Topology:
+    net = Net()
+    x = net.op("Concat", "x", net.conv("x", 4, 8), axis=1)
+    net.conv(net.relu(net.conv(x, 12, 12, group=12)), 12, 3, out="y")
+    return Topology(net.model("y", inputs={"x": ("N", 4, 6, 6)}), (8,))
+
+
+@topology
+def resize_of_named_axes() -> Topology:
+    net = Net(opset=18)
+    x = net.op("Resize", net.conv("x", 3, 8), "", "", net.ints(9, 9), axes=[2, 3], mode="nearest")
+    net.conv(x, 8, 3, out="y")
+    return Topology(net.model("y"), (8,))
+
+
+@topology
+def cut_in_space() -> Topology:
+    net = Net()
+    x = net.op("Slice", net.conv("x", 3, 8), net.ints(-1), net.ints(-7), net.ints(-1), net.ints(-1))
+    x = net.op("Slice", x, net.ints(0, 0), net.ints(2**62, 4), net.ints(1, 2))
+    parts = net.many("Split", x, outputs=["s1", "s2"], axis=2)
+    net.conv(net.op("Mul", *parts), 8, 3, out="y")
+    return Topology(net.model("y"), (8,))
+
+
+@topology
+def part_that_can_vanish() -> Topology:
+    """Each half of a split feeds a branch of its own."""
+    net = Net()
+    stream = net.conv("x", 3, 5, out="stem")
+    halves = net.many(
+        "Split", net.relu(net.conv(stream, 5, 8, out="a")), net.ints(4, 4), outputs=["p", "q"], axis=1
+    )
+    for half in halves:
+        stream = net.op("Add", stream, net.conv(half, 4, 5))
+    net.conv(stream, 5, 3, out="y")
+    return Topology(net.model("y"), (4, 4, 5), gone=("make_a",))
+
+
+@topology
+def norm_of_features() -> Topology:
+    net = Net()
+    x = net.relu(net.norm(net.op("Gemm", "x", net.rand(6, 8), net.rand(8)), 8))
+    net.op("Gemm", net.op("Identity", x), net.rand(8, 3), net.rand(3), out="y", alpha=2.0)
+    return Topology(net.model("y", inputs={"x": ("N", 6)}), (8,))
+
+
+@topology
+def instance_norm() -> Topology:
+    net = Net()
+    x = net.op("InstanceNormalization", net.conv("x", 3, 8), net.rand(8), net.rand(8))
+    net.conv(net.op("Mul", x, x), 8, 3, out="y")
+    return Topology(net.model("y"), (8,))
+
+
+@topology
+def computed_weight() -> Topology:
+    net = Net()
+    a = net.conv("x", 3, 8, out="a")
+    made = net.op("Mul", net.rand(4, 8, 3, 3), net.op("ReduceMean", "x", keepdims=0))
+    net.conv(net.op("Conv", a, made), 4, 3, out="y")
+    return Topology(net.model("y"), (), {"make_a": "computed by other nodes"})
+
+
+@topology
+def counted_features() -> Topology:
+    """Flatten as products of sizes that are read from the tensor."""
+    net = Net()
+    x = net.relu(net.conv("x", 3, 4))
+    sizes = [net.op("Gather", net.op("Shape", x), net.ints(i)) for i in range(4)]
+    features = net.op("Mul", net.op("Mul", sizes[1], sizes[2]), sizes[3])
+    x = net.op("Reshape", x, net.op("Concat", sizes[0], features, axis=0))
+    net.op("Gemm", x, net.rand(144, 3), out="y")
+    return Topology(net.model("y"), (4,))
+
+
+@topology
+def constants_per_head() -> Topology:
+    net = Net()
+    x = net.op("Reshape", net.conv("x", 3, 8), net.ints(0, 2, 4, 36))
+    x = net.op("Mul", x, net.rand(2, 1, 1))
+    x = net.op("Reshape", x, net.ints(0, 8, 6, 6))
+    net.conv(x, 8, 3, out="y")
+    return Topology(net.model("y"), (4,))
+
+
+@topology
+def raised_rank() -> Topology:
+    net = Net()
+    x = net.op("Add", net.op("Gemm", "x", net.rand(6, 8)), net.rand(2, 1, 8))
+    net.op("MatMul", net.op("Sum", net.rand(8), x, net.rand(1, 1)), net.rand(8, 3), out="y")
+    return Topology(net.model("y", inputs={"x": ("N", 6)}), (8,))
+
+
+@topology
+def gathered_positions() -> Topology:
+    net = Net()
+    x = net.op("Gather", net.conv("x", 3, 8), net.const(np.array([[0, 2], [1, 3]])), axis=3)
+    x = net.op("ReduceSum", x, net.ints(3, -1), keepdims=0)
+    x = net.op("Gather", x, net.const(np.int64(1)), axis=2)
+    net.op("Gemm", x, net.rand(8, 3), out="y")
+    return Topology(net.model("y"), (8,))
+
+
+@topology
+def one_gathered_channel() -> Topology:
+    net = Net()
+    x = net.op("Gather", net.conv("x", 3, 8, out="a"), net.const(np.int64(1)), axis=1)
+    net.op("MatMul", x, net.rand(6, 3), out="y")
+    return Topology(net.model("y"), (), {"make_a": "by a single one"})
+
+
+@topology
+def learned_channels() -> Topology:
+    net = Net()
+    x = net.op("Concat", net.conv("x", 3, 4), net.rand(2, 3, 6, 6), axis=1)
+    net.conv(x, 7, 3, out="y")
+    return Topology(net.model("y", inputs={"x": (2, 3, 6, 6)}), (4,))
+
+
+@topology
+def squeezed_blindly() -> Topology:
+    net = Net()
+    x = net.op("Squeeze", net.op("GlobalAveragePool", net.conv("x", 3, 8, out="a")))
+    net.op("Gemm", x, net.rand(8, 3), out="y")
+    return Topology(net.model("y"), (), {"make_a": "Squeeze without axes"})
+
+
+@topology
+def pad_of_channels_opset9() -> Topology:
+    net = Net(opset=9)
+    x = net.op("Pad", net.conv("x", 3, 4), pads=[0, 0, 0, 0, 0, 4, 0, 0])
+    x = net.op("Add", x, net.conv("x", 3, 8))
+    net.op("Squeeze", net.op("GlobalMaxPool", x), out="flat", axes=[2, 3])
+    net.op("Gemm", "flat", net.rand(8, 3), net.rand(3), out="y")
+    return Topology(net.model("y"), (4, 4))
+
+
+@topology
+def weight_of_three_axes() -> Topology:
+    net = Net()
+    x = net.op("MatMul", "x", net.rand(6, 8), out="a")
+    net.op("MatMul", x, net.rand(2, 8, 3), out="y")
+    return Topology(net.model("y", inputs={"x": (2, 5, 6)}), (), {"make_a": "not a matrix"})

@@ -148,6 +148,10 @@ def Transpose(x: Tensor, *, perm: Sequence[int] | None = None) -> Tensor:
     return x.permute(list(perm) if perm is not None else list(reversed(range(x.ndim))))
 
 
+def _has_no_axes(node: gs.Node) -> bool:
+    return "axes" not in node.attrs and (len(node.inputs) < 2 or not node.inputs[1].name)
+
+
 def _block_of(old: tuple[int, ...], new: tuple[int, ...], axis: int) -> tuple[list[int], list[int]]:
     """Find the smallest run of axes around ``axis`` that a reshape maps to a run of new axes."""
     cuts_old = np.cumprod((1, *old)).tolist()
@@ -173,6 +177,9 @@ def _flow_reshape(node: gs.Node, flow: Flow) -> None:
     if found is None:
         return
     old, new = flow.shape(node.inputs[0]), flow.shape(node.outputs[0])
+    if node.op == "Squeeze" and _has_no_axes(node):
+        flow.freeze(found, node, "Squeeze without axes would drop the channel axis when one channel is left")
+        return
     if prod(old) == 0:
         flow.freeze(found, node, f"{node.op} of an empty tensor")
         return
