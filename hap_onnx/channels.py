@@ -174,12 +174,6 @@ class Flow:
             raise AssertionError(f"{tensor.name}: {len(ids)} ids on an axis of {shape[axis]}")
         self.tensors[tensor.name] = IdAxis(axis, ids)
 
-    def use(self, constant: gs.Tensor, node: gs.Node) -> None:
-        """Record that ``node`` reads ``constant``."""
-        users = self.users.setdefault(constant.name, [])
-        if node.name not in users:
-            users.append(node.name)
-
     def bind(self, constant: gs.Tensor, axis: int, ids: Ids, role: Role, node: gs.Node) -> None:
         """Let ``axis`` of an initializer carry ``ids``; a shared one joins what it carries already.
 
@@ -187,7 +181,9 @@ class Flow:
         """
         if constant.shape[axis] != len(ids):
             raise AssertionError(f"{constant.name}: {len(ids)} ids on an axis of {constant.shape[axis]}")
-        self.use(constant, node)
+        users = self.users.setdefault(constant.name, [])
+        if node.name not in users:
+            users.append(node.name)
         key = (constant.name, axis)
         self.binders.setdefault(key, set()).add(node.name)
         if key in self.bound:

@@ -22,6 +22,7 @@ from hap_onnx.errors import SurgeryError
 from hap_onnx.ops.concat import is_concat
 from hap_onnx.ops.elementwise import is_elementwise
 from hap_onnx.ops.registry import find_bias, find_edit, keeps_constant
+from hap_onnx.ops.rules import read_ints
 from hap_onnx.twin import Step, build_twin
 
 _log = logging.getLogger(__name__)
@@ -72,12 +73,7 @@ class Cut:
 
     def ints(self, node: gs.Node, index: int, attribute: str) -> list[int] | None:
         """Integers from an attribute or a constant input; [] if neither is there, None if computed."""
-        if attribute in node.attrs:
-            return [int(value) for value in np.ravel(node.attrs[attribute])]
-        if len(node.inputs) <= index or not node.inputs[index].name:
-            return []
-        tensor = node.inputs[index]
-        return [int(value) for value in np.ravel(tensor.values)] if isinstance(tensor, gs.Constant) else None
+        return read_ints(node, index, attribute)
 
     def set_ints(
         self, node: gs.Node, index: int, attribute: str, values: Sequence[int], *, as_attribute: bool

@@ -63,9 +63,6 @@ def _flow_concat(node: gs.Node, flow: Flow) -> None:
     ndim = len(flow.shape(node.outputs[0]))
     axis = int(node.attrs["axis"]) % ndim
     found = [flow.ids(tensor) for tensor in node.inputs]
-    for tensor in node.inputs:
-        if isinstance(tensor, gs.Constant):
-            flow.use(tensor, node)
     if all(f is None for f in found):
         return
     axes = {f.axis for f in found if f is not None}
@@ -116,8 +113,6 @@ def _flow_split(node: gs.Node, flow: Flow) -> None:
     if found is None:
         return
     axis = int(node.attrs.get("axis", 0)) % len(flow.shape(node.inputs[0]))
-    if len(node.inputs) > 1 and isinstance(node.inputs[1], gs.Constant):
-        flow.use(node.inputs[1], node)
     start = 0
     for output in node.outputs:
         if axis == found.axis:
@@ -212,7 +207,7 @@ def _slice_bounds(shape: tuple[int, ...], read: ReadInts) -> dict[int, tuple[int
 @flow_op("Slice")
 def _flow_slice(node: gs.Node, flow: Flow) -> None:
     found = flow.ids(node.inputs[0])
-    bounds = _slice_bounds(flow.shape(node.inputs[0]), lambda i, name: read_ints(node, flow, i, name))
+    bounds = _slice_bounds(flow.shape(node.inputs[0]), lambda i, name: read_ints(node, i, name))
     if found is None:
         return
     if bounds is None:
@@ -336,9 +331,7 @@ def _pads(ndim: int, read: ReadInts) -> list[tuple[int, int]] | None:
 def _flow_pad(node: gs.Node, flow: Flow) -> None:
     x = node.inputs[0]
     found = flow.ids(x)
-    pads = _pads(len(flow.shape(x)), lambda i, name: read_ints(node, flow, i, name))
-    if len(node.inputs) > 2 and isinstance(node.inputs[2], gs.Constant):
-        flow.use(node.inputs[2], node)
+    pads = _pads(len(flow.shape(x)), lambda i, name: read_ints(node, i, name))
     if found is None:
         return
     if pads is None:

@@ -353,9 +353,6 @@ def _flow_elementwise(node: gs.Node, flow: Flow) -> None:
     inputs = [tensor for tensor in node.inputs if tensor.name]
     carrying = [(tensor, found) for tensor in inputs if (found := flow.ids(tensor)) is not None]
     if not carrying:
-        for tensor in inputs:
-            if isinstance(tensor, gs.Constant):
-                flow.use(tensor, node)
         return
     # Axes are counted from the right: shapes are broadcast that way.
     first, found = next(
@@ -380,7 +377,6 @@ def _flow_elementwise(node: gs.Node, flow: Flow) -> None:
             if size == len(ids) > 1:
                 flow.freeze(ids, node, f"{node.op} combines channels on different axes")
         elif isinstance(tensor, gs.Constant):
-            flow.use(tensor, node)
             if size == len(ids) and (size > 1 or len(shape) > 0) and own_axis >= 0:
                 if size > 1:
                     flow.bind(tensor, own_axis, ids, "follower", node)

@@ -73,8 +73,6 @@ def GatherND(x: Tensor, indices: Tensor, *, batch_dims: int = 0) -> Tensor:
 def _flow_gather(node: gs.Node, flow: Flow) -> None:
     x, indices = node.inputs
     found = flow.ids(x)
-    if isinstance(indices, gs.Constant):
-        flow.use(indices, node)
     if flow.ids(indices) is not None:
         flow.freeze(flow.ids(indices), node, "channels are used as indices")
     if found is None:

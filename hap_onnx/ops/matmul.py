@@ -152,7 +152,6 @@ def _flow_matmul(node: gs.Node, flow: Flow) -> None:
     ndim = len(flow.shape(data))
     contracted, made = (ndim - 1, ndim - 1) if on_right else (ndim - 2, ndim - 2)
     in_axis, out_axis = (0, 1) if on_right else (1, 0)
-    flow.use(weight, node)
     ids = flow.fresh(weight.shape[out_axis])
     if found is not None and found.axis != contracted:
         # The channels pass through, so the columns that the weight makes have to stay.

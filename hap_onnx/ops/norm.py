@@ -97,8 +97,6 @@ def _flow_channel_norm(node: gs.Node, flow: Flow) -> None:
     x = node.inputs[0]
     found = flow.ids(x)
     if found is None:
-        for tensor in node.inputs[1:]:
-            flow.use(tensor, node)
         return
     if freeze_other_axis(node, flow, x, 1):
         return
@@ -198,8 +196,6 @@ def _flow_normalised_axes(node: gs.Node, flow: Flow) -> None:
         flow.freeze(found, node, f"{node.op} normalises over the channels")
     else:
         flow.put(node.outputs[0], found.axis, found.ids)
-        for tensor in node.inputs[1:]:
-            flow.use(tensor, node)
 
 
 # --- Softmax, LogSoftmax, Hardmax ---

@@ -94,12 +94,10 @@ for _op_type in _REDUCTIONS:
 @flow_op(*_REDUCTIONS)
 def _flow_reduce(node: gs.Node, flow: Flow) -> None:
     found = flow.ids(node.inputs[0])
-    for tensor in node.inputs[1:]:
-        flow.use(tensor, node)
     if found is None:
         return
     ndim = len(flow.shape(node.inputs[0]))
-    axes = read_ints(node, flow, 1, "axes")
+    axes = read_ints(node, 1, "axes")
     if axes is None:
         flow.freeze(found, node, f"{node.op} over axes that are computed")
         return

@@ -231,9 +231,6 @@ def Upsample(x: Tensor, scales: Any = None, *, mode: str = "nearest") -> Tensor:
 @flow_op("Resize", "Upsample")
 def _flow_resize(node: gs.Node, flow: Flow) -> None:
     found = flow.ids(node.inputs[0])
-    for tensor in node.inputs[1:]:
-        if isinstance(tensor, gs.Constant):
-            flow.use(tensor, node)
     if found is None:
         return
     if flow.shape(node.outputs[0])[found.axis] != len(found.ids):

@@ -32,8 +32,7 @@ def bind_bias(node: gs.Node, flow: Flow, index: int, ids: Ids) -> None:
     if isinstance(bias, gs.Constant):
         if bias.shape and bias.shape[-1] == len(ids):
             flow.bind(bias, len(bias.shape) - 1, ids, "follower", node)
-        else:  # one number for all channels
-            flow.use(bias, node)
+        # Else it is one number for all channels.
     else:
         flow.freeze(ids, node, "its bias is computed by other nodes")
 
@@ -48,7 +47,7 @@ def constant_bias(node: gs.Node, index: int, *, n_outputs: int) -> np.ndarray | 
     return np.ascontiguousarray(np.broadcast_to(bias.values.ravel(), n_outputs))
 
 
-def read_ints(node: gs.Node, flow: Flow, index: int, attribute: str) -> list[int] | None:
+def read_ints(node: gs.Node, index: int, attribute: str) -> list[int] | None:
     """Integers from a constant input or an attribute; [] if neither is there, None if they are computed."""
     if attribute in node.attrs:
         value = node.attrs[attribute]
@@ -57,7 +56,6 @@ def read_ints(node: gs.Node, flow: Flow, index: int, attribute: str) -> list[int
         tensor = node.inputs[index]
         if not isinstance(tensor, gs.Constant):
             return None
-        flow.use(tensor, node)
         return [int(v) for v in np.asarray(tensor.values).ravel()]
     return []
 

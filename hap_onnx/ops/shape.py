@@ -85,9 +85,6 @@ def EyeLike(x: Tensor, *, dtype: int | None = None, k: int = 0) -> Tensor:
 @flow_op("Shape", "Size", "Constant", "ConstantOfShape", "Range", "RandomNormalLike", "RandomUniformLike")
 def _flow_nothing(node: gs.Node, flow: Flow) -> None:
     """Carry no channels: what is computed from a shape is checked on the result instead."""
-    for tensor in node.inputs:
-        if isinstance(tensor, gs.Constant):
-            flow.use(tensor, node)
 
 
 # --- Reshape, Flatten, Squeeze, Unsqueeze, Transpose ---
@@ -171,9 +168,6 @@ def _block_of(old: tuple[int, ...], new: tuple[int, ...], axis: int) -> tuple[li
 @flow_op("Reshape", "Flatten", "Squeeze", "Unsqueeze")
 def _flow_reshape(node: gs.Node, flow: Flow) -> None:
     found = flow.ids(node.inputs[0])
-    for tensor in node.inputs[1:]:
-        if isinstance(tensor, gs.Constant):
-            flow.use(tensor, node)
     if found is None:
         return
     old, new = flow.shape(node.inputs[0]), flow.shape(node.outputs[0])
@@ -229,8 +223,6 @@ def Tile(x: Tensor, repeats: Tensor) -> Tensor:
 @flow_op("Expand")
 def _flow_expand(node: gs.Node, flow: Flow) -> None:
     found = flow.ids(node.inputs[0])
-    if isinstance(node.inputs[1], gs.Constant):
-        flow.use(node.inputs[1], node)
     if found is None:
         return
     shape, out = flow.shape(node.inputs[0]), flow.shape(node.outputs[0])
@@ -250,8 +242,6 @@ def _edit_expand(node: gs.Node, cut: Cut) -> None:
 @flow_op("Tile")
 def _flow_tile(node: gs.Node, flow: Flow) -> None:
     found = flow.ids(node.inputs[0])
-    if isinstance(node.inputs[1], gs.Constant):
-        flow.use(node.inputs[1], node)
     if found is None:
         return
     repeats = flow.shape(node.outputs[0])[found.axis] // len(found.ids)
