@@ -129,21 +129,8 @@ def collect_curvature(
     places = torch.Generator().manual_seed(seed + 1)
     n_batches = -(-subset.n_samples // batch_size)
     for batch in track(subset.batches(batch_size), stage="sensitivity", total=n_batches, on_event=on_event):
-        seen: dict[str, Tensor] = {}
-        made: dict[str, Tensor] = {}
-
-        def on_read(step: Step, index: int, tensor: Tensor) -> Tensor:
-            if step.name in forms and index == forms[step.name][0].data_index:
-                seen[step.name] = tensor.detach()
-            return tensor
-
-        def on_write(step: Step, index: int, tensor: Tensor) -> Tensor:
-            if step.name in forms and index == 0:
-                made[step.name] = tensor
-            return tensor
-
         with torch.enable_grad():
-            outputs = twin(to_tensors(batch.inputs, twin), on_read=on_read, on_write=on_write)
+            outputs, seen, made = _run_and_capture(twin, to_tensors(batch.inputs, twin), forms)
             pairs = output_directions(outputs, scales, directions)
             total = sum((output * noise).sum() for output, noise in pairs)
             names = list(made)
@@ -173,11 +160,35 @@ def collect_curvature(
                     g_sums[name] = g_sums[name] + g if name in g_sums else g
     return {
         name: LayerCurvature(
-            name, form, read, a_sums[name] / n_rows[name], _gradients_of(name, g_sums, n_samples, twin, nodes, form)
+            name,
+            form,
+            read,
+            a_sums[name] / n_rows[name],
+            _gradients_of(name, g_sums, n_samples, twin, nodes, form),
         )
         for name, (form, read) in forms.items()
         if name in a_sums
     }
+
+
+def _run_and_capture(
+    twin: Twin, inputs: Mapping[str, Tensor], forms: Mapping[str, tuple[LinearForm, Read]]
+) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
+    """Run the twin; return its outputs, and what the nodes of ``forms`` read and write, by node."""
+    seen: dict[str, Tensor] = {}
+    made: dict[str, Tensor] = {}
+
+    def on_read(step: Step, index: int, tensor: Tensor) -> Tensor:
+        if step.name in forms and index == forms[step.name][0].data_index:
+            seen[step.name] = tensor.detach()
+        return tensor
+
+    def on_write(step: Step, index: int, tensor: Tensor) -> Tensor:
+        if step.name in forms and index == 0:
+            made[step.name] = tensor
+        return tensor
+
+    return twin(inputs, on_read=on_read, on_write=on_write), seen, made
 
 
 def _gradients_of(
@@ -188,7 +199,7 @@ def _gradients_of(
     nodes: Mapping[str, gs.Node],
     form: LinearForm,
 ) -> Tensor:
-    """G of a layer; the identity where an opaque operator blocks the gradient (its own output error counts)."""
+    """G of a layer; the identity where an opaque operator blocks the gradient: its output error counts."""
     if name in sums:
         return sums[name] / n_samples
     weight = twin.constant(nodes[name].inputs[form.weight_index].name)
@@ -214,7 +225,9 @@ class Consumer:
     ``features[e]`` holds the inputs that belong to element e of the group, [n_elements, block].
     """
 
-    def __init__(self, layer: LayerCurvature, weight: Tensor, bias: Tensor | None, conv_group: int, damping: float) -> None:
+    def __init__(
+        self, layer: LayerCurvature, weight: Tensor, bias: Tensor | None, conv_group: int, damping: float
+    ) -> None:
         matrix = layer.form.to_matrix(weight.detach())[conv_group].double()
         last = bias.detach().double() if bias is not None else matrix.new_zeros(matrix.shape[0])
         self.weight = torch.cat([matrix, last.reshape(-1, 1)], 1)  # [O, F + 1]
@@ -272,7 +285,7 @@ class Consumer:
 
 @dataclass(frozen=True)
 class GroupConsumers:
-    """All consumers of one group; ``features[k][e]``: inputs of consumer k that element e of the group feeds."""
+    """All consumers of one group; ``features[k][e]``: inputs of consumer k that element e feeds."""
 
     keys: tuple[tuple[str, int], ...]  # (node, conv group)
     consumers: tuple[Consumer, ...]
@@ -297,7 +310,9 @@ def group_consumers(
         if (local < 0).all():
             continue
         weight = twin.constant(node.inputs[form.weight_index].name)
-        bias = None if form.bias_index is None else twin.constant(node.inputs[form.bias_index].name).reshape(-1)
+        bias = (
+            None if form.bias_index is None else twin.constant(node.inputs[form.bias_index].name).reshape(-1)
+        )
         width = len(elements) // form.conv_group
         n_out = form.to_matrix(weight).shape[1]
         for conv_group in range(form.conv_group):
@@ -349,14 +364,18 @@ def refitted_weights(
     """Weights and biases, {(node, input index): tensor}, that take over when elements of a group go."""
     solved: dict[str, dict[int, Tensor]] = {}
     index = torch.as_tensor(np.asarray(removed, np.int64))
-    for (name, conv_group), consumer, features in zip(parts.keys, parts.consumers, parts.features, strict=True):
+    for (name, conv_group), consumer, features in zip(
+        parts.keys, parts.consumers, parts.features, strict=True
+    ):
         solved.setdefault(name, {})[conv_group] = consumer.solve(features[index].reshape(-1))
     result = {}
     for name, by_group in solved.items():
         node, form = graph_nodes[name], curvature[name].form
         weight = twin.constant(node.inputs[form.weight_index].name)
         both = torch.stack([by_group[g] for g in range(form.conv_group)])  # [g, O, F + 1]
-        result[name, form.weight_index] = form.to_weight(both[:, :, :-1], tuple(weight.shape)).to(weight.dtype)
+        result[name, form.weight_index] = form.to_weight(both[:, :, :-1], tuple(weight.shape)).to(
+            weight.dtype
+        )
         if form.bias_index is not None:
             bias = twin.constant(node.inputs[form.bias_index].name)
             result[name, form.bias_index] = both[:, :, -1].reshape(bias.shape).to(bias.dtype)

@@ -53,7 +53,7 @@ class GroupCurve:
 def rank_by_score(group: ChannelGroup, score: NDArray[np.float64]) -> GroupRanking:
     """Order the elements of a group by their score; losses add up."""
     own = np.maximum(score[group.elements], 0.0)
-    # What no gradient reaches scores infinity: it goes last, at a loss that dwarfs the rest but can be summed.
+    # What no gradient reaches scores infinity: it goes last, at a loss that dwarfs the rest but adds up.
     finite = own[np.isfinite(own)]
     own = np.where(np.isfinite(own), own, 1e3 * finite.sum() + 1.0)
     order = np.argsort(own, kind="stable")
@@ -85,10 +85,12 @@ def measure_curves(
     for ranking in rankings:
         group = groups[ranking.group]
         parts = group_consumers(group, nodes, twin, curvature)
-        readers = [position[read.node] for read in coupling.reads if np.isin(read.elements, group.elements).any()]
+        readers = [
+            position[read.node] for read in coupling.reads if np.isin(read.elements, group.elements).any()
+        ]
         if not readers:
             continue
-        for width in sorted({int(round(group.size * share)) for share in MEASURED_WIDTHS}):
+        for width in sorted({round(group.size * share) for share in MEASURED_WIDTHS}):
             if width >= group.size:
                 continue
             removed = ranking.order[: group.size - width]
@@ -104,7 +106,11 @@ def measure_curves(
     return tuple(
         _correct(
             ranking,
-            {width: total / subset.n_samples for (name, width), total in sums.items() if name == ranking.group},
+            {
+                width: total / subset.n_samples
+                for (name, width), total in sums.items()
+                if name == ranking.group
+            },
         )
         for ranking in rankings
     )
@@ -128,7 +134,9 @@ def _work(twin, subset, forks, *, scales, batch_size, sums):  # type: ignore[no-
                 _advance(twin, step, values, {})
 
 
-def output_distance(outputs: Mapping[str, Tensor], expected: Mapping[str, Tensor], scales: Mapping[str, float]) -> float:
+def output_distance(
+    outputs: Mapping[str, Tensor], expected: Mapping[str, Tensor], scales: Mapping[str, float]
+) -> float:
     """Half the squared, scaled distance, summed over samples."""
     return sum(
         float((scale**2) * 0.5 * (outputs[name] - expected[name]).double().square().sum())
@@ -136,7 +144,9 @@ def output_distance(outputs: Mapping[str, Tensor], expected: Mapping[str, Tensor
     )
 
 
-def _run_from(twin: Twin, start: int, values: Mapping[str, Tensor], overrides: Overrides) -> dict[str, Tensor]:
+def _run_from(
+    twin: Twin, start: int, values: Mapping[str, Tensor], overrides: Overrides
+) -> dict[str, Tensor]:
     own = dict(values)
     for step in twin.steps[start:]:
         _advance(twin, step, own, overrides)

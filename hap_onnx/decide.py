@@ -119,7 +119,7 @@ def choose_widths(
     align: int | str,
     whole: Collection[str] = (),
 ) -> tuple[GroupDecision, ...]:
-    """Decide for each group which elements stay, within absolute ``budgets``; those in ``whole`` do not change.
+    """Decide which elements of each group stay, within absolute ``budgets``; groups in ``whole`` stay whole.
 
     Raises BudgetError.
     """
@@ -160,6 +160,7 @@ def refit_weights(
 ) -> dict[str, NDArray[np.float32]]:
     """``refit.refit`` for a graph that ``remove_channels`` made with this ``keep``."""
     kept = {
-        name: Kept(found.axis, kept_positions(found.ids, keep)) for name, found in prepared.coupling.tensors.items()
+        name: Kept(found.axis, kept_positions(found.ids, keep))
+        for name, found in prepared.coupling.tensors.items()
     }
     return refit(prepared.graph, compressed, kept, subset, **options)

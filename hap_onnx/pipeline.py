@@ -82,7 +82,7 @@ __all__ = ["apply_plan", "compress", "inspect", "load_twin", "validate"]
 
 _log = logging.getLogger(__name__)
 
-SEARCH_RATIOS = (0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6, 0.55, 0.5, 0.45, 0.4, 0.35, 0.3, 0.25, 0.2, 0.15, 0.1)
+SEARCH_RATIOS = tuple(twentieths / 20 for twentieths in range(19, 1, -1))
 """Sizes, as fractions of the original, among which the smallest within ``max_drop`` is searched."""
 SEARCH_MARGIN = 1.28
 """The search wants the drop plus so many standard errors below the limit: 90 % one-sided."""
@@ -119,7 +119,9 @@ def compress(
     """
     config = CompressConfig.from_options(options)
     output = _output_of(model, config)
-    check_outputs(files_of(config, output=output), inputs={"MODEL": model, "--data": data, "--val": config.val})
+    check_outputs(
+        files_of(config, output=output), inputs={"MODEL": model, "--data": data, "--val": config.val}
+    )
     with _threads(config.threads):
         return _Job(model, data, config, output, on_event).run()
 
@@ -148,7 +150,12 @@ class _Job:
     """One run of compress: what its stages share, and how long each took."""
 
     def __init__(
-        self, model: str | Path | ModelProto, data: Any, config: CompressConfig, output: Path, on_event: OnEvent
+        self,
+        model: str | Path | ModelProto,
+        data: Any,
+        config: CompressConfig,
+        output: Path,
+        on_event: OnEvent,
     ) -> None:
         self.config, self.output, self.on_event = config, output, on_event
         self.seconds: dict[str, float] = {}
@@ -195,8 +202,8 @@ class _Job:
         self.scales = output_scales([outputs])
         if not self.scales:
             raise CalibrationError(
-                "no floating-point output of the model varies over the data, so nothing can be learnt from it; "
-                "give samples that differ"
+                "no floating-point output of the model varies over the data, so nothing can be learnt "
+                "from it; give samples that differ"
             )
         self.metric = choose_metric(self.config.metric, outputs=outputs, labels=first.labels)
         if self.metric.name == "accuracy":
@@ -209,7 +216,9 @@ class _Job:
     def _check_twin(self) -> None:
         """Refuse a twin that does not equal onnxruntime on the data."""
         twin = self.prepared.twin
-        batch = next(iter(self.splits.calibrate.take(max(4, self.session.fixed_batch or 1)).batches(self.batch_size)))
+        batch = next(
+            iter(self.splits.calibrate.take(max(4, self.session.fixed_batch or 1)).batches(self.batch_size))
+        )
         with torch.no_grad():
             ours = twin(to_tensors(batch.inputs, twin))
         theirs = run_outputs(self.session, [batch], batch_size=self.batch_size)
@@ -219,8 +228,8 @@ class _Job:
             allowed = TWIN_TOLERANCE.get(theirs[name].dtype, 5e-2) * max(float(np.abs(expected).max()), 1e-6)
             if not error <= allowed:
                 raise ModelError(
-                    f"the torch twin differs from onnxruntime by {error:.3g} in output '{name}', so the model "
-                    "cannot be compressed safely; please report it with the model"
+                    f"the torch twin differs from onnxruntime by {error:.3g} in output '{name}', so the "
+                    "model cannot be compressed safely; please report it with the model"
                 )
         if twin.opaque_nodes:
             self.note(f"{len(twin.opaque_nodes)} nodes run in onnxruntime only and stay as they are")
@@ -245,10 +254,7 @@ class _Job:
                 seed=config.seed,
                 on_event=self.on_event,
             )
-        if config.has_budget:
-            candidate = self._compress_to(self._budgets())
-        else:
-            candidate = self._search()
+        candidate = self._compress_to(self._budgets()) if config.has_budget else self._search()
         return self._finish(candidate)
 
     def _budgets(self) -> dict[str, float | None]:
@@ -264,12 +270,16 @@ class _Job:
             n_weight_bytes = sum(values.nbytes for values in weights)
             per_param = n_weight_bytes / max(sum(values.size for values in weights), 1)
             whole = self._to_proto(_Candidate(self._whole(), prepared.graph))
-            rest = count_saved_bytes(whole, self.output, external_data=self.source.external_data) - n_weight_bytes
+            rest = (
+                count_saved_bytes(whole, self.output, external_data=self.source.external_data)
+                - n_weight_bytes
+            )
             rest += SPARE_BYTES + (ALIGNMENT * len(weights) if self.source.external_data else 0)
             limits.append((config.max_bytes - rest) / per_param)
             if limits[-1] <= 0:
                 raise BudgetError(
-                    f"--max-bytes {config.max_bytes} cannot be reached: {int(rest)} bytes are needed apart from weights"
+                    f"--max-bytes {config.max_bytes} cannot be reached: {int(rest)} bytes are needed "
+                    "apart from weights"
                 )
         return {
             "params": min(limits) if limits else None,
@@ -278,7 +288,8 @@ class _Job:
 
     def _whole(self) -> tuple[GroupDecision, ...]:
         return tuple(
-            GroupDecision.from_keep(group.name, group.size, range(group.size)) for group in self.prepared.coupling.groups
+            GroupDecision.from_keep(group.name, group.size, range(group.size))
+            for group in self.prepared.coupling.groups
         )
 
     def _plan(
@@ -289,12 +300,16 @@ class _Job:
             keep = keep_mask(self.prepared, decisions)
             complaint = try_cut(self.prepared, keep)
             if complaint is not None:
-                raise SurgeryError(f"the planned cut is not exact: {complaint}; please report it with the model")
-            graph = remove_channels(self.prepared.graph, self.prepared.coupling, keep, shapes=self.prepared.probe_shapes)
+                raise SurgeryError(
+                    f"the planned cut is not exact: {complaint}; please report it with the model"
+                )
+            graph = remove_channels(
+                self.prepared.graph, self.prepared.coupling, keep, shapes=self.prepared.probe_shapes
+            )
             return _Candidate(decisions, graph)
 
     def _plan_fast(self, budgets: Mapping[str, float | None], *, whole: Collection[str] = ()) -> _Candidate:
-        """Plan, and plan again with wider steps where onnxruntime runs the result slower than the original."""
+        """Plan, and again with wider steps where onnxruntime runs the result slower than the original."""
         aligns: list[int | str] = [self.config.align]
         if self.config.align == "auto":
             aligns += [8, 16]
@@ -305,11 +320,14 @@ class _Job:
             timing = self._time(_session(self._to_proto(candidate), self.config))
             if not timing.is_slower:
                 return candidate
-            self.note(f"with widths aligned to {align} the model is {timing.ratio:.2f} times as slow; planning again")
+            self.note(
+                f"with widths aligned to {align} the model is {timing.ratio:.2f} times as slow; "
+                "planning again"
+            )
         return candidate  # the gate will refuse it, with all numbers
 
     def _compress_to(self, budgets: Mapping[str, float | None]) -> _Candidate:
-        """Plan and refit; where the plan narrows a residual stream, see whether a plan that does not is better.
+        """Plan and refit; where the plan narrows a residual stream, try also a plan that does not.
 
         Every later layer reads a residual stream, so what its channels cost adds up less well than what
         the inner channels of a block cost. The outputs on held-out samples decide.
@@ -345,7 +363,9 @@ class _Job:
             )
             refitted = replace(candidate, weights=weights)
             before, after = self._distance(candidate.finished()), self._distance(refitted.finished())
-            _log.info("distance of the outputs on held-out samples: %.4g before refit, %.4g after", before, after)
+            _log.info(
+                "distance of the outputs on held-out samples: %.4g before refit, %.4g after", before, after
+            )
             if not after <= before:
                 self.note("refit did not help on held-out samples and was dropped", kind="warning")
                 return candidate
@@ -361,7 +381,7 @@ class _Job:
         return total / self.splits.choose.n_samples
 
     def _search(self) -> _Candidate:
-        """Find the smallest model whose drop on the choose part is within the limit, with a margin for noise."""
+        """Find the smallest model whose drop on the choose part, plus a margin, is within the limit."""
         limit = self.config.drop_limit
         assert limit is not None
         choose, cost = self.splits.choose, self.losses.cost
@@ -377,9 +397,13 @@ class _Job:
             except BudgetError:
                 high = middle
                 continue
-            outputs = run_outputs(_session(self._to_proto(candidate), self.config), choose, batch_size=self.batch_size)
+            outputs = run_outputs(
+                _session(self._to_proto(candidate), self.config), choose, batch_size=self.batch_size
+            )
             quality = self.metric.measure(reference, outputs, choose.labels)
-            spread = 0.0 if quality.interval is None else (quality.interval[1] - quality.interval[0]) / (2 * 1.96)
+            spread = (
+                0.0 if quality.interval is None else (quality.interval[1] - quality.interval[0]) / (2 * 1.96)
+            )
             accepted = quality.drop + SEARCH_MARGIN * spread <= limit
             self.note(
                 f"at {ratio:.0%} of the size: {self.metric.name} drops by {quality.drop:.4f} "
@@ -391,8 +415,8 @@ class _Job:
                 high = middle
         if best is None:
             raise BudgetError(
-                f"no smaller model was found that loses at most {limit:g} of {self.metric.name} beyond doubt on "
-                f"{choose.n_samples} samples; allow more with --max-drop, or give more data"
+                f"no smaller model was found that loses at most {limit:g} of {self.metric.name} beyond doubt "
+                f"on {choose.n_samples} samples; allow more with --max-drop, or give more data"
             )
         return best
 
@@ -404,7 +428,9 @@ class _Job:
     def _time(self, session: Session) -> LatencyComparison:
         with self.stage("latency"):
             inputs = next(iter(self.splits.calibrate.batches(self.session.fixed_batch or 1))).inputs
-            return measure_latency(self.session, session, latency_feed(self.session, inputs), seconds=LATENCY_SECONDS)
+            return measure_latency(
+                self.session, session, latency_feed(self.session, inputs), seconds=LATENCY_SECONDS
+            )
 
     def _finish(self, candidate: _Candidate) -> reports.CompressReport:
         config = self.config
@@ -439,13 +465,17 @@ class _Job:
         self._gate(report, proto, timing)
         with self.stage("write"):
             save_model(
-                proto, self.output, external_data=self.source.external_data, check=lambda path: _loads(path, config)
+                proto,
+                self.output,
+                external_data=self.source.external_data,
+                check=lambda path: _loads(path, config),
             )
         report = replace(report, output=str(self.output), seconds=dict(self.seconds))
         self._save_side_files(plan, report)
         if config.drop_limit is None and quality.drop > LARGE_DROP:
             self.note(
-                f"{quality.metric} fell by {quality.drop:.4f}: keep more, or give --max-drop to refuse such results",
+                f"{quality.metric} fell by {quality.drop:.4f}: keep more, or give --max-drop "
+                "to refuse such results",
                 kind="warning",
             )
         return report
@@ -461,19 +491,21 @@ class _Job:
         for name, asked in report.budget.asked.items():
             reached = report.budget.reached[name]
             if reached > asked * (1 + 1e-9):
-                failures.append(BudgetError(f"{flag_of(name)} {asked:g} is not reached: the result has {reached:g}"))
+                failures.append(
+                    BudgetError(f"{flag_of(name)} {asked:g} is not reached: the result has {reached:g}")
+                )
         if quality is not None and not quality.passed:
             failures.append(
                 GateError(
-                    f"{quality.metric} drops by {quality.drop:.4f} on {quality.n_samples} held-out samples, more than "
-                    f"--max-drop {quality.max_drop:g}; keep more, or allow a larger drop"
+                    f"{quality.metric} drops by {quality.drop:.4f} on {quality.n_samples} held-out samples, "
+                    f"more than --max-drop {quality.max_drop:g}; keep more, or allow a larger drop"
                 )
             )
         if timing.is_slower and not config.allow_slower:
             failures.append(
                 GateError(
-                    f"the result is slower than the original in onnxruntime: {timing.after_ms:.3g} ms against "
-                    f"{timing.before_ms:.3g} ms; keep less, or pass --allow-slower"
+                    f"the result is slower than the original in onnxruntime: {timing.after_ms:.3g} ms "
+                    f"against {timing.before_ms:.3g} ms; keep less, or pass --allow-slower"
                 )
             )
         if not failures:
@@ -552,12 +584,18 @@ def inspect(
         probe = make_probe(session.inputs)
     else:
         dataset = open_dataset(
-            data, session.inputs, preprocess=words["preprocess"], max_samples=words["max_samples"], seed=words["seed"]
+            data,
+            session.inputs,
+            preprocess=words["preprocess"],
+            max_samples=words["max_samples"],
+            seed=words["seed"],
         )
         n_probe = min(max(2, session.fixed_batch or 2), dataset.n_samples)
         probe = next(iter(dataset.batches(np.arange(n_probe), n_probe))).inputs
     prepared = prepare(source, probe, exclude=words["exclude"], only=words["only"])
-    report = _inspect_report(str(model) if isinstance(model, (str, Path)) else "model in memory", prepared, words["align"])
+    report = _inspect_report(
+        str(model) if isinstance(model, (str, Path)) else "model in memory", prepared, words["align"]
+    )
     if words["report"] is not None:
         _write_json(words["report"], report)
     return report
@@ -591,7 +629,9 @@ def _inspect_report(label: str, prepared: PreparedModel, align: int | str) -> re
         )
     touched = {weight.initializer for weight in coupling.weights}
     nodes = [node for node in prepared.graph.nodes if any(tensor.name in touched for tensor in node.inputs)]
-    constants = {t.name: t for n in nodes for t in n.inputs if isinstance(t, gs.Constant) and t.name in touched}
+    constants = {
+        t.name: t for n in nodes for t in n.inputs if isinstance(t, gs.Constant) and t.name in touched
+    }
     from hap_onnx.measure import node_macs
 
     macs = sum(node_macs(node, prepared.shapes) for node in nodes)
@@ -687,7 +727,8 @@ def validate(
     start = time.perf_counter()
     sources = [load_model(reference), load_model(candidate)]
     sessions = [
-        make_session(source.proto, providers=words["providers"] or "cpu", threads=words["threads"] or 1) for source in sources
+        make_session(source.proto, providers=words["providers"] or "cpu", threads=words["threads"] or 1)
+        for source in sources
     ]
     _check_same_interface(*sessions)
     dataset = open_dataset(
@@ -742,13 +783,14 @@ def _check_same_interface(first: Session, second: Session) -> None:
     mine, theirs = {spec.name for spec in first.inputs}, {spec.name for spec in second.inputs}
     if mine != theirs or set(first.output_names) != set(second.output_names):
         raise ModelError(
-            f"the two models cannot be compared: {first.label} maps {sorted(mine)} to {sorted(first.output_names)}, "
+            f"the two models cannot be compared: {first.label} maps {sorted(mine)} to "
+            f"{sorted(first.output_names)}, "
             f"{second.label} maps {sorted(theirs)} to {sorted(second.output_names)}"
         )
 
 
 def load_twin(model: str | Path | ModelProto) -> Twin:
-    """Return the model as a ``torch.nn.Module`` from ``{input name: Tensor}`` to ``{output name: Tensor}``."""
+    """Return the model as a ``torch.nn.Module``, from input to output tensors by name."""
     return build_twin(normalise(load_model(model)))
 
 
@@ -802,15 +844,17 @@ def _open(data: Any, inputs: Sequence[Any], config: CompressConfig, note: Any) -
 
 def _write_proto(graph: gs.Graph, source: SourceModel, plan: CompressionPlan | None) -> ModelProto:
     entry = {"version": hap_onnx.__version__, "plan": plan_hash(plan)} if plan is not None else None
-    return to_proto(graph, source, metadata=None if entry is None else {"hap_onnx": json.dumps(entry, sort_keys=True)})
+    return to_proto(
+        graph, source, metadata=None if entry is None else {"hap_onnx": json.dumps(entry, sort_keys=True)}
+    )
 
 
 def _plan_words(config: CompressConfig, prepared: PreparedModel) -> dict[str, Any]:
     """The options that shaped the plan, and the input shapes that the channels were found at."""
     words = config.to_dict()
     names = (
-        "keep_params", "keep_macs", "max_bytes", "max_drop", "metric", "method", "sensitivity", "probes", "recover",
-        "align", "exclude", "only", "max_samples", "batch_size", "seed",
+        "keep_params", "keep_macs", "max_bytes", "max_drop", "metric", "method", "sensitivity", "probes",
+        "recover", "align", "exclude", "only", "max_samples", "batch_size", "seed",
     )  # fmt: skip
     shapes = {name: list(values.shape) for name, values in prepared.probe.items()}
     return {**{name: words[name] for name in names}, "input_shapes": shapes}
@@ -837,7 +881,10 @@ def _facts_before(prepared: PreparedModel) -> reports.ModelFacts:
 
 def _facts_after(graph: gs.Graph, prepared: PreparedModel, *, n_bytes: int) -> reports.ModelFacts:
     twin = build_twin(graph)
-    first = {name: values[: prepared.shapes[name][0]] if values.ndim else values for name, values in prepared.probe.items()}
+    first = {
+        name: values[: prepared.shapes[name][0]] if values.ndim else values
+        for name, values in prepared.probe.items()
+    }
     size = model_size(graph, probe_shapes(twin, to_tensors(first, twin)))
     return reports.ModelFacts(size.params, _per_sample(size.macs, prepared), n_bytes)
 

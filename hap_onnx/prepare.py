@@ -79,7 +79,12 @@ def make_probe(inputs: Sequence[InputSpec], *, sizes: Mapping[str, tuple[int, ..
 
 
 def prepare(
-    source: SourceModel, probe: Arrays, *, exclude: Sequence[str] = (), only: Sequence[str] = (), device: str = "cpu"
+    source: SourceModel,
+    probe: Arrays,
+    *,
+    exclude: Sequence[str] = (),
+    only: Sequence[str] = (),
+    device: str = "cpu",
 ) -> PreparedModel:
     """Normalise a model, build its twin, couple its channels and prove on trial cuts that it can be cut.
 
@@ -131,8 +136,10 @@ def _excluded(graph: gs.Graph, patterns: Iterable[str], reason: str) -> dict[str
     for pattern in patterns:
         matches = fnmatch.filter(names, pattern)
         if not matches:
-            raise UsageError(f"'{pattern}' matches no node and no initializer; 'hap-onnx inspect' lists their names")
-        found.update({name: f"{reason} '{pattern}'" for name in matches})
+            raise UsageError(
+                f"'{pattern}' matches no node and no initializer; 'hap-onnx inspect' lists their names"
+            )
+        found.update(dict.fromkeys(matches, f"{reason} '{pattern}'"))
     return found
 
 
