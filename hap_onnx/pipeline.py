@@ -759,7 +759,8 @@ def validate(
         twin = build_twin(graph)
         shapes = probe_shapes(twin, to_tensors(first, twin))
         size = model_size(graph, shapes)
-        facts.append(reports.ModelFacts(size.params, size.macs, source.n_bytes, latency, value))
+        macs = size.macs // (sessions[0].fixed_batch or 1)  # of one sample
+        facts.append(reports.ModelFacts(size.params, macs, source.n_bytes, latency, value))
     slower = timing.is_slower
     report = reports.ValidateReport(
         reference=str(reference) if isinstance(reference, (str, Path)) else "reference",

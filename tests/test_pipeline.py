@@ -279,6 +279,26 @@ def test_the_same_seed_gives_the_same_bytes_and_apply_gives_them_again(
     assert json.loads((tmp_path / "r.json").read_text()) == json.loads(json.dumps(report.to_dict()))
 
 
+@pytest.mark.parametrize(
+    "model",
+    [residual_cnn(batch=1), residual_cnn(batch=4), residual_cnn(dtype=np.float16), residual_cnn(opset=9)],
+    ids=["batch of 1", "batch of 4", "half precision", "opset 9"],
+)
+def test_apply_gives_the_same_bytes_for_every_kind_of_model(tmp_path: Path, model: onnx.ModelProto) -> None:
+    path = write(tmp_path, model)
+    options: dict[str, Any] = {"keep_macs": 0.6, "only": ["*_a?"], "save_plan": tmp_path / "p.json"}
+    report = compress(path, {"x": images()}, **options, **FAST)
+    written = (tmp_path / "net.hap.onnx").read_bytes()
+    applied = apply_plan(path, tmp_path / "p.json")
+    assert (tmp_path / "net.hap.onnx").read_bytes() == written
+    assert (applied.before.params, applied.before.macs) == (report.before.params, report.before.macs)
+    assert (applied.after.params, applied.after.macs) == (report.after.params, report.after.macs)
+    same = validate(path, tmp_path / "net.hap.onnx", {"x": images()}, threads=1, max_drop="none")
+    assert (same.before.macs, same.after.macs) == (report.before.macs, report.after.macs)
+    assert (same.before.params, same.after.params) == (report.before.params, report.after.params)
+    assert inspect(path).size.macs == report.before.macs
+
+
 def test_apply_names_its_output_as_compress_does(tmp_path: Path, data: dict[str, np.ndarray]) -> None:
     model = write(tmp_path)
     compress(model, data, keep_macs=0.5, dry_run=True, save_plan=tmp_path / "p.json", **FAST)
