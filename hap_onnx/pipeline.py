@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
-import platform
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,9 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 import onnx_graphsurgeon as gs
-import onnxruntime as ort
 import torch
 from onnx import ModelProto
 
@@ -39,7 +35,6 @@ from hap_onnx.config import (
 from hap_onnx.curvature import output_scales, to_tensors
 from hap_onnx.curves import output_distance
 from hap_onnx.decide import (
-    LossModel,
     build_loss_model,
     choose_widths,
     keep_mask,
@@ -62,8 +57,21 @@ from hap_onnx.measure import is_float_type, model_size
 from hap_onnx.metrics import Metric, check_chance_level, choose_metric
 from hap_onnx.model_io import SourceModel, load_model, normalise, save_model, to_proto
 from hap_onnx.plan import CompressionPlan, GroupDecision, load_plan, plan_hash, save_plan
-from hap_onnx.prepare import PreparedModel, make_probe, prepare, try_cut
+from hap_onnx.prepare import make_probe, prepare, try_cut
 from hap_onnx.saving import ALIGNMENT, count_saved_bytes
+from hap_onnx.summary import (
+    explain_decisions,
+    facts_after,
+    facts_before,
+    frozen_nodes,
+    inspect_report,
+    installed_versions,
+    judge_quality,
+    plan_summary,
+    plan_words,
+    reached_budgets,
+    write_report,
+)
 from hap_onnx.surgery import remove_channels, with_weights
 from hap_onnx.twin import Twin, build_twin, probe_shapes
 from hap_onnx.validate import (
@@ -437,11 +445,11 @@ class _Job:
         plan = CompressionPlan(
             model_sha256=self.source.sha256,
             version=hap_onnx.__version__,
-            config=_plan_words(config, self.prepared),
+            config=plan_words(config, self.prepared),
             decisions=candidate.decisions,
             predicted_loss=predicted_losses(self.losses, candidate.decisions),
             weights=candidate.weights,
-            notes=_explain(self.losses, candidate.decisions),
+            notes=explain_decisions(self.losses, candidate.decisions),
         )
         proto = self._to_proto(candidate, plan=plan)
         if config.dry_run:
@@ -458,7 +466,7 @@ class _Job:
             after = run_outputs(session, part, batch_size=self.batch_size)
             check_finite(after, label="the compressed model")
             measured = self._metric_for(before, part).measure(before, after, part.labels)
-            quality = _quality(measured, config.drop_limit)
+            quality = judge_quality(measured, config.drop_limit)
             fidelity = compare_outputs(before, after)
         timing = self._time(session)
         report = self._report(candidate, proto, quality=quality, fidelity=fidelity, timing=timing)
@@ -515,7 +523,7 @@ class _Job:
             save_model(proto, rejected_path(self.output), external_data=self.source.external_data)
         error.report = replace(report, output=None)
         if config.report is not None:
-            _write_json(config.report, error.report)
+            write_report(config.report, error.report)
         raise error
 
     def _report(
@@ -528,9 +536,9 @@ class _Job:
         timing: LatencyComparison | None = None,
     ) -> reports.CompressReport:
         prepared, config = self.prepared, self.config
-        before = _facts_before(prepared)
+        before = facts_before(prepared)
         n_bytes = count_saved_bytes(proto, self.output, external_data=self.source.external_data)
-        after = _facts_after(candidate.finished(), prepared, n_bytes=n_bytes)
+        after = facts_after(candidate.finished(), prepared, n_bytes=n_bytes)
         if timing is not None and quality is not None:
             before = replace(before, latency_ms=timing.before_ms, metric=quality.before)
             after = replace(after, latency_ms=timing.after_ms, metric=quality.after)
@@ -546,19 +554,19 @@ class _Job:
             after=after,
             quality=quality,
             fidelity=fidelity,
-            plan=_plan_summary(prepared, candidate.decisions),
-            frozen=_frozen(prepared),
-            budget=reports.Budget(asked=asked, reached=_reached(before, after)),
+            plan=plan_summary(prepared, candidate.decisions),
+            frozen=frozen_nodes(prepared),
+            budget=reports.Budget(asked=asked, reached=reached_budgets(before, after)),
             seconds=dict(self.seconds),
             seed=config.seed,
-            versions=_versions(),
+            versions=installed_versions(),
         )
 
     def _save_side_files(self, plan: CompressionPlan, report: reports.CompressReport) -> None:
         if self.config.save_plan is not None:
             save_plan(plan, self.config.save_plan)
         if self.config.report is not None:
-            _write_json(self.config.report, report)
+            write_report(self.config.report, report)
 
 
 # ---------------------------------------------------------------- inspect, apply, validate, load_twin
@@ -593,60 +601,12 @@ def inspect(
         n_probe = min(max(2, session.fixed_batch or 2), dataset.n_samples)
         probe = next(iter(dataset.batches(np.arange(n_probe), n_probe))).inputs
     prepared = prepare(source, probe, exclude=words["exclude"], only=words["only"])
-    report = _inspect_report(
+    report = inspect_report(
         str(model) if isinstance(model, (str, Path)) else "model in memory", prepared, words["align"]
     )
     if words["report"] is not None:
-        _write_json(words["report"], report)
+        write_report(words["report"], report)
     return report
-
-
-def _inspect_report(label: str, prepared: PreparedModel, align: int | str) -> reports.InspectReport:
-    from hap_onnx.cost import cost_model
-    from hap_onnx.plan import find_options
-
-    coupling = prepared.coupling
-    cost = cost_model(prepared.graph, coupling, prepared.shapes)
-    options = find_options(coupling, align=align)
-    before = _facts_before(prepared)
-    sizes = np.array(cost.sizes, np.int64)
-    full = cost.totals(sizes) if len(sizes) else np.zeros(2, np.int64)
-    groups = []
-    for index, (group, option) in enumerate(zip(coupling.groups, options, strict=True)):
-        least = sizes.copy()
-        least[index] = 1
-        saved = full - cost.totals(least)
-        steps = np.diff(option.widths)
-        groups.append(
-            reports.GroupInfo(
-                name=group.name,
-                size=group.size,
-                role="residual" if len(group.producers) > 1 else "inner",
-                multiple=int(np.gcd.reduce(steps)) if len(steps) else group.size,
-                params=int(saved[0]),
-                macs=int(saved[1]),
-            )
-        )
-    touched = {weight.initializer for weight in coupling.weights}
-    nodes = [node for node in prepared.graph.nodes if any(tensor.name in touched for tensor in node.inputs)]
-    constants = {
-        t.name: t for n in nodes for t in n.inputs if isinstance(t, gs.Constant) and t.name in touched
-    }
-    from hap_onnx.measure import node_macs
-
-    macs = sum(node_macs(node, prepared.shapes) for node in nodes)
-    params = sum(int(np.prod(tensor.shape)) for tensor in constants.values())
-    return reports.InspectReport(
-        model=label,
-        size=before,
-        groups=tuple(groups),
-        frozen=_frozen(prepared),
-        prunable=reports.Prunable(
-            params_ratio=min(1.0, params / max(before.params, 1)),
-            macs_ratio=None if not before.macs else macs / before.macs,
-        ),
-        versions=_versions(),
-    )
 
 
 def apply_plan(
@@ -687,9 +647,9 @@ def apply_plan(
     proto = _write_proto(candidate.finished(), source, saved)
     check_model(proto, reference=source.proto)
     save_model(proto, target, external_data=source.external_data, check=lambda path: _loads(path, None))
-    before = _facts_before(prepared)
+    before = facts_before(prepared)
     n_bytes = count_saved_bytes(proto, target, external_data=source.external_data)
-    after = _facts_after(candidate.finished(), prepared, n_bytes=n_bytes)
+    after = facts_after(candidate.finished(), prepared, n_bytes=n_bytes)
     result = reports.CompressReport(
         model=str(model) if isinstance(model, (str, Path)) else "model in memory",
         output=str(target),
@@ -697,15 +657,15 @@ def apply_plan(
         after=after,
         quality=None,
         fidelity=None,
-        plan=_plan_summary(prepared, saved.decisions),
-        frozen=_frozen(prepared),
-        budget=reports.Budget(reached=_reached(before, after)),
+        plan=plan_summary(prepared, saved.decisions),
+        frozen=frozen_nodes(prepared),
+        budget=reports.Budget(reached=reached_budgets(before, after)),
         seconds={"apply": time.perf_counter() - start},
         seed=int(words.get("seed", 0)),
-        versions=_versions(),
+        versions=installed_versions(),
     )
     if report is not None:
-        _write_json(Path(report), result)
+        write_report(Path(report), result)
     return result
 
 
@@ -744,7 +704,7 @@ def validate(
     seconds["run"] = time.perf_counter() - start
     metric = choose_metric(words["metric"], outputs=before, labels=everything.labels)
     limit = resolve_max_drop(words["max_drop"], has_budget=False)
-    quality = _quality(metric.measure(before, after, everything.labels), limit)
+    quality = judge_quality(metric.measure(before, after, everything.labels), limit)
     if metric.name == "accuracy":
         check_chance_level(quality.before, n_classes=metric.n_classes or 2, n_samples=quality.n_samples)
     first = next(iter(everything.batches(sessions[0].fixed_batch or 1))).inputs
@@ -773,10 +733,10 @@ def validate(
         passed=quality.passed and (words["allow_slower"] or not slower),
         seconds=seconds,
         seed=words["seed"],
-        versions=_versions(),
+        versions=installed_versions(),
     )
     if words["report"] is not None:
-        _write_json(words["report"], report)
+        write_report(words["report"], report)
     return report
 
 
@@ -850,88 +810,6 @@ def _write_proto(graph: gs.Graph, source: SourceModel, plan: CompressionPlan | N
     )
 
 
-def _plan_words(config: CompressConfig, prepared: PreparedModel) -> dict[str, Any]:
-    """The options that shaped the plan, and the input shapes that the channels were found at."""
-    words = config.to_dict()
-    names = (
-        "keep_params", "keep_macs", "max_bytes", "max_drop", "metric", "method", "sensitivity", "probes",
-        "recover", "align", "exclude", "only", "max_samples", "batch_size", "seed",
-    )  # fmt: skip
-    shapes = {name: list(values.shape) for name, values in prepared.probe.items()}
-    return {**{name: words[name] for name in names}, "input_shapes": shapes}
-
-
-def _explain(losses: LossModel, decisions: Sequence[GroupDecision]) -> dict[str, str]:
-    """Say for each group why it was decided so."""
-    notes = {}
-    for decision, curve in zip(decisions, losses.curves, strict=True):
-        width = len(decision.keep)
-        if width == decision.size:
-            notes[decision.group] = "whole: removing channels here loses more per cost than elsewhere"
-        else:
-            how = "measured" if width in curve.measured else "interpolated between measured widths"
-            what = "the whole branch goes" if width == 0 else f"{decision.size - width} channels go"
-            notes[decision.group] = f"{what}: expected loss {curve.loss[width]:.3g} ({how})"
-    return notes
-
-
-def _facts_before(prepared: PreparedModel) -> reports.ModelFacts:
-    size = model_size(prepared.graph, prepared.shapes)
-    return reports.ModelFacts(prepared.n_params, _per_sample(size.macs, prepared), prepared.source.n_bytes)
-
-
-def _facts_after(graph: gs.Graph, prepared: PreparedModel, *, n_bytes: int) -> reports.ModelFacts:
-    twin = build_twin(graph)
-    first = {
-        name: values[: prepared.shapes[name][0]] if values.ndim else values
-        for name, values in prepared.probe.items()
-    }
-    size = model_size(graph, probe_shapes(twin, to_tensors(first, twin)))
-    return reports.ModelFacts(size.params, _per_sample(size.macs, prepared), n_bytes)
-
-
-def _per_sample(macs: int, prepared: PreparedModel) -> int:
-    name = next(iter(prepared.probe))
-    shape = prepared.shapes[name]
-    return macs // (shape[0] if shape else 1)
-
-
-def _reached(before: reports.ModelFacts, after: reports.ModelFacts) -> dict[str, float]:
-    reached = {"keep_params": after.params / max(before.params, 1), "max_bytes": float(after.bytes)}
-    if before.macs and after.macs is not None:
-        reached["keep_macs"] = after.macs / before.macs
-    return reached
-
-
-def _plan_summary(prepared: PreparedModel, decisions: Sequence[GroupDecision]) -> reports.PlanSummary:
-    groups = {group.name: group for group in prepared.coupling.groups}
-    return reports.PlanSummary(
-        groups=tuple(reports.GroupKept(d.group, d.size, len(d.keep)) for d in decisions),
-        removed_branches=tuple(
-            node for d in decisions if not len(d.keep) for node in groups[d.group].consumers
-        ),
-    )
-
-
-def _frozen(prepared: PreparedModel) -> tuple[reports.FrozenNode, ...]:
-    return tuple(reports.FrozenNode(entry.node, entry.reason) for entry in prepared.coupling.frozen)
-
-
-def _quality(measured: Any, limit: float | None) -> reports.Quality:
-    drop = measured.before - measured.after
-    interval = measured.interval if measured.interval is not None else (drop, drop)
-    return reports.Quality(
-        metric=measured.metric,
-        before=measured.before,
-        after=measured.after,
-        drop=drop,
-        interval=(float(interval[0]), float(interval[1])),
-        n_samples=measured.n_samples,
-        max_drop=limit,
-        passed=limit is None or bool(drop <= limit + 1e-12),
-    )
-
-
 def _loads(path: Path, config: CompressConfig | None) -> None:
     """Refuse to rename a file that onnxruntime cannot load."""
     try:
@@ -940,22 +818,3 @@ def _loads(path: Path, config: CompressConfig | None) -> None:
         raise ValidationError(f"the written model does not load: {error}") from error
 
 
-def _write_json(path: Path, report: reports.Report) -> None:
-    text = json.dumps(report.to_dict(), indent=1, allow_nan=False) + "\n"
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise ValidationError(f"the report {path} cannot be written: {error.strerror or error}") from error
-
-
-def _versions() -> dict[str, str]:
-    return {
-        "hap_onnx": hap_onnx.__version__,
-        "onnx": onnx.__version__,
-        "onnxruntime": ort.__version__,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-    }

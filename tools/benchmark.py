@@ -2,8 +2,8 @@
 
     python tools/benchmark.py MODEL.onnx --data calib.npz --test test.npz --keep-macs 0.7 --keep-macs 0.5
 
-All sensitivities use the same planner, measured loss curves, pricing per cost, alignment and refit, on the same
-calibration samples; only the ranking of channels differs. Margins over ``magnitude`` are paired over the
+All sensitivities use the same planner, measured loss curves, pricing per cost, alignment and refit, on the
+same calibration samples; only the ranking of channels differs. Margins over ``magnitude`` are paired over the
 calibration seeds. Sensitivity times are also given in forward-backward passes over the same samples. The
 test data needs labels and is used for nothing but these figures.
 """
@@ -24,7 +24,14 @@ from rich.table import Table
 
 from hap_onnx.calibration import Subset, open_dataset, split_dataset
 from hap_onnx.curvature import collect_curvature, output_scales, to_tensors
-from hap_onnx.decide import build_loss_model, choose_widths, keep_mask, rank_groups, refit_weights, residual_groups
+from hap_onnx.decide import (
+    build_loss_model,
+    choose_widths,
+    keep_mask,
+    rank_groups,
+    refit_weights,
+    residual_groups,
+)
 from hap_onnx.model_io import load_model, to_proto
 from hap_onnx.prepare import PreparedModel, prepare
 from hap_onnx.sensitivity import Options, estimate
@@ -58,7 +65,9 @@ def accuracy(graph: Any, source: Any, tests: dict[str, Subset], threads: int) ->
 def interval(differences: Sequence[float]) -> tuple[float, float, float]:
     """Mean and 95 % interval (Student's t)."""
     mean, n = float(np.mean(differences)), len(differences)
-    half = STUDENT_95.get(n, 1.96) * float(np.std(differences, ddof=1)) / np.sqrt(n) if n > 1 else float("nan")
+    half = (
+        STUDENT_95.get(n, 1.96) * float(np.std(differences, ddof=1)) / np.sqrt(n) if n > 1 else float("nan")
+    )
     return mean, mean - half, mean + half
 
 
@@ -66,7 +75,12 @@ def interval(differences: Sequence[float]) -> tuple[float, float, float]:
 @click.argument("model", type=click.Path(exists=True, path_type=Path))
 @click.option("--data", required=True, type=click.Path(exists=True, path_type=Path))
 @click.option("--test", "tests", required=True, multiple=True, type=click.Path(exists=True, path_type=Path))
-@click.option("--sensitivity", "sensitivities", multiple=True, default=("obs", "gauss-newton", "gate", "magnitude", "random"))
+@click.option(
+    "--sensitivity",
+    "sensitivities",
+    multiple=True,
+    default=("obs", "gauss-newton", "gate", "magnitude", "random"),
+)
 @click.option("--keep-macs", multiple=True, type=float, default=(0.7, 0.5))
 @click.option("--max-samples", default=1024)
 @click.option("--seeds", default=3)
@@ -78,10 +92,21 @@ def interval(differences: Sequence[float]) -> tuple[float, float, float]:
 @click.option("--latency/--no-latency", default=False, help="Also time each result against the original.")
 @click.option("--json", "json_path", type=click.Path(path_type=Path))
 def main(
-    model: Path, data: Path, tests: tuple[Path, ...], sensitivities: tuple[str, ...], keep_macs: tuple[float, ...],
-    max_samples: int, seeds: int, probes: int, batch_size: int, threads: int, align: str, whole_residual: bool,
-    latency: bool, json_path: Path | None,
-) -> None:  # fmt: skip
+    model: Path,
+    data: Path,
+    tests: tuple[Path, ...],
+    sensitivities: tuple[str, ...],
+    keep_macs: tuple[float, ...],
+    max_samples: int,
+    seeds: int,
+    probes: int,
+    batch_size: int,
+    threads: int,
+    align: str,
+    whole_residual: bool,
+    latency: bool,
+    json_path: Path | None,
+) -> None:
     torch.set_num_threads(threads)
     console = Console()
     source = load_model(model)
@@ -93,7 +118,9 @@ def main(
     rows: list[dict[str, Any]] = []
     base: dict[str, float] = {}
     for seed in range(seeds):
-        splits = split_dataset(open_dataset(data, original.inputs, max_samples=max_samples, seed=seed), seed=seed)
+        splits = split_dataset(
+            open_dataset(data, original.inputs, max_samples=max_samples, seed=seed), seed=seed
+        )
         calibrate = splits.calibrate
         prepared = prepare(source, next(iter(calibrate.batches(2))).inputs)
         base = base or accuracy(prepared.graph, source, test_sets, threads)
@@ -101,18 +128,28 @@ def main(
         one_pass = pass_seconds(prepared, calibrate, batch_size)
         start = time.perf_counter()
         curvature = collect_curvature(
-            prepared.graph, prepared.twin, prepared.coupling, calibrate, scales=scales, batch_size=batch_size, seed=seed
+            prepared.graph,
+            prepared.twin,
+            prepared.coupling,
+            calibrate,
+            scales=scales,
+            batch_size=batch_size,
+            seed=seed,
         )
         statistics_s = time.perf_counter() - start
         for name in sensitivities:
-            options = Options(graph=prepared.graph, scales=scales, n_probes=probes, batch_size=batch_size, seed=seed)
+            options = Options(
+                graph=prepared.graph, scales=scales, n_probes=probes, batch_size=batch_size, seed=seed
+            )
             start = time.perf_counter()
             n_probes = None
             if name == "obs":
                 rank_groups(name, prepared, curvature, calibrate, options=options)
                 rank_s = statistics_s + time.perf_counter() - start
             else:
-                n_probes = estimate(name, prepared.twin, prepared.coupling, calibrate, options=options).n_probes
+                n_probes = estimate(
+                    name, prepared.twin, prepared.coupling, calibrate, options=options
+                ).n_probes
                 rank_s = time.perf_counter() - start
             losses = build_loss_model(
                 prepared, calibrate, sensitivity=name, scales=scales, batch_size=batch_size, n_probes=probes,
@@ -135,7 +172,8 @@ def main(
                     "rank_s": rank_s, "rank_passes": rank_s / one_pass, "refit_s": refit_s,
                     "surgery": accuracy(cut, source, test_sets, threads),
                     "refit": accuracy(refitted, source, test_sets, threads),
-                    "reached": losses.cost.macs([len(d.keep) for d in decisions]) / losses.cost.macs(losses.cost.sizes),
+                    "reached": losses.cost.macs([len(d.keep) for d in decisions])
+                    / losses.cost.macs(losses.cost.sizes),
                     "widths": {d.group: [len(d.keep), d.size] for d in decisions},
                 }  # fmt: skip
                 if latency:
@@ -145,19 +183,31 @@ def main(
                 rows.append(row)
                 first = next(iter(test_sets))
                 console.print(
-                    f"seed {seed} {name} at {ratio}: surgery {row['surgery'][first]:.2f} refit {row['refit'][first]:.2f}",
+                    f"seed {seed} {name} at {ratio}: surgery {row['surgery'][first]:.2f} "
+                    f"refit {row['refit'][first]:.2f}",
                     highlight=False,
                 )
     show(console, rows, base)
     if json_path is not None:
-        json_path.write_text(json.dumps({"model": model.name, "original": base, "rows": rows}, indent=1) + "\n")
+        json_path.write_text(
+            json.dumps({"model": model.name, "original": base, "rows": rows}, indent=1) + "\n"
+        )
 
 
 def show(console: Console, rows: list[dict[str, Any]], base: dict[str, float]) -> None:
     """Print the table: means over seeds, and the paired margin over magnitude."""
     for test, value in base.items():
         table = Table(title=f"{test}: original {value:.2f} %, mean over calibration seeds")
-        for column in ("keep MACs", "sensitivity", "surgery %", "refit %", "margin over magnitude", "probes", "passes", "s"):
+        for column in (
+            "keep MACs",
+            "sensitivity",
+            "surgery %",
+            "refit %",
+            "margin over magnitude",
+            "probes",
+            "passes",
+            "s",
+        ):
             table.add_column(column, justify="right")
         for ratio in sorted({row["keep_macs"] for row in rows}, reverse=True):
             here = [row for row in rows if row["keep_macs"] == ratio]

@@ -3,8 +3,8 @@
     python tools/footprint.py MODEL.onnx --data calib.npz --samples 256 --samples 1024
 
 Each number of samples runs in a process of its own. Prints one row each: seconds of the statistics and the
-ranking (default estimator), of the measured loss curves, of one forward-backward pass over the same images, the
-ratios, and the peak resident memory of the process.
+ranking (default estimator), of the measured loss curves, of one forward-backward pass over the same images,
+the ratios, and the peak resident memory of the process.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from pathlib import Path
 import click
 import numpy as np
 import torch
+from benchmark import pass_seconds
 from rich.console import Console
 from rich.table import Table
 
-from benchmark import pass_seconds
 from hap_onnx.calibration import Subset, open_dataset
 from hap_onnx.curvature import collect_curvature, output_scales
-from hap_onnx.decide import N_MEASURED, rank_groups
 from hap_onnx.curves import measure_curves
+from hap_onnx.decide import N_MEASURED, rank_groups
 from hap_onnx.model_io import load_model
 from hap_onnx.prepare import prepare
 from hap_onnx.sensitivity import Options

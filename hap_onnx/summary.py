@@ -1,0 +1,185 @@
+"""Reports from what the stages know: sizes before and after, what was decided and why, and the JSON file."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_graphsurgeon as gs
+import onnxruntime as ort
+import torch
+
+import hap_onnx
+from hap_onnx import metrics
+from hap_onnx import report as reports
+from hap_onnx.config import CompressConfig
+from hap_onnx.cost import cost_model
+from hap_onnx.curvature import to_tensors
+from hap_onnx.decide import LossModel
+from hap_onnx.errors import ValidationError
+from hap_onnx.measure import model_size, node_macs
+from hap_onnx.plan import GroupDecision, find_options
+from hap_onnx.prepare import PreparedModel
+from hap_onnx.twin import build_twin, probe_shapes
+
+
+def facts_before(prepared: PreparedModel) -> reports.ModelFacts:
+    """Size of the model as it came; multiply-accumulates are those of one sample."""
+    size = model_size(prepared.graph, prepared.shapes)
+    return reports.ModelFacts(prepared.n_params, per_sample(size.macs, prepared), prepared.source.n_bytes)
+
+
+def facts_after(graph: gs.Graph, prepared: PreparedModel, *, n_bytes: int) -> reports.ModelFacts:
+    """Size of a compressed graph of the same model, counted anew on the graph itself."""
+    twin = build_twin(graph)
+    first = {
+        name: values[: prepared.shapes[name][0]] if values.ndim else values
+        for name, values in prepared.probe.items()
+    }
+    size = model_size(graph, probe_shapes(twin, to_tensors(first, twin)))
+    return reports.ModelFacts(size.params, per_sample(size.macs, prepared), n_bytes)
+
+
+def per_sample(macs: int, prepared: PreparedModel) -> int:
+    """Divide what was counted at ``prepared.shapes`` by the samples in there."""
+    name = next(iter(prepared.probe))
+    shape = prepared.shapes[name]
+    return macs // (shape[0] if shape else 1)
+
+
+def reached_budgets(before: reports.ModelFacts, after: reports.ModelFacts) -> dict[str, float]:
+    """What became of each budget, by option name."""
+    reached = {"keep_params": after.params / max(before.params, 1), "max_bytes": float(after.bytes)}
+    if before.macs and after.macs is not None:
+        reached["keep_macs"] = after.macs / before.macs
+    return reached
+
+
+def plan_words(config: CompressConfig, prepared: PreparedModel) -> dict[str, Any]:
+    """The options that shaped the plan, and the input shapes that the channels were found at."""
+    words = config.to_dict()
+    names = (
+        "keep_params", "keep_macs", "max_bytes", "max_drop", "metric", "method", "sensitivity", "probes",
+        "recover", "align", "exclude", "only", "max_samples", "batch_size", "seed",
+    )  # fmt: skip
+    shapes = {name: list(values.shape) for name, values in prepared.probe.items()}
+    return {**{name: words[name] for name in names}, "input_shapes": shapes}
+
+
+def explain_decisions(losses: LossModel, decisions: Sequence[GroupDecision]) -> dict[str, str]:
+    """Say for each group why it was decided so."""
+    notes = {}
+    for decision, curve in zip(decisions, losses.curves, strict=True):
+        width = len(decision.keep)
+        if width == decision.size:
+            notes[decision.group] = "whole: removing channels here loses more per cost than elsewhere"
+        else:
+            how = "measured" if width in curve.measured else "interpolated between measured widths"
+            what = "the whole branch goes" if width == 0 else f"{decision.size - width} channels go"
+            notes[decision.group] = f"{what}: expected loss {curve.loss[width]:.3g} ({how})"
+    return notes
+
+
+def plan_summary(prepared: PreparedModel, decisions: Sequence[GroupDecision]) -> reports.PlanSummary:
+    """What a plan does, for the report."""
+    groups = {group.name: group for group in prepared.coupling.groups}
+    return reports.PlanSummary(
+        groups=tuple(reports.GroupKept(d.group, d.size, len(d.keep)) for d in decisions),
+        removed_branches=tuple(
+            node for d in decisions if not len(d.keep) for node in groups[d.group].consumers
+        ),
+    )
+
+
+def frozen_nodes(prepared: PreparedModel) -> tuple[reports.FrozenNode, ...]:
+    """What cannot be pruned and why, for the report."""
+    return tuple(reports.FrozenNode(entry.node, entry.reason) for entry in prepared.coupling.frozen)
+
+
+def inspect_report(label: str, prepared: PreparedModel, align: int | str) -> reports.InspectReport:
+    """All that ``inspect`` says."""
+    coupling = prepared.coupling
+    cost = cost_model(prepared.graph, coupling, prepared.shapes)
+    options = find_options(coupling, align=align)
+    before = facts_before(prepared)
+    sizes = np.array(cost.sizes, np.int64)
+    full = cost.totals(sizes) if len(sizes) else np.zeros(2, np.int64)
+    groups = []
+    for index, (group, option) in enumerate(zip(coupling.groups, options, strict=True)):
+        least = sizes.copy()
+        least[index] = 1
+        saved = full - cost.totals(least)
+        steps = np.diff(option.widths)
+        groups.append(
+            reports.GroupInfo(
+                name=group.name,
+                size=group.size,
+                role="residual" if len(group.producers) > 1 else "inner",
+                multiple=int(np.gcd.reduce(steps)) if len(steps) else group.size,
+                params=int(saved[0]),
+                macs=int(saved[1]),
+            )
+        )
+    touched = {weight.initializer for weight in coupling.weights}
+    nodes = [node for node in prepared.graph.nodes if any(tensor.name in touched for tensor in node.inputs)]
+    constants = {
+        t.name: t for n in nodes for t in n.inputs if isinstance(t, gs.Constant) and t.name in touched
+    }
+    macs = sum(node_macs(node, prepared.shapes) for node in nodes)
+    params = sum(int(np.prod(tensor.shape)) for tensor in constants.values())
+    return reports.InspectReport(
+        model=label,
+        size=before,
+        groups=tuple(groups),
+        frozen=frozen_nodes(prepared),
+        prunable=reports.Prunable(
+            params_ratio=min(1.0, params / max(before.params, 1)),
+            macs_ratio=None if not before.macs else macs / before.macs,
+        ),
+        versions=installed_versions(),
+    )
+
+
+def judge_quality(measured: metrics.Quality, limit: float | None) -> reports.Quality:
+    """The measured quality with the verdict of the gate; without an interval the drop stands for it."""
+    drop = measured.before - measured.after
+    interval = measured.interval if measured.interval is not None else (drop, drop)
+    return reports.Quality(
+        metric=measured.metric,
+        before=measured.before,
+        after=measured.after,
+        drop=drop,
+        interval=(float(interval[0]), float(interval[1])),
+        n_samples=measured.n_samples,
+        max_drop=limit,
+        passed=limit is None or bool(drop <= limit + 1e-12),
+    )
+
+
+def installed_versions() -> dict[str, str]:
+    """Versions of what the numbers depend on."""
+    return {
+        "hap_onnx": hap_onnx.__version__,
+        "onnx": onnx.__version__,
+        "onnxruntime": ort.__version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def write_report(path: Path, report: reports.Report) -> None:
+    """Write a report as JSON, complete or not at all; raises ValidationError."""
+    text = json.dumps(report.to_dict(), indent=1, allow_nan=False) + "\n"
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise ValidationError(f"the report {path} cannot be written: {error.strerror or error}") from error
