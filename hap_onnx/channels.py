@@ -117,6 +117,15 @@ class Coupling:
     initializer_nodes: Mapping[str, tuple[str, ...]]
 
 
+@dataclass(frozen=True)
+class Merge:
+    """Where ids were joined along one of ``n_alternatives`` axes, to leave ``n_left`` elements of ``ids``."""
+
+    ids: Ids
+    n_alternatives: int
+    n_left: int
+
+
 @dataclass
 class Flow:
     """The ids of a graph while they flow; what the rules in ``hap_onnx.ops`` work on."""
@@ -133,7 +142,7 @@ class Flow:
     reads: list[tuple[str, int, str, IdAxis]] = field(default_factory=list)
     edges: list[tuple[Ids, Ids]] = field(default_factory=list)
     marks: list[tuple[Ids, str, str]] = field(default_factory=list)
-    merges: dict[str, tuple[Ids, int]] = field(default_factory=dict)
+    merges: dict[str, Merge] = field(default_factory=dict)
 
     def shape(self, tensor: gs.Tensor) -> tuple[int, ...]:
         """Shape of a tensor at the probe input."""
@@ -212,7 +221,7 @@ class Flow:
         by_size = sorted(varying, key=lambda axis: (-_n_left(ids, axis), axis))
         choice = self.merge_choices.get(node.name, 0)
         axis = by_size[choice % len(by_size)]
-        self.merges[node.name] = (np.unique(ids), len(by_size))
+        self.merges[node.name] = Merge(np.unique(ids), len(by_size), _n_left(ids, axis))
         rows = np.moveaxis(ids, axis, 0).reshape(ids.shape[axis], -1)
         first = np.ascontiguousarray(rows[:, 0])
         self.join(np.repeat(first, rows.shape[1]), rows.ravel())
@@ -248,20 +257,39 @@ def find_groups(
             batch and channels cannot be mixed up.
         exclude: names of nodes or initializers whose channels must stay, with the reason.
     """
+    def settle(choices: dict[str, int]) -> Flow:
+        return _settle(graph, shapes, choices, exclude or {})
+
     choices: dict[str, int] = {}
-    best = _settle(graph, shapes, choices, exclude or {})
-    # Where a merge ended in a frozen group, try its alternatives: whole groups of a GroupNormalization
-    # spelled as Reshape and InstanceNormalization can go, single channels cannot.
-    for name, (ids, n_alternatives) in list(best.merges.items()):
-        frozen = _frozen_ids(best)
-        if not frozen[ids].any():
-            continue
-        for choice in range(1, n_alternatives):
-            trial = _settle(graph, shapes, {**choices, name: choice}, exclude or {})
+    best = settle(choices)
+    # Where a merge ended in a frozen group, or in fewer elements than it promised, try its alternatives: of
+    # a GroupNormalization spelled as Reshape and InstanceNormalization whole groups can go, single channels
+    # cannot. First all together: those along one residual stream have to agree.
+    poor = _poor_merges(best)
+    if len(poor) > 1:
+        trial = settle({name: 1 for name in poor})
+        if _n_free(trial) > _n_free(best):
+            best, choices = trial, {name: 1 for name in poor}
+    for name in _poor_merges(best)[:_MAX_RETRIES]:
+        for choice in range(best.merges[name].n_alternatives):
+            changed = {**choices, name: choice}
+            trial = settle(changed) if choice != choices.get(name, 0) else best
             if _n_free(trial) > _n_free(best):
-                best, choices = trial, {**choices, name: choice}
-                break
+                best, choices = trial, changed
     return _collect(best)
+
+
+_MAX_RETRIES = 64
+
+
+def _poor_merges(flow: Flow) -> list[str]:
+    """Merges whose ids ended frozen, or joined further than the merge itself asked for."""
+    roots, frozen = _representatives(flow), _frozen_ids(flow)
+    return [
+        name
+        for name, merge in flow.merges.items()
+        if frozen[merge.ids].any() or len(np.unique(roots[merge.ids])) < merge.n_left
+    ]
 
 
 def _settle(
@@ -272,9 +300,11 @@ def _settle(
 ) -> Flow:
     """Flow until joins that were found late no longer change the merges that were chosen early."""
     representative = np.zeros(1, np.int64)
+    merges: dict[str, Merge] = {}
     for _ in range(4):
         flow = Flow(graph, shapes, representative=representative, merge_choices=choices)
         _flow_once(flow, exclude)
+        merges = flow.merges = {**flow.merges, **merges}  # later passes do not see what is joined already
         joined = _representatives(flow)
         if np.array_equal(joined, representative):
             break
