@@ -267,9 +267,9 @@ def find_groups(
     # cannot. First all together: those along one residual stream have to agree.
     poor = _poor_merges(best)
     if len(poor) > 1:
-        trial = settle({name: 1 for name in poor})
+        trial = settle(dict.fromkeys(poor, 1))
         if _n_free(trial) > _n_free(best):
-            best, choices = trial, {name: 1 for name in poor}
+            best, choices = trial, dict.fromkeys(poor, 1)
     for name in _poor_merges(best)[:_MAX_RETRIES]:
         for choice in range(best.merges[name].n_alternatives):
             changed = {**choices, name: choice}

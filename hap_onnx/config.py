@@ -293,7 +293,7 @@ class CompressConfig:
         "comma-separated. Default: CPUExecutionProvider.", section="Machine", metavar="LIST",
     )  # fmt: skip
     threads: int | None = _option(
-        None, _whole(1), "Threads of torch and of onnxruntime. Default: their own choice.",
+        None, _whole(1), "Threads of torch and of onnxruntime. Default: torch chooses, onnxruntime uses one.",
         section="Machine", metavar="N",
     )  # fmt: skip
     seed: int = _option(
@@ -464,6 +464,10 @@ def check_outputs(outputs: Mapping[str, Path], *, inputs: Mapping[str, Any]) -> 
         for other, known in taken.items():
             if _same_file(path, known):
                 raise UsageError(f"{option} {path} is the same file as {other} {known}: choose another name")
+            if known.is_dir() and path.exists() and path.resolve().is_relative_to(known.resolve()):
+                raise UsageError(
+                    f"{option} {path} would overwrite a file of {other} {known}: choose another name"
+                )
         if path.is_dir():
             raise UsageError(f"{option} {path} is a folder: give the name of a file")
         if not path.parent.is_dir():

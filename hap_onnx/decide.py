@@ -13,8 +13,9 @@ from numpy.typing import NDArray
 from hap_onnx.calibration import Subset
 from hap_onnx.cost import CostModel, cost_model, removable_branches
 from hap_onnx.curvature import LayerCurvature, collect_curvature, eliminate, group_consumers
-from hap_onnx.curves import GroupCurve, GroupRanking, measure_curves, rank_by_score
+from hap_onnx.curves import MEASURED_WIDTHS, GroupCurve, GroupRanking, measure_curves, rank_by_score
 from hap_onnx.events import OnEvent, ignore_event
+from hap_onnx.measure import model_size
 from hap_onnx.plan import GroupDecision, GroupOptions, allocate, find_options
 from hap_onnx.prepare import PreparedModel
 from hap_onnx.refit import refit
@@ -23,7 +24,10 @@ from hap_onnx.surgery import Kept, kept_positions
 
 DEFAULT_SENSITIVITY = "obs"
 N_MEASURED = 256
-"""Samples that loss curves are measured on."""
+"""Samples that loss curves are measured on, unless the model is so large that fewer have to do."""
+MIN_MEASURED = 32
+MAX_MEASURED_MACS = 5e12
+"""Multiply-accumulates that measuring may take: a minute or two on a core."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +102,7 @@ def build_loss_model(
         coupling,
         rankings,
         curvature,
-        subset.take(N_MEASURED),
+        subset.take(n_measured(prepared)),
         scales=scales,
         batch_size=batch_size,
         on_event=on_event,
@@ -109,6 +113,17 @@ def build_loss_model(
         cost=cost_model(graph, coupling, prepared.shapes),
         removable=removable_branches(graph, coupling, prepared.shapes),
     )
+
+
+def n_measured(prepared: PreparedModel) -> int:
+    """How many samples the loss curves are measured on.
+
+    Each group runs the rest of the model, on average half of it, once per measured width.
+    """
+    shape = prepared.shapes[next(iter(prepared.probe))]
+    macs = model_size(prepared.graph, prepared.shapes).macs / max(shape[0] if shape else 1, 1)
+    n_passes = max(1.0, len(prepared.coupling.groups) * len(MEASURED_WIDTHS) / 2)
+    return int(np.clip(MAX_MEASURED_MACS / max(macs * n_passes, 1.0), MIN_MEASURED, N_MEASURED))
 
 
 def choose_widths(

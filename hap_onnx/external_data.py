@@ -16,28 +16,34 @@ from hap_onnx.protos import check_tensor, n_data_bytes, walk_tensors
 _MAX_FIELD_BYTES = 2**31 - 1  # protobuf's limit for one field
 
 
-def read_external_data(proto: ModelProto, path: Path) -> int:
-    """Read the external weights of ``proto``, the model at ``path``, into memory; return their bytes.
+def read_external_data(proto: ModelProto, path: Path) -> tuple[int, tuple[Path, ...]]:
+    """Read the external weights of ``proto``, the model at ``path``, into memory; return bytes and files.
 
     Raises:
         ModelError: a file is missing, too short, outside the model's folder, or disagrees with the shapes.
     """
     folder = path.parent.resolve()
     n_bytes = 0
+    files: dict[Path, None] = {}
     for where, tensor in walk_tensors(proto):
         where = f"{where} of {path}"
         if tensor.data_location == TensorProto.EXTERNAL:
             check_tensor(tensor, where=where)
-            tensor.raw_data = _read(tensor, folder, where=where)
+            file = _find_file(_entries(tensor).get("location", ""), folder, where=where)
+            files[file] = None
+            tensor.raw_data = _read(tensor, file, where=where)
             n_bytes += len(tensor.raw_data)
             tensor.ClearField("external_data")
             tensor.ClearField("data_location")
-    return n_bytes
+    return n_bytes, tuple(files)
 
 
-def _read(tensor: TensorProto, folder: Path, *, where: str) -> bytes:
-    entries = {entry.key: entry.value for entry in tensor.external_data}
-    file = _find_file(entries.get("location", ""), folder, where=where)
+def _entries(tensor: TensorProto) -> dict[str, str]:
+    return {entry.key: entry.value for entry in tensor.external_data}
+
+
+def _read(tensor: TensorProto, file: Path, *, where: str) -> bytes:
+    entries = _entries(tensor)
     if tensor.data_type == TensorProto.STRING:
         raise ModelError(
             f"{where} keeps strings as external data, which ONNX does not allow; export the model again"

@@ -43,6 +43,7 @@ class SourceModel:
     sha256: str  # of the content: the same for weights inside the file and beside it
     external_data: bool
     n_bytes: int  # of the file and its external weights
+    weight_files: tuple[Path, ...] = ()  # where the external weights came from
 
 
 def load_model(model: str | Path | ModelProto) -> SourceModel:
@@ -53,6 +54,7 @@ def load_model(model: str | Path | ModelProto) -> SourceModel:
     """
     if isinstance(model, ModelProto):
         proto, path, n_bytes = ModelProto(), None, 0
+        files: tuple[Path, ...] = ()
         proto.CopyFrom(model)
         for where, tensor in walk_tensors(proto):
             if tensor.data_location == TensorProto.EXTERNAL:
@@ -68,14 +70,21 @@ def load_model(model: str | Path | ModelProto) -> SourceModel:
         proto = _parse(path)
         label = str(path)
         _check_header(proto, label)
-        n_external = read_external_data(proto, path)
+        n_external, files = read_external_data(proto, path)
         n_bytes, external = path.stat().st_size + n_external, n_external > 0
     _check_header(proto, label)
     for where, tensor in walk_tensors(proto):
         check_tensor(tensor, where=f"{where} of {label}")
     _check_structure(proto.graph, label)
     _check_versions(proto, label)
-    return SourceModel(proto=proto, path=path, sha256=_hash(proto), external_data=external, n_bytes=n_bytes)
+    return SourceModel(
+        proto=proto,
+        path=path,
+        sha256=_hash(proto),
+        external_data=external,
+        n_bytes=n_bytes,
+        weight_files=files,
+    )
 
 
 def _parse(path: Path) -> ModelProto:

@@ -170,6 +170,9 @@ class _Job:
         self.label = str(model) if isinstance(model, (str, Path)) else "model in memory"
         with self.stage("load"):
             self.source = load_model(model)
+            _protect_weights(self.source, files_of(config, output=output))
+            if config.work_dir is not None:
+                _make_folder(config.work_dir)
             self.session = _session(self.source.proto, config)
             self.splits = self._open_data(data)
             self.batch_size = _batch_size(config.batch_size, self.session)
@@ -200,10 +203,16 @@ class _Job:
         val = None
         if config.val is not None:
             val = _open(config.val, inputs, replace(config, max_samples=None), self.note)
-        return split_dataset(dataset, seed=config.seed, val=val)
+        splits = split_dataset(dataset, seed=config.seed, val=val)
+        unit = self.session.fixed_batch or 1
+        return replace(
+            splits,
+            calibrate=_whole_batches(splits.calibrate, unit),
+            choose=_whole_batches(splits.choose, unit),
+        )
 
     def _check_original(self) -> None:
-        """Run the original on all parts but the report; choose the metric; refuse data at chance level."""
+        """Run the original, choose the metric, and refuse data on which it is near chance level."""
         first = self.splits.calibrate.take(256)
         outputs = run_outputs(self.session, first, batch_size=self.batch_size)
         check_finite(outputs, label="the original model")
@@ -220,27 +229,49 @@ class _Job:
                 n_classes=self.metric.n_classes or 2,
                 n_samples=first.n_samples,
             )
+        elif self.splits.report.labels is not None and self.config.metric == "auto":
+            # Labels in --val only: the gate is about accuracy, while the search has agreement to go by.
+            part = self.splits.report.take(256)
+            outputs = run_outputs(self.session, part, batch_size=self.batch_size)
+            metric = self._metric_for(outputs, part)
+            self.note(
+                f"only --val has labels: the report is about {metric.name}, a search about {self.metric.name}"
+            )
+            if metric.name == "accuracy":
+                check_chance_level(
+                    metric.reference_value(outputs, part.labels),
+                    n_classes=metric.n_classes or 2,
+                    n_samples=part.n_samples,
+                )
 
     def _check_twin(self) -> None:
         """Refuse a twin that does not equal onnxruntime on the data."""
         twin = self.prepared.twin
+        self._check_same(twin, self.session, "the torch twin of the model")
+        if twin.opaque_nodes:
+            self.note(f"{len(twin.opaque_nodes)} nodes run in onnxruntime only and stay as they are")
+
+    def _check_result(self, candidate: _Candidate, session: Session) -> None:
+        """Refuse a written model that does not compute what the compressed graph says."""
+        twin = build_twin(candidate.finished(), device=_device(self.config.device))
+        self._check_same(twin, session, "the compressed model's twin")
+
+    def _check_same(self, twin: Twin, session: Session, what: str) -> None:
         batch = next(
             iter(self.splits.calibrate.take(max(4, self.session.fixed_batch or 1)).batches(self.batch_size))
         )
         with torch.no_grad():
             ours = twin(to_tensors(batch.inputs, twin))
-        theirs = run_outputs(self.session, [batch], batch_size=self.batch_size)
+        theirs = run_outputs(session, [batch], batch_size=self.batch_size)
         for name in self.scales:
             expected = theirs[name].astype(np.float64)
             error = float(np.abs(ours[name].cpu().numpy() - expected).max())
             allowed = TWIN_TOLERANCE.get(theirs[name].dtype, 5e-2) * max(float(np.abs(expected).max()), 1e-6)
             if not error <= allowed:
                 raise ModelError(
-                    f"the torch twin differs from onnxruntime by {error:.3g} in output '{name}', so the "
-                    "model cannot be compressed safely; please report it with the model"
+                    f"{what} differs from onnxruntime by {error:.3g} in output '{name}', so the model "
+                    "cannot be compressed safely; please report it with the model"
                 )
-        if twin.opaque_nodes:
-            self.note(f"{len(twin.opaque_nodes)} nodes run in onnxruntime only and stay as they are")
 
     # --- the job ---
 
@@ -323,7 +354,7 @@ class _Job:
             aligns += [8, 16]
         for align in aligns:
             candidate = self._plan(budgets, align=align, whole=whole)
-            if self.config.allow_slower or self.config.dry_run:
+            if self.config.allow_slower or self._only_sketch:
                 return candidate
             timing = self._time(_session(self._to_proto(candidate), self.config))
             if not timing.is_slower:
@@ -334,6 +365,11 @@ class _Job:
             )
         return candidate  # the gate will refuse it, with all numbers
 
+    @property
+    def _only_sketch(self) -> bool:
+        """A dry run ends with the plan, but a plan that is saved holds all that the real run would do."""
+        return self.config.dry_run and self.config.save_plan is None
+
     def _compress_to(self, budgets: Mapping[str, float | None]) -> _Candidate:
         """Plan and refit; where the plan narrows a residual stream, try also a plan that does not.
 
@@ -341,7 +377,7 @@ class _Job:
         the inner channels of a block cost. The outputs on held-out samples decide.
         """
         candidate = self._plan_fast(budgets)
-        if self.config.dry_run:
+        if self._only_sketch:
             return candidate
         candidate = self._recover(candidate)
         residual = residual_groups(self.prepared)
@@ -396,6 +432,7 @@ class _Job:
         full = {"params": float(self.prepared.n_params), "macs": float(cost.macs(cost.sizes))}
         reference = run_outputs(self.session, choose, batch_size=self.batch_size)
         best: _Candidate | None = None
+        refused: _Candidate | None = None
         low, high = 0, len(SEARCH_RATIOS)  # ratios before `low` are accepted, from `high` on refused
         while low < high:
             middle = (low + high) // 2
@@ -420,12 +457,16 @@ class _Job:
             if accepted:
                 best, low = candidate, middle + 1
             else:
-                high = middle
+                refused, high = candidate, middle
         if best is None:
-            raise BudgetError(
+            error = BudgetError(
                 f"no smaller model was found that loses at most {limit:g} of {self.metric.name} beyond doubt "
                 f"on {choose.n_samples} samples; allow more with --max-drop, or give more data"
             )
+            if refused is not None:
+                proto = self._to_proto(refused)
+                self._refuse(error, proto, self._report(refused, proto))
+            raise error
         return best
 
     # --- the result ---
@@ -465,6 +506,7 @@ class _Job:
             before = run_outputs(self.session, part, batch_size=self.batch_size)
             after = run_outputs(session, part, batch_size=self.batch_size)
             check_finite(after, label="the compressed model")
+            self._check_result(candidate, session)
             measured = self._metric_for(before, part).measure(before, after, part.labels)
             quality = judge_quality(measured, config.drop_limit)
             fidelity = compare_outputs(before, after)
@@ -518,13 +560,17 @@ class _Job:
             )
         if not failures:
             return
-        error = failures[0]
+        self._refuse(failures[0], proto, report)
+        raise failures[0]
+
+    def _refuse(self, error: TargetError, proto: ModelProto, report: reports.CompressReport) -> None:
+        """Attach the numbers to a refusal, and keep what was refused if asked to."""
+        config = self.config
         if config.keep_rejected:
             save_model(proto, rejected_path(self.output), external_data=self.source.external_data)
         error.report = replace(report, output=None)
         if config.report is not None:
             write_report(config.report, error.report)
-        raise error
 
     def _report(
         self,
@@ -630,6 +676,7 @@ def apply_plan(
     files = {"--output": target, **({"--report": Path(report)} if report is not None else {})}
     check_outputs(files, inputs={"MODEL": model, "PLAN.json": plan})
     source = load_model(model)
+    _protect_weights(source, files)
     saved = load_plan(plan)
     saved.check_model(source.sha256)
     session = make_session(source.proto, providers="cpu")
@@ -769,6 +816,30 @@ def _threads(n_threads: int | None) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
+def _protect_weights(source: SourceModel, outputs: Mapping[str, Path]) -> None:
+    """Refuse outputs that would overwrite the files in which the model keeps its weights."""
+    check_outputs(
+        outputs, inputs={f"the model's weights '{file.name}'": file for file in source.weight_files}
+    )
+
+
+def _make_folder(path: Path) -> None:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValidationError(f"--work-dir {path} cannot be made: {error.strerror or error}") from error
+
+
+def _whole_batches(part: Subset, unit: int) -> Subset:
+    """Leave out the last samples of a part that do not fill a batch of a model with a fixed one."""
+    if part.n_samples < unit:
+        raise CalibrationError(
+            f"the model takes batches of {unit} samples, and a part of the data has only {part.n_samples}; "
+            f"give at least {unit * 5} samples"
+        )
+    return part.take(part.n_samples // unit * unit)
+
+
 def _device(name: str) -> str:
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
@@ -816,5 +887,3 @@ def _loads(path: Path, config: CompressConfig | None) -> None:
         make_session(path, providers=(config.providers if config else None) or "cpu", threads=1)
     except ModelError as error:
         raise ValidationError(f"the written model does not load: {error}") from error
-
-

@@ -26,7 +26,7 @@ from rich.table import Table
 from hap_onnx.calibration import Subset, open_dataset
 from hap_onnx.curvature import collect_curvature, output_scales
 from hap_onnx.curves import measure_curves
-from hap_onnx.decide import N_MEASURED, rank_groups
+from hap_onnx.decide import n_measured, rank_groups
 from hap_onnx.model_io import load_model
 from hap_onnx.prepare import prepare
 from hap_onnx.sensitivity import Options
@@ -49,8 +49,9 @@ def measure(model: Path, data: Path, n_samples: int, threads: int, batch_size: i
     options = Options(graph=prepared.graph, scales=scales, batch_size=batch_size)
     rankings = rank_groups("auto", prepared, curvature, subset, options=options)
     ranked = time.perf_counter()
+    few = subset.take(n_measured(prepared))
     measure_curves(
-        prepared.graph, prepared.twin, prepared.coupling, rankings, curvature, subset.take(N_MEASURED),
+        prepared.graph, prepared.twin, prepared.coupling, rankings, curvature, few,
         scales=scales, batch_size=batch_size,
     )  # fmt: skip
     measured = time.perf_counter()
