@@ -55,7 +55,7 @@ def _layout(report: Report) -> RenderableType:
         return _layout_inspect(report)
     if isinstance(report, ValidateReport):
         title = f"{report.reference} -> {report.candidate}"
-        lines = [*_quality_lines(report.quality), *_fidelity_lines(report.fidelity)]
+        lines = [*_quality_lines(report.quality, of="sample"), *_fidelity_lines(report.fidelity)]
         if report.slower:
             lines.append(Text("slower than the reference beyond noise", style="red"))
     else:
@@ -94,11 +94,11 @@ def _facts_table(report: CompressReport | ValidateReport) -> Table:
     return table
 
 
-def _quality_lines(quality: Quality | None) -> list[Text]:
+def _quality_lines(quality: Quality | None, *, of: str = "held-out sample") -> list[Text]:
     if quality is None:
         return []
     low, high = (_signed(quality.metric, -bound) for bound in reversed(quality.interval))
-    text = f"quality: {_drop(quality)} ({low} to {high}) on {_plural(quality.n_samples, 'held-out sample')}"
+    text = f"quality: {_drop(quality)} ({low} to {high}) on {_plural(quality.n_samples, of)}"
     if quality.max_drop is None:
         return [Text(text)]
     verdict = "passed" if quality.passed else "FAILED"
