@@ -83,7 +83,7 @@ def test_a_failed_gate_is_told():
     text = render_report(validate_report(quality=quality, slower=True, passed=False), io.StringIO())
     assert "gate -0.0100 FAILED" in text
     assert "slower than the reference" in text
-    assert "on 1 held-out sample;" in text
+    assert "on 1 sample;" in text
 
 
 def test_frozen_nodes_are_told_once_per_reason():
