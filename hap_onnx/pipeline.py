@@ -29,6 +29,7 @@ from hap_onnx.config import (
     default_output,
     files_of,
     flag_of,
+    plan_weights_path,
     rejected_path,
     resolve_max_drop,
 )
@@ -566,7 +567,7 @@ class _Job:
     def _refuse(self, error: TargetError, proto: ModelProto, report: reports.CompressReport) -> None:
         """Attach the numbers to a refusal, and keep what was refused if asked to."""
         config = self.config
-        if config.keep_rejected:
+        if config.keep_rejected and not config.dry_run:
             save_model(proto, rejected_path(self.output), external_data=self.source.external_data)
         error.report = replace(report, output=None)
         if config.report is not None:
@@ -674,7 +675,8 @@ def apply_plan(
         raise UsageError("a model that is given in memory needs 'output', the path to write to")
     target = Path(output) if output is not None else default_output(Path(str(model)))
     files = {"--output": target, **({"--report": Path(report)} if report is not None else {})}
-    check_outputs(files, inputs={"MODEL": model, "PLAN.json": plan})
+    plan_files = {"PLAN.json": plan, "the plan's weights": plan_weights_path(Path(plan))}
+    check_outputs(files, inputs={"MODEL": model, **plan_files})
     source = load_model(model)
     _protect_weights(source, files)
     saved = load_plan(plan)

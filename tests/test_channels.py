@@ -87,7 +87,9 @@ def test_weights_of_subgraphs_stay() -> None:
     net.op("If", net.const(np.array(True)), out="picked", **branches)
     net.conv("picked", 6, 3, out="y")
     case = Case(net.model("y"))
-    assert find_groups(case.graph, case.shapes).groups == ()
+    coupling = find_groups(case.graph, case.shapes)
+    assert coupling.groups == ()
+    assert "a subgraph of If reads them" in reason_of(coupling, "make_a")
 
 
 def test_kept_positions_hold_what_belongs_to_no_element() -> None:

@@ -194,6 +194,25 @@ def test_scores_give_an_order_and_losses_that_add_up() -> None:
     np.testing.assert_allclose(ranking.loss, [0, 0, 0.5, 2.5, 5.5])
 
 
+def test_infinite_scores_go_last_at_finite_losses() -> None:
+    case = make_case(conv_net(width=4))
+    group = case.coupling.groups[0]
+    score = np.zeros(case.coupling.n_elements)
+    score[group.elements] = [np.inf, 3.0, np.inf, 0.5]
+    ranking = rank_by_score(group, score)
+    np.testing.assert_array_equal(ranking.order, [3, 1, 0, 2])
+    assert np.isfinite(ranking.loss).all()
+    assert (np.diff(ranking.loss)[2:] > 100 * ranking.loss[2]).all()
+    everything = rank_by_score(group, np.full(case.coupling.n_elements, np.inf))
+    assert np.isfinite(everything.loss).all()
+    assert (np.diff(everything.loss) > 0).all()
+    (curve,) = measure_curves(
+        case.graph, case.twin, case.coupling, [ranking], case.collect(), case.subset, scales=SCALES,
+        batch_size=5,
+    )  # fmt: skip
+    assert np.isfinite(curve.loss).all()
+
+
 def test_equal_scores_keep_their_order() -> None:
     group = make_case(conv_net(width=4)).coupling.groups[0]
     np.testing.assert_array_equal(rank_by_score(group, np.ones(100)).order, np.arange(4))

@@ -166,6 +166,17 @@ def test_a_search_that_finds_nothing_is_refused(tmp_path: Path, data: dict[str, 
     with pytest.raises(BudgetError, match="--max-drop"):
         compress(model, data, max_drop=0.0, metric="r2", **FAST)
     assert files_in(tmp_path) == ["net.onnx"]
+    with pytest.raises(BudgetError) as caught:
+        compress(
+            model, data, max_drop=0.0, metric="r2", report=tmp_path / "r.json", keep_rejected=True, **FAST
+        )
+    report, rejected = caught.value.report, tmp_path / "net.hap.onnx.rejected.onnx"
+    assert files_in(tmp_path) == [rejected.name, "net.onnx", "r.json"]
+    assert isinstance(report, CompressReport)
+    assert report.output is None
+    assert report.after.params == n_params(rejected) < report.before.params
+    assert run(rejected, data["x"]).shape == (120, 5)
+    assert json.loads((tmp_path / "r.json").read_text()) == json.loads(json.dumps(report.to_dict()))
 
 
 # ---------------------------------------------------------------- gates
@@ -251,6 +262,31 @@ def test_a_dry_run_writes_plan_and_report_but_no_model(tmp_path: Path, data: dic
     assert files_in(tmp_path) == ["net.onnx", "p.json", "p.safetensors", "r.json"]
     assert report.budget.reached["keep_macs"] <= 0.5
     assert json.loads((tmp_path / "p.json").read_text())["groups"]
+
+
+def test_a_dry_run_without_a_plan_writes_nothing(tmp_path: Path, data: dict[str, np.ndarray]) -> None:
+    report = compress(write(tmp_path), data, keep_macs=0.5, dry_run=True, keep_rejected=True, **FAST)
+    assert report.output is None
+    with pytest.raises(BudgetError):
+        compress(
+            tmp_path / "net.onnx", data, max_drop=0.0, metric="r2", dry_run=True, keep_rejected=True, **FAST
+        )
+    assert files_in(tmp_path) == ["net.onnx"]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"keep_macs": 0.5}, {"keep_params": 0.6, "recover": "none"}, {"max_drop": 0.2}],
+    ids=["budget", "no refit", "search"],
+)
+def test_the_plan_of_a_dry_run_gives_what_the_real_run_gives(
+    tmp_path: Path, data: dict[str, np.ndarray], options: dict[str, Any]
+) -> None:
+    model, plan = write(tmp_path), tmp_path / "p.json"
+    compress(model, data, output=tmp_path / "real.onnx", **options, **FAST)
+    compress(model, data, dry_run=True, save_plan=plan, **options, **FAST)
+    apply_plan(model, plan, output=tmp_path / "applied.onnx")
+    assert (tmp_path / "applied.onnx").read_bytes() == (tmp_path / "real.onnx").read_bytes()
 
 
 def test_the_same_seed_gives_the_same_bytes_and_apply_gives_them_again(
@@ -390,6 +426,23 @@ def test_a_fixed_batch_of_four_is_counted_per_sample(tmp_path: Path, data: dict[
     report = compress(write(tmp_path, residual_cnn(batch=4)), data, keep_macs=0.5, **FAST)
     assert report.before.macs == inspect(residual_cnn(), {"x": data["x"][:2]}).size.macs
     assert report.budget.reached["keep_macs"] <= 0.5
+
+
+@pytest.mark.parametrize("n_samples", [23, 41, 118])
+def test_samples_that_do_not_fill_the_last_batch_are_no_problem(tmp_path: Path, n_samples: int) -> None:
+    model, data = write(tmp_path, residual_cnn(batch=4)), {"x": images(n_samples)}
+    report = compress(model, data, keep_macs=0.5, **FAST)
+    assert report.budget.reached["keep_macs"] <= 0.5
+    assert report.quality is not None
+    assert report.quality.n_samples == round(0.2 * n_samples)
+    same = validate(model, tmp_path / "net.hap.onnx", data, threads=1, max_drop="none")
+    assert same.quality.n_samples == n_samples
+
+
+@pytest.mark.parametrize("n_samples", [5, 12, 17])
+def test_too_few_samples_for_a_fixed_batch_are_refused(tmp_path: Path, n_samples: int) -> None:
+    with pytest.raises(CalibrationError, match=r"batches of 4 samples.*at least 20"):
+        compress(write(tmp_path, residual_cnn(batch=4)), {"x": images(n_samples)}, keep_macs=0.5, **FAST)
 
 
 def test_a_model_that_keeps_its_normalisation_comes_back_sound(tmp_path: Path) -> None:
@@ -532,6 +585,84 @@ def test_the_output_is_never_an_input(tmp_path: Path, data: dict[str, np.ndarray
     with pytest.raises(UsageError, match="same file"):
         compress(model, data, keep_macs=0.5, output=model)
     assert model.read_bytes() == before
+
+
+def with_bytes(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("words", [{"output": "net.data"}, {"report": "net.data"}, {"save_plan": "net.data"},
+                                   {"save_plan": "plan.json"}], ids=str)  # fmt: skip
+def test_the_weights_of_a_model_are_never_overwritten(
+    tmp_path: Path, data: dict[str, np.ndarray], words: dict[str, str]
+) -> None:
+    location = "plan.safetensors" if "plan.json" in words.values() else "net.data"
+    model = tmp_path / "net.onnx"
+    onnx.save(residual_cnn(), model, save_as_external_data=True, location=location, size_threshold=64)
+    before = with_bytes(tmp_path)
+    with pytest.raises(UsageError, match=f"the model's weights '{location}'"):
+        compress(model, data, keep_macs=0.5, **{k: tmp_path / v for k, v in words.items()}, **FAST)
+    assert with_bytes(tmp_path) == before
+
+
+def test_apply_never_overwrites_weights_or_the_plan(tmp_path: Path, data: dict[str, np.ndarray]) -> None:
+    model, plan = write(tmp_path, external=True), tmp_path / "p.json"
+    compress(model, data, keep_macs=0.5, dry_run=True, save_plan=plan, **FAST)
+    (tmp_path / "link.onnx").hardlink_to(tmp_path / "net.data")
+    before = with_bytes(tmp_path)
+    for name in ("net.data", "link.onnx", "p.json", "p.safetensors"):
+        with pytest.raises(UsageError, match="same file"):
+            apply_plan(model, plan, output=tmp_path / name)
+        with pytest.raises(UsageError, match="same file"):
+            apply_plan(model, plan, output=tmp_path / "o.onnx", report=tmp_path / name)
+    assert with_bytes(tmp_path) == before
+
+
+@pytest.mark.parametrize("option", ["data", "val"])
+def test_a_file_of_the_data_is_never_overwritten(
+    tmp_path: Path, data: dict[str, np.ndarray], option: str
+) -> None:
+    model = write(tmp_path)
+    folder = tmp_path / "arrays" / "inner"
+    folder.mkdir(parents=True)
+    np.save(folder.parent / "x.npy", data["x"])
+    (folder / "notes.txt").write_text("mine")
+    before = with_bytes(tmp_path)
+    given = (folder.parent, {}) if option == "data" else (data, {"val": folder.parent})
+    for path in (folder.parent / "x.npy", folder / "notes.txt"):
+        for word in ("output", "report", "save_plan"):
+            with pytest.raises(UsageError, match=f"would overwrite a file of --{option}"):
+                compress(model, given[0], keep_macs=0.5, **given[1], **{word: path}, **FAST)
+    assert with_bytes(tmp_path) == before
+
+
+def test_labels_of_val_alone_are_checked_and_explained(
+    tmp_path: Path, data: dict[str, np.ndarray], labelled: dict[str, np.ndarray]
+) -> None:
+    model = write(tmp_path)
+    labels = np.random.default_rng(1).integers(0, 5, 200)
+    with pytest.raises(CalibrationError, match="preprocess"):
+        compress(model, data, val={**labelled, "labels": labels}, keep_macs=0.5, **FAST)
+    assert files_in(tmp_path) == ["net.onnx"]
+    events: list[Event] = []
+    report = compress(model, data, val=labelled, keep_macs=0.5, on_event=events.append, **FAST)
+    assert report.quality is not None
+    assert report.quality.metric == "accuracy"
+    assert report.quality.n_samples == 200
+    notes = [event.message for event in events if "only --val has labels" in event.message]
+    assert notes == ["only --val has labels: the report is about accuracy, a search about agreement"]
+
+
+def test_a_working_folder_is_made(tmp_path: Path, data: dict[str, np.ndarray]) -> None:
+    model, folder = write(tmp_path), tmp_path / "deep" / "work"
+    compress(model, data, keep_macs=0.5, work_dir=folder, **FAST)
+    assert files_in(folder) == []
+    np.savez_compressed(tmp_path / "x.npz", **data)  # is unpacked there
+    deeper = folder / "two"
+    compress(model, tmp_path / "x.npz", keep_macs=0.5, work_dir=deeper, dry_run=True, **FAST)
+    assert deeper.is_dir()
+    with pytest.raises(ValidationError, match="--work-dir"):
+        compress(model, data, keep_macs=0.5, work_dir=model / "inside", **FAST)
 
 
 def test_labels_at_chance_level_point_to_the_preprocessing(tmp_path: Path) -> None:

@@ -330,6 +330,22 @@ def shuffle_net() -> Topology:
     return Topology(net.model("y"), (2, 4))
 
 
+@topology
+def shuffle_net_units() -> Topology:
+    """Two units of ShuffleNet with their residual stream: all grouped layers have to agree on what goes."""
+    net = Net()
+    stream = net.relu(net.conv("x", 3, 8, out="stem"))
+    for _ in range(2):
+        x = net.relu(net.conv(stream, 8, 8, k=1, group=2))
+        x = net.op("Reshape", x, net.ints(0, 2, 4, 6, 6))
+        x = net.op("Reshape", net.op("Transpose", x, perm=[0, 2, 1, 3, 4]), net.ints(0, -1, 6, 6))
+        x = net.conv(x, 8, 8, group=8)
+        x = net.conv(x, 8, 8, k=1, group=2)
+        stream = net.relu(net.op("Add", x, stream))
+    net.conv(stream, 8, 5, out="y")
+    return Topology(net.model("y"), (2, 2, 4))
+
+
 @variants(permuted=[3, 0, 6, 1, 7, 2, 5, 4], partly=[-1, 0, 2, 2])
 def gather(indices: list[int]) -> Topology:
     net = Net()
@@ -425,6 +441,25 @@ def group_norm_by_reshape() -> Topology:
     x = net.op("Add", net.op("Mul", x, net.rand(8, 1, 1)), net.rand(8, 1, 1))
     net.conv(net.relu(x), 8, 3, out="y")
     return Topology(net.model("y"), (4,))
+
+
+@topology
+def group_norm_on_a_stream() -> Topology:
+    """GroupNormalization as PyTorch exports it, on a residual stream: its groups go as a whole."""
+
+    def norm(x: str) -> str:
+        x = net.op("Reshape", x, net.ints(0, 4, -1))
+        x = net.op("InstanceNormalization", x, net.const(np.ones(4, np.float32)), net.rand(4))
+        x = net.op("Reshape", x, net.ints(-1, 16, 6, 6))
+        return net.op("Add", net.op("Mul", x, net.rand(16, 1, 1)), net.rand(16, 1, 1))
+
+    net = Net()
+    stream = net.relu(norm(net.conv("x", 3, 16, out="stem")))
+    for _ in range(2):
+        x = net.relu(norm(net.conv(stream, 16, 16)))
+        stream = net.relu(net.op("Add", norm(net.conv(x, 16, 16)), stream))
+    net.conv(stream, 16, 5, out="y")
+    return Topology(net.model("y"), (4, 4, 4))
 
 
 @variants(dcr="DCR", crd="CRD")

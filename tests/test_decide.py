@@ -1,0 +1,41 @@
+"""Deciding widths: how much of the data the loss curves are measured on."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from sample_models import images, residual_cnn
+
+from hap_onnx import decide
+from hap_onnx.model_io import load_model
+from hap_onnx.prepare import PreparedModel, prepare
+
+
+@pytest.fixture(scope="module")
+def prepared() -> PreparedModel:
+    return prepare(load_model(residual_cnn()), {"x": images(2)})
+
+
+def test_a_small_model_is_measured_on_all_samples(prepared: PreparedModel) -> None:
+    assert decide.n_measured(prepared) == decide.N_MEASURED == 256
+
+
+@pytest.mark.parametrize(("scale", "least", "most"), [(1, 256, 256), (100, 60, 140), (10_000, 32, 32)])
+def test_a_huge_model_is_measured_on_fewer_samples(
+    prepared: PreparedModel, scale: int, least: int, most: int
+) -> None:
+    shapes = {
+        name: (*shape[:2], *(axis * scale for axis in shape[2:])) if len(shape) == 4 else shape
+        for name, shape in prepared.shapes.items()
+    }
+    assert least <= decide.n_measured(replace(prepared, shapes=shapes)) <= most
+
+
+def test_a_fixed_batch_does_not_change_the_number(
+    prepared: PreparedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(decide, "MAX_MEASURED_MACS", 5e8)
+    fixed = prepare(load_model(residual_cnn(batch=4)), {"x": images(4)})
+    assert 60 < decide.n_measured(fixed) < 140
+    assert decide.n_measured(fixed) == decide.n_measured(prepared)
