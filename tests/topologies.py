@@ -443,13 +443,13 @@ def group_norm_by_reshape() -> Topology:
     return Topology(net.model("y"), (4,))
 
 
-@topology
-def group_norm_on_a_stream() -> Topology:
+@variants(two_groups=2, four_groups=4)
+def group_norm_on_a_stream(n: int) -> Topology:
     """GroupNormalization as PyTorch exports it, on a residual stream: its groups go as a whole."""
 
     def norm(x: str) -> str:
-        x = net.op("Reshape", x, net.ints(0, 4, -1))
-        x = net.op("InstanceNormalization", x, net.const(np.ones(4, np.float32)), net.rand(4))
+        x = net.op("Reshape", x, net.ints(0, n, -1))
+        x = net.op("InstanceNormalization", x, net.const(np.ones(n, np.float32)), net.rand(n))
         x = net.op("Reshape", x, net.ints(-1, 16, 6, 6))
         return net.op("Add", net.op("Mul", x, net.rand(16, 1, 1)), net.rand(16, 1, 1))
 
@@ -459,7 +459,7 @@ def group_norm_on_a_stream() -> Topology:
         x = net.relu(norm(net.conv(stream, 16, 16)))
         stream = net.relu(net.op("Add", norm(net.conv(x, 16, 16)), stream))
     net.conv(stream, 16, 5, out="y")
-    return Topology(net.model("y"), (4, 4, 4))
+    return Topology(net.model("y"), (n, n, n))
 
 
 @variants(dcr="DCR", crd="CRD")
