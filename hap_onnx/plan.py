@@ -188,7 +188,7 @@ class _Search:
         ]
         if missed:
             raise BudgetError(
-                f"the budget cannot be reached: {' and '.join(missed)}; ask for less, or allow "
+                f"the budget cannot be reached: {' and '.join(missed)}; keep more, or allow "
                 "narrower widths with --align 1 and fewer exclusions"
             )
 
