@@ -13,7 +13,7 @@ then update W and A^-1 (Hassibi and Stork 1993, as used for channels by K-FAC pr
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,8 +25,7 @@ from torch import Tensor
 from hap_onnx.calibration import Subset
 from hap_onnx.channels import ChannelGroup, Coupling, Read
 from hap_onnx.events import OnEvent, ignore_event, track
-from hap_onnx.ops.linear import LinearForm
-from hap_onnx.ops.registry import find_linear
+from hap_onnx.ops.linear import LinearForm, linear_form
 from hap_onnx.twin import Step, Twin
 
 MAX_FEATURES = 6000
@@ -115,8 +114,7 @@ def collect_curvature(
     forms: dict[str, tuple[LinearForm, Read]] = {}
     for read in coupling.reads:
         node = nodes[read.node]
-        rule = find_linear(node.op, domain=node.domain or "")
-        form = rule(node) if rule is not None else None
+        form = linear_form(node)
         if form is not None and form.data_index == read.index:
             forms[read.node] = (form, read)
     if not forms:
@@ -380,6 +378,3 @@ def refitted_weights(
             bias = twin.constant(node.inputs[form.bias_index].name)
             result[name, form.bias_index] = both[:, :, -1].reshape(bias.shape).to(bias.dtype)
     return result
-
-
-Override = Callable[[Step, int, Tensor], Tensor]

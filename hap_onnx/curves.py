@@ -8,7 +8,7 @@ Between the measured widths the ratio of measured to predicted loss is interpola
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -97,12 +97,11 @@ def measure_curves(
             overrides = _overrides(group, removed, coupling, parts, nodes, twin, curvature)
             forks.setdefault(min(readers), []).append((group.name, width, overrides))
     sums: dict[tuple[str, int], float] = {}
-    n_samples = 0
     n_batches = -(-subset.n_samples // batch_size)
     n_forks = sum(len(entries) for entries in forks.values())
-    work = _work(twin, subset, forks, scales=scales, batch_size=batch_size, sums=sums)
-    for n in track(work, stage="measure", total=n_batches * max(1, n_forks), on_event=on_event):
-        n_samples = max(n_samples, n)
+    work = _run_forks(twin, subset, forks, scales=scales, batch_size=batch_size)
+    for key, loss in track(work, stage="measure", total=n_batches * max(1, n_forks), on_event=on_event):
+        sums[key] = sums.get(key, 0.0) + loss
     return tuple(
         _correct(
             ranking,
@@ -116,21 +115,24 @@ def measure_curves(
     )
 
 
-def _work(twin, subset, forks, *, scales, batch_size, sums):  # type: ignore[no-untyped-def]
-    """Run all forks of all batches; yields after each fork."""
-    seen = 0
+def _run_forks(
+    twin: Twin,
+    subset: Subset,
+    forks: Mapping[int, Sequence[tuple[str, int, Overrides]]],
+    *,
+    scales: Mapping[str, float],
+    batch_size: int,
+) -> Iterator[tuple[tuple[str, int], float]]:
+    """Run all forks of all batches; yields (group, width) and its loss, summed over the batch."""
     with torch.no_grad():
         for batch in subset.batches(batch_size):
             inputs = to_tensors(batch.inputs, twin)
             expected = twin(inputs)
-            seen += len(next(iter(batch.inputs.values())))
             values: dict[str, Tensor] = dict(inputs)
             for index, step in enumerate(twin.steps):
                 for name, width, overrides in forks.get(index, ()):
                     outputs = _run_from(twin, index, values, overrides)
-                    key = (name, width)
-                    sums[key] = sums.get(key, 0.0) + output_distance(outputs, expected, scales)
-                    yield seen
+                    yield (name, width), output_distance(outputs, expected, scales)
                 _advance(twin, step, values, {})
 
 

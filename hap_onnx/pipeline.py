@@ -225,11 +225,7 @@ class _Job:
             )
         self.metric = choose_metric(self.config.metric, outputs=outputs, labels=first.labels)
         if self.metric.name == "accuracy":
-            check_chance_level(
-                self.metric.reference_value(outputs, first.labels),
-                n_classes=self.metric.n_classes or 2,
-                n_samples=first.n_samples,
-            )
+            _refuse_chance(self.metric, outputs, first)
         elif self.splits.report.labels is not None and self.config.metric == "auto":
             # Labels in --val only: the gate is about accuracy, while the search has agreement to go by.
             part = self.splits.report.take(256)
@@ -239,11 +235,7 @@ class _Job:
                 f"only --val has labels: the report is about {metric.name}, a search about {self.metric.name}"
             )
             if metric.name == "accuracy":
-                check_chance_level(
-                    metric.reference_value(outputs, part.labels),
-                    n_classes=metric.n_classes or 2,
-                    n_samples=part.n_samples,
-                )
+                _refuse_chance(metric, outputs, part)
 
     def _check_twin(self) -> None:
         """Refuse a twin that does not equal onnxruntime on the data."""
@@ -830,6 +822,12 @@ def _make_folder(path: Path) -> None:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ValidationError(f"--work-dir {path} cannot be made: {error.strerror or error}") from error
+
+
+def _refuse_chance(metric: Metric, outputs: Outputs, part: Subset) -> None:
+    """Raise unless the original, which gave ``outputs``, is clearly better than guessing."""
+    value = metric.reference_value(outputs, part.labels)
+    check_chance_level(value, n_classes=metric.n_classes or 2, n_samples=part.n_samples)
 
 
 def _whole_batches(part: Subset, unit: int) -> Subset:

@@ -6,7 +6,7 @@ Nothing here reads files, runs a model or knows what the result is for.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -365,8 +365,3 @@ def opset_of(proto: ModelProto) -> int | None:
     """Return the version of the default operator set, or None if the model does not state it."""
     versions = [entry.version for entry in proto.opset_import if entry.domain in DEFAULT_DOMAINS]
     return max(versions) if versions else None
-
-
-def nodes_by_name(nodes: Iterable[NodeProto]) -> Mapping[str, NodeProto]:
-    """Index nodes by name."""
-    return {node.name: node for node in nodes}

@@ -38,7 +38,7 @@ from hap_onnx.calibration import Subset
 from hap_onnx.errors import CalibrationError, SurgeryError
 from hap_onnx.events import OnEvent, ignore_event, track
 from hap_onnx.ops.elementwise import clip_bounds, is_addition
-from hap_onnx.ops.linear import LinearForm
+from hap_onnx.ops.linear import LinearForm, linear_form
 from hap_onnx.ops.registry import find_linear, find_macs
 from hap_onnx.surgery import CONSTANT_SUFFIX, Kept
 from hap_onnx.twin import Step, Twin, build_twin, unfix_batch
@@ -475,8 +475,7 @@ def _plan_fit(pair: _Pair, step: Step) -> _Fit | None:
         # What is left of a removed branch, where it is added to the others.
         if name.endswith(CONSTANT_SUFFIX) and _is_addition(step) and pair.owned(name):
             return _OffsetFit(name, None, 1.0)
-    rule = find_linear(node.op, domain=node.domain or "")
-    form: LinearForm | None = rule(node) if rule is not None else None
+    form = linear_form(node)
     third = step.inputs[2] if len(step.inputs) > 2 else ""
     if form is not None:
         weight = step.inputs[form.weight_index]

@@ -47,8 +47,7 @@ from hap_onnx.curvature import output_scales, to_tensors
 from hap_onnx.errors import CalibrationError, ModelError, UsageError
 from hap_onnx.events import Event, OnEvent, ignore_event, track
 from hap_onnx.hessian import Moments, Tensors, hutchinson_traces, mean_hvps, random_signs
-from hap_onnx.ops.linear import LinearForm
-from hap_onnx.ops.registry import find_linear
+from hap_onnx.ops.linear import LinearForm, linear_form
 from hap_onnx.twin import Step, Twin, probe_shapes, unfix_batch
 
 STAGE = "sensitivity"
@@ -252,8 +251,7 @@ def linear_forms(graph: gs.Graph) -> dict[str, LinearForm]:
     """Return the matrix form of each node that has one, by node name."""
     forms = {}
     for node in graph.nodes:
-        rule = find_linear(node.op, domain=node.domain or "")
-        form = rule(node) if rule is not None else None
+        form = linear_form(node)
         if form is not None:
             forms[node.name] = form
     return forms

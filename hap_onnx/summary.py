@@ -21,7 +21,7 @@ from hap_onnx import report as reports
 from hap_onnx.config import CompressConfig
 from hap_onnx.cost import cost_model
 from hap_onnx.curvature import to_tensors
-from hap_onnx.decide import LossModel
+from hap_onnx.decide import LossModel, residual_groups
 from hap_onnx.errors import ValidationError
 from hap_onnx.measure import model_size, node_macs
 from hap_onnx.plan import GroupDecision, find_options
@@ -110,6 +110,7 @@ def inspect_report(label: str, prepared: PreparedModel, align: int | str) -> rep
     before = facts_before(prepared)
     sizes = np.array(cost.sizes, np.int64)
     full = cost.totals(sizes) if len(sizes) else np.zeros(2, np.int64)
+    residual = residual_groups(prepared)
     groups = []
     for index, (group, option) in enumerate(zip(coupling.groups, options, strict=True)):
         least = sizes.copy()
@@ -120,7 +121,7 @@ def inspect_report(label: str, prepared: PreparedModel, align: int | str) -> rep
             reports.GroupInfo(
                 name=group.name,
                 size=group.size,
-                role="residual" if len(group.producers) > 1 else "inner",
+                role="residual" if group.name in residual else "inner",
                 multiple=int(np.gcd.reduce(steps)) if len(steps) else group.size,
                 params=int(saved[0]),
                 macs=int(saved[1]),

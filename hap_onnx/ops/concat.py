@@ -211,17 +211,12 @@ def _flow_slice(node: gs.Node, flow: Flow) -> None:
     if found is None:
         return
     if bounds is None:
-        if flow.shape(node.outputs[0])[found.axis] == len(found.ids):
-            flow.freeze(found, node, "Slice with computed bounds")
-        else:
-            flow.freeze(found, node, "Slice of the channels with computed bounds")
+        whole = flow.shape(node.outputs[0])[found.axis] == len(found.ids)
+        flow.freeze(found, node, f"Slice {'' if whole else 'of the channels '}with computed bounds")
         return
     if found.axis in bounds:
         start, stop, step = bounds[found.axis]
         if step != 1:
-            if len(range(start, stop, step)) == len(found.ids) and step == 1:
-                flow.put(node.outputs[0], found.axis, found.ids)
-                return
             flow.freeze(found, node, "Slice of the channels with a step")
             return
         flow.put(node.outputs[0], found.axis, found.ids[start:stop])

@@ -11,7 +11,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import onnx_graphsurgeon as gs
 from torch import Tensor
+
+from hap_onnx.ops.registry import find_linear
 
 
 @dataclass(frozen=True)
@@ -41,3 +44,9 @@ class LinearForm:
     n_positions: Callable[[Tensor], int]
     to_matrix: Callable[[Tensor], Tensor]
     to_weight: Callable[[Tensor, tuple[int, ...]], Tensor]
+
+
+def linear_form(node: gs.Node) -> LinearForm | None:
+    """Return the matrix form of a node, or None if it has none."""
+    rule = find_linear(node.op, domain=node.domain or "")
+    return None if rule is None else rule(node)
