@@ -1,0 +1,137 @@
+"""The rows of one layer's least-squares problem."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from math import ceil
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hap_onnx.errors import SurgeryError
+from hap_onnx.refit.pair import Pair
+from hap_onnx.refit.schedule import WeightFit
+from hap_onnx.refit.store import ROWS, Store
+from hap_onnx.refit.targets import Bounds, Link, find_target
+from hap_onnx.twin import Step
+
+MAX_ROWS = 65_536
+"""Rows per layer: more do not change the solution."""
+MAX_NUMBERS = 2**26
+"""Numbers in the rows of a layer, unless it needs more to have ``ROWS_PER_FEATURE``."""
+ROWS_PER_FEATURE = 4
+MAX_FEATURES = 8192
+"""Above this the features do not get a Gram matrix; rows are limited and it is made of those."""
+CHUNK = 8192
+"""Rows that are summed up in float32 before they are added in float64."""
+
+
+@dataclass(frozen=True)
+class Options:
+    ridge: float
+    n_positions: int
+    n_relu_rounds: int
+    seed: int
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows of one layer, in the store: x [g, n, F] (a column of ones last, if there is a bias),
+    the wanted sum [g, n, O] and what others add to it, ``added``."""
+
+    store: Store
+    n_batches: int
+    has_added: bool
+
+    def parts(self) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
+        for batch in range(self.n_batches):
+            names = ("x", "wanted", "added") if self.has_added else ("x", "wanted")
+            chunks = [self.store.get((ROWS, name), batch).split(CHUNK, dim=1) for name in names]
+            for part in zip(*chunks, strict=True):
+                yield part[0], part[1], part[2] if self.has_added else None
+
+    def residuals(self, weights: Tensor, bounds: Bounds | None) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield (x, what is missing from the prediction) for weights [g, F, O]."""
+        for x, wanted, added in self.parts():
+            predicted = x @ weights if added is None else x @ weights + added
+            if bounds is not None:
+                low, high = bounds
+                wanted = torch.where(wanted <= low, predicted.clamp(max=low), wanted)
+                wanted = torch.where(wanted >= high, predicted.clamp(min=high), wanted)
+            yield x, wanted - predicted
+
+    def error(self, weights: Tensor, bounds: Bounds | None) -> float:
+        parts = [r.square().sum(dtype=torch.float64) for _, r in self.residuals(weights, bounds)]
+        return float(torch.stack(parts).sum())
+
+    def energy(self) -> float:
+        parts = [wanted.square().sum(dtype=torch.float64) for _, wanted, _ in self.parts()]
+        return float(torch.stack(parts).sum())
+
+    def drop(self) -> None:
+        for name in ("x", "wanted", "added"):
+            self.store.drop((ROWS, name))
+
+
+def n_rows_to_take(n_samples: int, n_features: int, conv_group: int, options: Options) -> tuple[int, int]:
+    """Return (positions per sample, samples) to take."""
+    most = min(MAX_ROWS, MAX_NUMBERS // (conv_group * n_features))
+    if n_features <= MAX_FEATURES:
+        most = max(most, ROWS_PER_FEATURE * n_features)
+    most = max(most, 1)
+    wanted = max(options.n_positions, ceil(ROWS_PER_FEATURE * n_features / n_samples))
+    return max(min(wanted, most // n_samples), 1), min(n_samples, most)
+
+
+def collect_rows(
+    pair: Pair,
+    step: Step,
+    fit: WeightFit,
+    links: Sequence[Link],
+    index: int,
+    options: Options,
+    *,
+    n_features: int,
+    bias: str | None,
+) -> Rows | None:
+    """Put the rows of a layer into the store; None if its data has no samples."""
+    name, form, store = step.outputs[0], fit.form, pair.store
+    layer_seed = np.random.SeedSequence([options.seed, index]).generate_state(1)[0]
+    generator = torch.Generator().manual_seed(int(layer_seed))
+    n_channels = pair.parameters[fit.weight].shape[form.out_axis]
+    sizes = [pair.original_value(name, batch).shape[0] for batch in range(pair.n_batches)]
+    if pair.value(fit.data, 0).ndim < 2 or not sum(sizes):
+        return None
+    per_sample, n_samples = n_rows_to_take(sum(sizes), n_features, form.conv_group, options)
+    has_added = False
+    for batch, size in enumerate(sizes):
+        x = pair.value(fit.data, batch)
+        wanted, added = find_target(pair, name, links, batch, without=bias)
+        if n_samples < sum(sizes):
+            n = ceil(size * n_samples / sum(sizes))
+            chosen = torch.randperm(size, generator=generator)[:n].sort()[0].to(x.device)
+            x, wanted, added = x[chosen], wanted[chosen], None if added is None else added[chosen]
+        if fit.fixed_bias is not None:
+            vector = pair.parameters[fit.fixed_bias].reshape(-1, *[1] * (wanted.ndim - 2))
+            added = vector.expand_as(wanted) if added is None else added + vector
+        n = form.n_positions(wanted)
+        positions = torch.arange(n)
+        if per_sample < n:
+            positions = torch.randperm(n, generator=generator)[:per_sample].sort()[0]
+        patches = form.patches(x, positions)
+        if bias is not None:
+            patches = torch.cat([patches, patches.new_ones(*patches.shape[:2], 1)], 2)
+        rows = form.outputs(wanted, positions)
+        if patches.shape[:2] != rows.shape[:2] or rows.shape[0] * rows.shape[2] != n_channels:
+            raise SurgeryError(
+                f"refit: {step.op_type} '{step.name}' computes {n_channels} channels of '{name}' from "
+                f"{list(x.shape)}, but what is left of the original's is {list(wanted.shape)}"
+            )
+        store.append((ROWS, "x"), patches)
+        store.append((ROWS, "wanted"), rows)
+        if added is not None:
+            has_added = True
+            store.append((ROWS, "added"), form.outputs(added, positions))
+    return Rows(store, len(sizes), has_added)

@@ -1,0 +1,108 @@
+"""Least squares with a ridge, aware of the bounds beyond which outputs do not matter."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from hap_onnx.refit.rows import CHUNK, Options, Rows
+from hap_onnx.refit.targets import Bounds
+
+_log = logging.getLogger(__name__)
+
+EXACT = 1e-12
+"""Squared error, relative to the squared targets, that is float rounding."""
+
+
+def solve(rows: Rows, current: Tensor, bounds: Bounds | None, options: Options) -> Tensor | None:
+    """Return better weights [g, F, O] than ``current``, None if there are none."""
+    before = rows.error(current, bounds)
+    if not before > EXACT * rows.energy():
+        return None
+    n_rows = sum(x.shape[1] for x, _, _ in rows.parts())
+    system = (_Dual if n_rows < current.shape[1] else _Primal).build(rows, options.ridge)
+    if system is None:
+        return None
+    weights = current
+    for number in range(1 + (options.n_relu_rounds if bounds is not None else 0)):
+        step = system.advance(rows.residuals(weights, bounds if number else None))
+        weights = (current.double() + step).to(current.dtype)
+    after = rows.error(weights, bounds)
+    _log.debug("refit: squared error %.4g -> %.4g on %d rows", before, after, n_rows)
+    return weights if bool(torch.isfinite(weights).all()) and after < before else None
+
+
+@dataclass
+class _Primal:
+    """The normal equations over features, for the difference to the current weights.
+
+    Each round adds the solution for what is still missing; without a change of targets there is nothing
+    left for a second round but rounding.
+    """
+
+    factor: Tensor  # [g, F, F]
+    damping: Tensor  # [g, 1, 1]
+    state: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.float64))
+
+    @classmethod
+    def build(cls, rows: Rows, ridge: float) -> _Primal | None:
+        gram: Tensor | None = None
+        for x, _, _ in rows.parts():
+            if gram is None:
+                gram = x.new_zeros(x.shape[0], x.shape[2], x.shape[2], dtype=torch.float64)
+            gram += x.mT @ x
+        assert gram is not None
+        factored = _factorise(gram, ridge, gram.shape[1])
+        return None if factored is None else cls(*factored)
+
+    def advance(self, residuals: Iterator[tuple[Tensor, Tensor]]) -> Tensor:
+        """Return the difference to the current weights [g, F, O] after one more round."""
+        gradient = -self.damping * self.state
+        for x, missing in residuals:
+            gradient = gradient + (x.mT @ missing).double()
+        self.state = self.state + torch.cholesky_solve(gradient, self.factor)
+        return self.state
+
+
+@dataclass
+class _Dual:
+    """The same problem over rows, where they are fewer than features."""
+
+    factor: Tensor  # [g, n, n]
+    damping: Tensor
+    x: Tensor  # [g, n, F]
+    state: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.float64))
+
+    @classmethod
+    def build(cls, rows: Rows, ridge: float) -> _Dual | None:
+        x = torch.cat([part for part, _, _ in rows.parts()], 1)
+        gram = x.new_zeros(x.shape[0], x.shape[1], x.shape[1], dtype=torch.float64)
+        for part in x.split(CHUNK, dim=2):
+            gram += part @ part.mT
+        factored = _factorise(gram, ridge, x.shape[2])
+        return None if factored is None else cls(*factored, x)
+
+    def advance(self, residuals: Iterator[tuple[Tensor, Tensor]]) -> Tensor:
+        missing = torch.cat([part for _, part in residuals], 1).double()
+        self.state = self.state + torch.cholesky_solve(missing - self.damping * self.state, self.factor)
+        return (self.x.mT @ self.state.to(self.x.dtype)).double()
+
+
+def _factorise(gram: Tensor, ridge: float, n_features: int) -> tuple[Tensor, Tensor] | None:
+    """Damp the diagonal in place and factorise; None if the matrix is not even then positive definite."""
+    diagonal = gram.diagonal(dim1=1, dim2=2)
+    scale = (diagonal.sum(1) / n_features).clamp_min(torch.finfo(torch.float64).tiny)
+    damping = torch.zeros_like(scale)
+    # Sums in float32 leave noise of 1e-7: where inputs depend on each other, a smaller ridge is not enough.
+    for more in (ridge, 1e-6, 1e-5, 1e-4):
+        if more >= ridge:
+            diagonal += (more * scale - damping)[:, None]
+            damping = more * scale
+            factor, info = torch.linalg.cholesky_ex(gram)
+            if not bool(info.any()):
+                return factor, damping[:, None, None]
+    return None

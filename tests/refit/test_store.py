@@ -1,0 +1,52 @@
+"""Activations on disk: the same bits, and nothing left behind."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from hap_onnx.events import Event
+from hap_onnx.refit.store import Store
+from tests.refit.cases import deep_case, fit
+
+
+def test_spilling_changes_no_bit_and_leaves_nothing_behind(tmp_path: Path) -> None:
+    case = deep_case()
+    options = {"ridge": 1e-3, "n_positions": 10}
+    in_memory = fit(*case, **options)
+    for limit in (0, 20_000):
+        spilled = fit(*case, **options, memory_limit_bytes=limit, work_dir=tmp_path)
+        assert spilled.keys() == in_memory.keys()
+        for name, values in in_memory.items():
+            np.testing.assert_array_equal(spilled[name], values)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_failure_leaves_nothing_behind(tmp_path: Path) -> None:
+    def fail(event: Event) -> None:
+        if event.kind == "advance":
+            assert any(tmp_path.rglob("*.bin"))
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fit(*deep_case(), memory_limit_bytes=0, work_dir=tmp_path, on_event=fail)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_store_counts_a_storage_once_and_frees_it_with_its_last_view(tmp_path: Path) -> None:
+    store = Store(tmp_path, 1000)
+    whole = torch.arange(100, dtype=torch.float32)
+    store.append(("", "whole"), whole)
+    store.append(("", "view"), whole.reshape(10, 10)[::2].mT)
+    assert store.n_bytes == 400
+    store.append(("", "spilled"), torch.arange(200.0).reshape(20, 10).mT)
+    assert (store.n_bytes, len(list(tmp_path.iterdir()))) == (400, 1)
+    assert store.get(("", "spilled"), 0).stride() == (1, 10)
+    torch.testing.assert_close(store.get(("", "spilled"), 0), torch.arange(200.0).reshape(20, 10).mT)
+    store.drop(("", "whole"))
+    assert store.n_bytes == 400
+    store.close()
+    assert (store.n_bytes, list(tmp_path.iterdir())) == (0, [])
