@@ -13,7 +13,7 @@ then update W and A^-1 (Hassibi and Stork 1993, as used for channels by K-FAC pr
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -35,7 +35,7 @@ MIN_ROWS = 32_768
 
 @dataclass(frozen=True)
 class LayerCurvature:
-    """Statistics of one contraction that reads channels.
+    """Statistics of one contraction; ``read`` says which channels it reads, None if none that can go.
 
     ``inputs`` is A, float64 [g, F + 1, F + 1] with a constant 1 as last input, or [g, F + 1] where only the
     diagonal is kept; ``gradients`` is G, float64 [g, O, O].
@@ -43,7 +43,7 @@ class LayerCurvature:
 
     node: str
     form: LinearForm
-    read: Read
+    read: Read | None
     inputs: Tensor
     gradients: Tensor
 
@@ -102,21 +102,23 @@ def collect_curvature(
     scales: Mapping[str, float],
     batch_size: int,
     seed: int,
+    layers: Collection[str] = (),
     on_event: OnEvent = ignore_event,
 ) -> dict[str, LayerCurvature]:
-    """Collect A and G of every contraction that reads channels: one forward and backward pass per batch.
+    """Collect A and G of every contraction that reads channels, and of the nodes in ``layers``.
 
-    Memory does not depend on the number of samples. Contractions without a matrix form (transposed
-    convolutions) are left out.
+    One forward and backward pass per batch; memory does not depend on the number of samples. Contractions
+    without a matrix form (transposed convolutions) are left out.
     """
     batch_size = twin.batch_limit or batch_size  # else the hooks below see parts of a batch
     nodes = {node.name: node for node in graph.nodes}
-    forms: dict[str, tuple[LinearForm, Read]] = {}
-    for read in coupling.reads:
-        node = nodes[read.node]
-        form = linear_form(node)
-        if form is not None and form.data_index == read.index:
-            forms[read.node] = (form, read)
+    reads = {(read.node, read.index): read for read in coupling.reads}
+    forms: dict[str, tuple[LinearForm, Read | None]] = {}
+    for name in dict.fromkeys([*(read.node for read in coupling.reads), *layers]):
+        form = linear_form(nodes[name])
+        read = None if form is None else reads.get((name, form.data_index))
+        if form is not None and (read is not None or name in layers):
+            forms[name] = (form, read)
     if not forms:
         return {}
     a_sums: dict[str, Tensor] = {}
@@ -170,7 +172,7 @@ def collect_curvature(
 
 
 def _run_and_capture(
-    twin: Twin, inputs: Mapping[str, Tensor], forms: Mapping[str, tuple[LinearForm, Read]]
+    twin: Twin, inputs: Mapping[str, Tensor], forms: Mapping[str, tuple[LinearForm, Read | None]]
 ) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
     """Run the twin; return its outputs, and what the nodes of ``forms`` read and write, by node."""
     seen: dict[str, Tensor] = {}
@@ -303,6 +305,8 @@ def group_consumers(
     position_in_group = {int(element): index for index, element in enumerate(group.elements)}
     for name, layer in curvature.items():
         node, form = graph_nodes[name], layer.form
+        if layer.read is None:
+            continue
         elements = layer.read.elements
         local = np.array([position_in_group.get(int(element), -1) for element in elements])
         if (local < 0).all():

@@ -74,14 +74,13 @@ def measure_curves(
 ) -> tuple[GroupCurve, ...]:
     """Measure each group at a few widths and correct its predicted curve.
 
-    The model runs once per batch; at the first node that reads a group it forks once per width. Memory is
-    that of one batch and of the replaced weights.
+    At the first node that reads a group the model forks once per width. Memory is that of one batch and of
+    the replaced weights.
     """
-    batch_size = twin.batch_limit or batch_size  # single steps do not loop over samples by themselves
     nodes = {node.name: node for node in graph.nodes}
     groups = {group.name: group for group in coupling.groups}
     position = {step.name: index for index, step in enumerate(twin.steps)}
-    forks: dict[int, list[tuple[str, int, Overrides]]] = {}
+    forks: list[Fork] = []
     for ranking in rankings:
         group = groups[ranking.group]
         parts = group_consumers(group, nodes, twin, curvature)
@@ -95,44 +94,68 @@ def measure_curves(
                 continue
             removed = ranking.order[: group.size - width]
             overrides = _overrides(group, removed, coupling, parts, nodes, twin, curvature)
-            forks.setdefault(min(readers), []).append((group.name, width, overrides))
-    sums: dict[tuple[str, int], float] = {}
-    n_batches = -(-subset.n_samples // batch_size)
-    n_forks = sum(len(entries) for entries in forks.values())
-    work = _run_forks(twin, subset, forks, scales=scales, batch_size=batch_size)
-    for key, loss in track(work, stage="measure", total=n_batches * max(1, n_forks), on_event=on_event):
-        sums[key] = sums.get(key, 0.0) + loss
+            forks.append(Fork((group.name, width), min(readers), overrides))
+    measured = run_forks(twin, subset, forks, scales=scales, batch_size=batch_size, on_event=on_event)
     return tuple(
-        _correct(
-            ranking,
-            {
-                width: total / subset.n_samples
-                for (name, width), total in sums.items()
-                if name == ranking.group
-            },
-        )
+        _correct(ranking, {width: loss for (name, width), loss in measured.items() if name == ranking.group})
         for ranking in rankings
     )
 
 
-def _run_forks(
+@dataclass(frozen=True)
+class Fork:
+    """One way to run the model from step ``start`` on: with other values for some inputs of its nodes."""
+
+    key: tuple[str, int]
+    start: int
+    overrides: Overrides
+
+
+def run_forks(
     twin: Twin,
     subset: Subset,
-    forks: Mapping[int, Sequence[tuple[str, int, Overrides]]],
+    forks: Sequence[Fork],
+    *,
+    scales: Mapping[str, float],
+    batch_size: int,
+    on_event: OnEvent = ignore_event,
+) -> dict[tuple[str, int], float]:
+    """Return the distance of the outputs to the original's for each fork, per sample, by its key.
+
+    The model runs once per batch, and each fork from its first changed step on; memory is that of one batch.
+    """
+    batch_size = twin.batch_limit or batch_size  # single steps do not loop over samples by themselves
+    by_start: dict[int, list[Fork]] = {}
+    for fork in forks:
+        by_start.setdefault(fork.start, []).append(fork)
+    n_batches = -(-subset.n_samples // batch_size)
+    sums = {fork.key: 0.0 for fork in forks}
+    work = _run_all(twin, subset, by_start, scales=scales, batch_size=batch_size)
+    for key, loss in track(work, stage="measure", total=n_batches * max(1, len(forks)), on_event=on_event):
+        sums[key] += loss
+    return {key: total / subset.n_samples for key, total in sums.items()}
+
+
+def _run_all(
+    twin: Twin,
+    subset: Subset,
+    forks: Mapping[int, Sequence[Fork]],
     *,
     scales: Mapping[str, float],
     batch_size: int,
 ) -> Iterator[tuple[tuple[str, int], float]]:
-    """Run all forks of all batches; yields (group, width) and its loss, summed over the batch."""
+    """Run all forks of all batches; yields the key of each and its loss, summed over the batch."""
+    if not forks:
+        return
     with torch.no_grad():
         for batch in subset.batches(batch_size):
             inputs = to_tensors(batch.inputs, twin)
             expected = twin(inputs)
             values: dict[str, Tensor] = dict(inputs)
             for index, step in enumerate(twin.steps):
-                for name, width, overrides in forks.get(index, ()):
-                    outputs = _run_from(twin, index, values, overrides)
-                    yield (name, width), output_distance(outputs, expected, scales)
+                for fork in forks.get(index, ()):
+                    outputs = _run_from(twin, index, values, fork.overrides)
+                    yield fork.key, output_distance(outputs, expected, scales)
                 _advance(twin, step, values, {})
 
 
