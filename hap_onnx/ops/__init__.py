@@ -1,10 +1,23 @@
 """The operators, one module per family; importing this package registers them all."""
 
-from hap_onnx.ops import concat, conv, elementwise, index, matmul, norm, pool, reduce, resize, shape
+from hap_onnx.ops import (
+    concat,
+    conv,
+    conv_implants,
+    elementwise,
+    index,
+    matmul,
+    norm,
+    pool,
+    reduce,
+    resize,
+    shape,
+)
 
 __all__ = [
     "concat",
     "conv",
+    "conv_implants",
     "elementwise",
     "index",
     "matmul",

@@ -430,3 +430,20 @@ def clip_bounds(node: gs.Node) -> tuple[float, float] | None:
             return None
         bounds.append(float(node.attrs.get(name, default) if given is None else np.ravel(given.values)[0]))
     return (bounds[0], bounds[1]) if bounds[0] < bounds[1] else None
+
+
+_FUSED_WITH_CONV = frozenset(["Relu", "Clip", "LeakyRelu", "Sigmoid", "HardSigmoid", "Tanh"])
+
+
+def is_fused_with_conv(node: gs.Node) -> bool:
+    """Say whether onnxruntime computes an activation as part of the Conv before it.
+
+    Such an activation is the same function of every element: its other inputs are constant single numbers.
+    """
+    if (node.domain or "") not in ("", "ai.onnx") or node.op not in _FUSED_WITH_CONV:
+        return False
+    return all(
+        isinstance(tensor, gs.Constant) and tensor.values.size == 1
+        for tensor in node.inputs[1:]
+        if tensor.name
+    )

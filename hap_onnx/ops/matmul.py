@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from math import prod
 from typing import TYPE_CHECKING
 
@@ -11,8 +12,9 @@ import torch
 from torch import Tensor
 
 from hap_onnx.ops.arguments import together
+from hap_onnx.ops.implant import ImplantForm, build_factors, factor_names
 from hap_onnx.ops.linear import LinearForm
-from hap_onnx.ops.registry import bias_op, flow_op, linear_op, macs_op, run_op
+from hap_onnx.ops.registry import bias_op, flow_op, implant_op, linear_op, macs_op, run_op
 from hap_onnx.ops.rules import bind_bias, constant_bias, constant_input, freeze_other_axis
 
 if TYPE_CHECKING:
@@ -179,6 +181,50 @@ def _linear_matmul(node: gs.Node) -> LinearForm | None:
     if not isinstance(b, gs.Constant) or isinstance(a, gs.Constant) or len(b.shape) != 2:
         return None
     return _product_form(transposed=False, bias_index=None)
+
+
+# --- Implants of both ---
+
+
+def _two_factors(node: gs.Node, *, transposed: bool) -> tuple[ImplantForm, ...]:
+    """``x @ first @ second``. The first is a MatMul: a Gemm had to have a bias before opset 11."""
+    weight = node.inputs[1]
+    n_in, n_out = reversed(weight.shape) if transposed else weight.shape
+    in_axis = 1 if transposed else 0
+
+    def weight_shapes(rank: int) -> tuple[tuple[int, ...], ...]:
+        return (n_in, rank), (n_out, rank) if transposed else (rank, n_out)
+
+    def to_weights(arrays: Sequence[np.ndarray]) -> tuple[np.ndarray, ...]:
+        first, second = arrays
+        return first[0].T, second[0] if transposed else second[0].T
+
+    return (
+        ImplantForm(
+            kind="lowrank",
+            taps=(1, 1),
+            tap=None,
+            weight_names=factor_names(weight),
+            rank_axis=in_axis,
+            weight_shapes=weight_shapes,
+            n_first=lambda x, y: prod(y[:-1]),
+            n_second=lambda y: prod(y[:-1]),
+            reorder=to_weights,
+            build=lambda node, weights, activation: build_factors(
+                node, weights, op_type="MatMul", first={}, second=dict(node.attrs)
+            ),
+        ),
+    )
+
+
+@implant_op("Gemm")
+def _implant_gemm(node: gs.Node) -> tuple[ImplantForm, ...]:
+    return _two_factors(node, transposed=bool(node.attrs.get("transB", 0)))
+
+
+@implant_op("MatMul")
+def _implant_matmul(node: gs.Node) -> tuple[ImplantForm, ...]:
+    return _two_factors(node, transposed=False)
 
 
 # --- Einsum ---

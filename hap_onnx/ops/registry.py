@@ -1,6 +1,6 @@
 """The one registry of operators.
 
-An operator is known by ``(domain, op_type)``. For each there are up to six plain functions,
+An operator is known by ``(domain, op_type)``. For each there are up to seven plain functions,
 side by side in the module of its family:
 
 * ``@run_op("Conv", since=1)``: the torch computation. The function is named as the operator, takes
@@ -14,6 +14,7 @@ side by side in the module of its family:
 * ``@linear_op("Conv")``: the contraction as a matrix product (see ``hap_onnx.ops.linear``).
 * ``@bias_op("Conv")``: what the contraction leaves when it has nothing to read any more.
 * ``@macs_op("Conv")``: multiply-accumulates of one node from its input and output shapes.
+* ``@implant_op("Conv")``: the cheaper nodes that can take its place (see ``hap_onnx.ops.implant``).
 
 ``keep_constant("Relu")`` marks operators that turn one number per channel into one number per channel.
 
@@ -34,6 +35,7 @@ _EDIT: dict[Key, Callable[..., Any]] = {}
 _LINEAR: dict[Key, Callable[..., Any]] = {}
 _BIAS: dict[Key, Callable[..., Any]] = {}
 _MACS: dict[Key, Callable[..., Any]] = {}
+_IMPLANTS: dict[Key, Callable[..., Any]] = {}
 _KEEPS_CONSTANT: set[Key] = set()
 
 
@@ -98,6 +100,11 @@ def macs_op(*op_types: str, domain: str = "") -> Callable[[F], F]:
     return _register_once(_MACS, op_types, domain)
 
 
+def implant_op(*op_types: str, domain: str = "") -> Callable[[F], F]:
+    """Register which implants can replace contractions."""
+    return _register_once(_IMPLANTS, op_types, domain)
+
+
 def find_run(op_type: str, *, opset: int, domain: str = "") -> Callable[..., Any] | None:
     """Return the newest computation that is not newer than ``opset``, or None if there is none."""
     for since, function in _RUN.get(_key(op_type, domain), []):
@@ -129,6 +136,11 @@ def find_bias(op_type: str, *, domain: str = "") -> Callable[..., Any] | None:
 def find_macs(op_type: str, *, domain: str = "") -> Callable[..., Any] | None:
     """Return the counting rule of an operator, or None if its multiply-accumulates count as zero."""
     return _MACS.get(_key(op_type, domain))
+
+
+def find_implants(op_type: str, *, domain: str = "") -> Callable[..., Any] | None:
+    """Return the implants of a contraction, or None if nothing can replace the operator."""
+    return _IMPLANTS.get(_key(op_type, domain))
 
 
 def keep_constant(*op_types: str, domain: str = "") -> None:
