@@ -178,4 +178,4 @@ def refit_weights(
         name: Kept(found.axis, kept_positions(found.ids, keep))
         for name, found in prepared.coupling.tensors.items()
     }
-    return refit(prepared.graph, compressed, kept, subset, **options)
+    return dict(refit(prepared.graph, compressed, kept, subset, **options).weights)

@@ -23,24 +23,28 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 import onnx_graphsurgeon as gs
 import torch
-from numpy.typing import NDArray
+from torch import Tensor
 
 from hap_onnx.calibration import Subset
 from hap_onnx.events import OnEvent, ignore_event, track
-from hap_onnx.refit.fit import run_task
-from hap_onnx.refit.pair import make_pair, read_inputs
+from hap_onnx.refit.fit import fit_offset, fit_weights
+from hap_onnx.refit.implant import fit_implant
+from hap_onnx.refit.pair import Pair, make_pair, read_inputs
 from hap_onnx.refit.rows import Options
-from hap_onnx.refit.schedule import plan_tasks
-from hap_onnx.refit.store import Store
+from hap_onnx.refit.schedule import ImplantFit, Task, WeightFit, plan_tasks
+from hap_onnx.refit.spec import FittedImplant, ImplantSpec, Refitted
+from hap_onnx.refit.store import COMPRESSED, ORIGINAL, Store
 from hap_onnx.surgery import Kept
 
-__all__ = ["refit"]
+__all__ = ["FittedImplant", "ImplantSpec", "Refitted", "refit"]
 
 STAGE = "refit"
+NO_IMPLANTS: Mapping[str, ImplantSpec] = MappingProxyType({})
 
 
 def refit(
@@ -49,6 +53,7 @@ def refit(
     kept: Mapping[str, Kept],
     subset: Subset,
     *,
+    implants: Mapping[str, ImplantSpec] = NO_IMPLANTS,
     batch_size: int,
     seed: int,
     ridge: float = 1e-3,
@@ -58,7 +63,7 @@ def refit(
     memory_limit_bytes: int = 2 << 30,
     device: str = "cpu",
     on_event: OnEvent = ignore_event,
-) -> dict[str, NDArray[np.float32]]:
+) -> Refitted:
     """Refit the contractions of a compressed graph that the compression has reached.
 
     Weights and biases change only if they are initializers with a single reader. Contractions without a
@@ -68,6 +73,8 @@ def refit(
         original: the normalised graph before the compression.
         compressed: the graph after it; its nodes and tensors have the names of the original's.
         kept: what is left of the channel axis of the original's tensors; tensors not named are whole.
+        implants: the nodes of ``compressed``, there with all of their weight, that become factors. The result
+            has the factors, and all layers behind are refitted to them.
         ridge: pull towards the current weights, relative to the mean diagonal of the Gram matrix.
         n_positions: output positions per sample that are taken at random (more where samples are few).
         n_relu_rounds: how often the targets below a Relu follow the prediction; 0 for plain least squares.
@@ -75,10 +82,10 @@ def refit(
             temporary folder.
 
     Returns:
-        The new values of changed initializers of ``compressed``, by name, in float32. Neither graph changes.
+        The new values of changed initializers of ``compressed``, and the implants. Neither graph changes.
 
     Raises:
-        SurgeryError: ``kept`` does not describe how the two graphs differ.
+        SurgeryError: ``kept`` does not describe how the two graphs differ, or a node cannot have an implant.
         CalibrationError: there are too few samples, or the disk is too full for what does not fit in memory.
     """
     if work_dir is not None:
@@ -92,18 +99,45 @@ def refit(
     ):
         store = Store(Path(folder), memory_limit_bytes)
         try:
-            pair = make_pair(original, compressed, kept, store, device)
+            pair = make_pair(original, compressed, kept, implants, store, device=device)
             tasks = plan_tasks(pair)
             if not tasks:
-                return {}
+                return Refitted({}, {})
             pair.n_batches = read_inputs(pair, original, subset, batch_size)
             changed: set[str] = set()
+            factors: dict[str, FittedImplant] = {}
             for index, task in enumerate(
                 track(tasks, stage=STAGE, total=len(tasks), on_event=on_event),
             ):
-                changed |= run_task(pair, task, index, options)
-            return {
+                changed |= _run_task(pair, task, index, options, factors)
+            weights = {
                 name: np.array(pair.parameters[name].cpu().numpy(), np.float32) for name in sorted(changed)
             }
+            return Refitted(weights, factors)
         finally:
             store.close()
+
+
+def _run_task(
+    pair: Pair, task: Task, index: int, options: Options, factors: dict[str, FittedImplant]
+) -> set[str]:
+    """Refit a step and run it; returns the names of the changed initializers, adds to ``factors``."""
+    side = ORIGINAL if task.twin is pair.original else COMPRESSED
+    new: dict[str, Tensor] = {}
+    replaced: set[str] = set()  # weights that factors take the place of
+    if isinstance(task.fit, WeightFit):
+        new = fit_weights(pair, task.step, task.fit, index, options)
+    elif isinstance(task.fit, ImplantFit):
+        new, factors[task.step.name] = fit_implant(pair, task.step, task.fit, index, options)
+        replaced = {task.fit.weight}
+    elif task.fit is not None:
+        new = fit_offset(pair, task.step, task.fit)
+    for name, values in new.items():
+        pair.parameters[name].copy_(values)
+    for batch in range(pair.n_batches):
+        for name, tensor in zip(task.step.outputs, pair.run(task.twin, task.step, batch), strict=False):
+            if name:
+                pair.store.append((side, name), tensor)
+    for key in task.release:
+        pair.store.drop(key)
+    return set(new) - replaced

@@ -1,7 +1,10 @@
-"""One step after the other: refit it, run it, free what nothing needs."""
+"""What is fitted at one step: the weight and bias of a contraction, or only a constant that is added."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from math import inf
 
 import torch
@@ -9,35 +12,41 @@ from torch import Tensor
 
 from hap_onnx.errors import SurgeryError
 from hap_onnx.refit.pair import Pair
-from hap_onnx.refit.rows import Options, collect_rows
-from hap_onnx.refit.schedule import OffsetFit, Task, WeightFit
+from hap_onnx.refit.rows import Options, Rows, collect_rows
+from hap_onnx.refit.schedule import OffsetFit, WeightFit
 from hap_onnx.refit.solve import EXACT, solve
-from hap_onnx.refit.store import COMPRESSED, ORIGINAL
-from hap_onnx.refit.targets import find_added_bias, find_bounds, find_links, find_target
+from hap_onnx.refit.targets import Bounds, find_added_bias, find_bounds, find_links, find_target
 from hap_onnx.twin import Step
 
 
-def run_task(pair: Pair, task: Task, index: int, options: Options) -> set[str]:
-    """Refit a step and run it; returns the names of the changed initializers."""
-    side = ORIGINAL if task.twin is pair.original else COMPRESSED
-    new: dict[str, Tensor] = {}
-    if isinstance(task.fit, WeightFit):
-        new = fit_weights(pair, task.step, task.fit, index, options)
-    elif task.fit is not None:
-        new = fit_offset(pair, task.step, task.fit)
-    for name, values in new.items():
-        pair.parameters[name].copy_(values)
-    for batch in range(pair.n_batches):
-        for name, tensor in zip(task.step.outputs, pair.run(task.twin, task.step, batch), strict=False):
-            if name:
-                pair.store.append((side, name), tensor)
-    for key in task.release:
-        pair.store.drop(key)
-    return set(new)
+@dataclass(frozen=True)
+class Problem:
+    """The least-squares problem of one layer.
+
+    ``current`` are its weights as they are, [g, F, O], the bias as last feature if one is fitted. ``rows``
+    are None if the layer's data has no samples, or too few axes.
+    """
+
+    fit: WeightFit
+    rows: Rows | None
+    current: Tensor
+    bias: str | None
+    bounds: Bounds | None
+
+    def initializers(self, pair: Pair, weights: Tensor) -> dict[str, Tensor]:
+        """Turn weights like ``current`` into initializers by name."""
+        n_features = weights.shape[1] - (self.bias is not None)
+        shape = tuple(pair.parameters[self.fit.weight].shape)
+        matrix = weights[:, :n_features].mT.contiguous()
+        new = {self.fit.weight: self.fit.form.to_weight(matrix, shape)}
+        if self.bias is not None:
+            new[self.bias] = weights[:, -1].reshape(pair.parameters[self.bias].shape)
+        return new
 
 
-def fit_weights(pair: Pair, step: Step, fit: WeightFit, index: int, options: Options) -> dict[str, Tensor]:
-    """Solve one layer; returns its new initializers, nothing if there is nothing to gain."""
+@contextmanager
+def pose_problem(pair: Pair, step: Step, fit: WeightFit, index: int, options: Options) -> Iterator[Problem]:
+    """Collect the rows of one layer, which are in the store as long as the context lasts."""
     name, form = step.outputs[0], fit.form
     links = find_links(pair, name)
     matrix = form.to_matrix(pair.parameters[fit.weight])  # [g, O, F]
@@ -51,17 +60,19 @@ def fit_weights(pair: Pair, step: Step, fit: WeightFit, index: int, options: Opt
         current = torch.cat([current, column], 1)  # [g, F, O]
     rows = collect_rows(pair, step, fit, links, index, options, n_features=current.shape[1], bias=bias)
     try:
-        solved = solve(rows, current, bounds, options) if rows is not None else None
+        yield Problem(fit, rows, current, bias, bounds)
     finally:
         if rows is not None:
             rows.drop()
-    if solved is None:
-        return {}
-    shape = tuple(pair.parameters[fit.weight].shape)
-    new = {fit.weight: form.to_weight(solved[:, : matrix.shape[2]].mT.contiguous(), shape)}
-    if bias is not None:
-        new[bias] = solved[:, -1].reshape(pair.parameters[bias].shape)
-    return new
+
+
+def fit_weights(pair: Pair, step: Step, fit: WeightFit, index: int, options: Options) -> dict[str, Tensor]:
+    """Solve one layer; returns its new initializers, nothing if there is nothing to gain."""
+    with pose_problem(pair, step, fit, index, options) as problem:
+        if problem.rows is None:
+            return {}
+        solved = solve(problem.rows, problem.current, problem.bounds, options)
+    return {} if solved is None else problem.initializers(pair, solved)
 
 
 def fit_offset(pair: Pair, step: Step, fit: OffsetFit) -> dict[str, Tensor]:

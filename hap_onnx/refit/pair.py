@@ -12,9 +12,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from hap_onnx.calibration import Subset
-from hap_onnx.errors import CalibrationError
+from hap_onnx.errors import CalibrationError, SurgeryError
 from hap_onnx.ops.elementwise import is_addition
 from hap_onnx.ops.registry import find_linear
+from hap_onnx.refit.spec import ImplantSpec
 from hap_onnx.refit.store import COMPRESSED, ORIGINAL, Key, Store
 from hap_onnx.surgery import CONSTANT_SUFFIX, Kept
 from hap_onnx.twin import Step, Twin, build_twin, unfix_batch
@@ -33,6 +34,7 @@ class Pair:
     original_nodes: Mapping[str, gs.Node]
     nodes: Mapping[str, gs.Node]
     kept: Mapping[str, Kept]
+    implants: Mapping[str, ImplantSpec]
     store: Store
     changed: set[str] = field(default_factory=set)
     readers: dict[str, list[tuple[Step, int] | None]] = field(default_factory=dict)
@@ -76,23 +78,34 @@ class Pair:
 
 
 def make_pair(
-    original: gs.Graph, compressed: gs.Graph, kept: Mapping[str, Kept], store: Store, device: str
+    original: gs.Graph,
+    compressed: gs.Graph,
+    kept: Mapping[str, Kept],
+    implants: Mapping[str, ImplantSpec],
+    store: Store,
+    *,
+    device: str,
 ) -> Pair:
+    """Build both twins, and find out what differs; a contraction that gets an implant does."""
     pair = Pair(
         original=build_twin(original, device=device),
         compressed=build_twin(compressed, device=device),
         original_nodes={node.name: node for node in original.nodes},
         nodes={node.name: node for node in compressed.nodes},
         kept=kept,
+        implants=implants,
         store=store,
     )
+    missing = sorted(set(implants) - set(pair.nodes))
+    if missing:
+        raise SurgeryError(f"refit: there is no node '{missing[0]}' that could have an implant")
     for step in pair.compressed.steps:
         for index, name in enumerate(step.inputs):
             pair.readers.setdefault(name, []).append((step, index))
     for name in pair.compressed.output_names:
         pair.readers.setdefault(name, []).append(None)
     for _, step in order_steps(pair):
-        if not _is_same(pair, step) or _can_correct(pair, step):
+        if step.name in implants or not _is_same(pair, step) or _can_correct(pair, step):
             pair.changed.update(name for name in step.outputs if name)
     return pair
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from math import ceil
 
 import numpy as np
@@ -26,6 +26,7 @@ MAX_FEATURES = 8192
 """Above this the features do not get a Gram matrix; rows are limited and it is made of those."""
 CHUNK = 8192
 """Rows that are summed up in float32 before they are added in float64."""
+_TRANSFORMED = "transformed"
 
 
 @dataclass(frozen=True)
@@ -44,10 +45,11 @@ class Rows:
     store: Store
     n_batches: int
     has_added: bool
+    features: str = "x"
 
     def parts(self) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
         for batch in range(self.n_batches):
-            names = ("x", "wanted", "added") if self.has_added else ("x", "wanted")
+            names = (self.features, "wanted", "added") if self.has_added else (self.features, "wanted")
             chunks = [self.store.get((ROWS, name), batch).split(CHUNK, dim=1) for name in names]
             for part in zip(*chunks, strict=True):
                 yield part[0], part[1], part[2] if self.has_added else None
@@ -70,8 +72,32 @@ class Rows:
         parts = [wanted.square().sum(dtype=torch.float64) for _, wanted, _ in self.parts()]
         return float(torch.stack(parts).sum())
 
+    def n_rows(self) -> int:
+        return sum(x.shape[1] for x, _, _ in self.parts())
+
+    def mean(self) -> Tensor:
+        """Mean of x, float64 [g, F]."""
+        return torch.stack([x.sum(1, dtype=torch.float64) for x, _, _ in self.parts()]).sum(0) / self.n_rows()
+
+    def gram(self) -> Tensor:
+        """Sum of x x^T, float64 [g, F, F]."""
+        gram: Tensor | None = None
+        for x, _, _ in self.parts():
+            if gram is None:
+                gram = x.new_zeros(x.shape[0], x.shape[2], x.shape[2], dtype=torch.float64)
+            gram += x.mT @ x
+        assert gram is not None
+        return gram
+
+    def transform(self, function: Callable[[Tensor], Tensor]) -> Rows:
+        """Put ``function`` of x into the store too; it gets some of the rows [g, n, F] at a time."""
+        for batch in range(self.n_batches):
+            parts = self.store.get((ROWS, self.features), batch).split(CHUNK, dim=1)
+            self.store.append((ROWS, _TRANSFORMED), torch.cat([function(x) for x in parts], 1))
+        return replace(self, features=_TRANSFORMED)
+
     def drop(self) -> None:
-        for name in ("x", "wanted", "added"):
+        for name in ("x", _TRANSFORMED, "wanted", "added"):
             self.store.drop((ROWS, name))
 
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from hap_onnx.errors import SurgeryError
 from hap_onnx.ops.linear import LinearForm, linear_form
 from hap_onnx.ops.registry import find_macs
 from hap_onnx.refit.pair import Pair, is_addition_step, order_steps
+from hap_onnx.refit.spec import ImplantSpec
 from hap_onnx.refit.store import ORIGINAL, Key
 from hap_onnx.surgery import CONSTANT_SUFFIX
 from hap_onnx.twin import Step, Twin
@@ -35,7 +37,17 @@ class OffsetFit:
     scale: float
 
 
-Fit = WeightFit | OffsetFit
+@dataclass(frozen=True)
+class ImplantFit:
+    """A contraction that gets an implant; ``layer`` is None where there is nothing that it should give."""
+
+    spec: ImplantSpec
+    form: LinearForm
+    weight: str
+    layer: WeightFit | None
+
+
+Fit = WeightFit | OffsetFit | ImplantFit
 
 
 @dataclass(frozen=True)
@@ -62,7 +74,7 @@ def plan_tasks(pair: Pair) -> list[Task]:
     for step, followers in zip(pair.original.steps, changed, strict=True):
         order.append((pair.original, step, None))
         for follower in followers:
-            fit = _plan_fit(pair, follower)
+            fit = _plan_implant(pair, follower) or _plan_fit(pair, follower)
             order.append((pair.compressed, follower, fit))
             end = len(order) if fit is not None else end
     last: dict[Key, int] = {}
@@ -74,6 +86,21 @@ def plan_tasks(pair: Pair) -> list[Task]:
     for key, index in last.items():
         release[index].append(key)
     return [Task(*entry, tuple(keys)) for entry, keys in zip(order[:end], release, strict=False)]
+
+
+def _plan_implant(pair: Pair, step: Step) -> ImplantFit | None:
+    spec = pair.implants.get(step.name)
+    if spec is None:
+        return None
+    form = linear_form(pair.nodes[step.name])
+    if form is None or not pair.owned(step.inputs[form.weight_index]):
+        raise SurgeryError(
+            f"refit: {step.op_type} '{step.name}' cannot have an implant: it has no weight of its own"
+        )
+    layer = _plan_fit(pair, step)
+    return ImplantFit(
+        spec, form, step.inputs[form.weight_index], layer if isinstance(layer, WeightFit) else None
+    )
 
 
 def _plan_fit(pair: Pair, step: Step) -> Fit | None:

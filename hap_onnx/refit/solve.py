@@ -18,13 +18,22 @@ EXACT = 1e-12
 """Squared error, relative to the squared targets, that is float rounding."""
 
 
-def solve(rows: Rows, current: Tensor, bounds: Bounds | None, options: Options) -> Tensor | None:
-    """Return better weights [g, F, O] than ``current``, None if there are none."""
+def solve(
+    rows: Rows, current: Tensor, bounds: Bounds | None, options: Options, *, gram: Tensor | None = None
+) -> Tensor | None:
+    """Return better weights [g, F, O] than ``current``, None if there are none.
+
+    ``gram`` is that of the rows, if it is known; it stays as it is.
+    """
     before = rows.error(current, bounds)
     if not before > EXACT * rows.energy():
         return None
-    n_rows = sum(x.shape[1] for x, _, _ in rows.parts())
-    system = (_Dual if n_rows < current.shape[1] else _Primal).build(rows, options.ridge)
+    n_rows = rows.n_rows()
+    system: _Primal | _Dual | None
+    if n_rows < current.shape[1]:
+        system = _Dual.build(rows, options.ridge)
+    else:
+        system = _Primal.build(rows.gram() if gram is None else gram.clone(), options.ridge)
     if system is None:
         return None
     weights = current
@@ -49,13 +58,7 @@ class _Primal:
     state: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.float64))
 
     @classmethod
-    def build(cls, rows: Rows, ridge: float) -> _Primal | None:
-        gram: Tensor | None = None
-        for x, _, _ in rows.parts():
-            if gram is None:
-                gram = x.new_zeros(x.shape[0], x.shape[2], x.shape[2], dtype=torch.float64)
-            gram += x.mT @ x
-        assert gram is not None
+    def build(cls, gram: Tensor, ridge: float) -> _Primal | None:
         factored = _factorise(gram, ridge, gram.shape[1])
         return None if factored is None else cls(*factored)
 

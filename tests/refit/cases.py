@@ -65,7 +65,7 @@ def fit(
     graph: gs.Graph, compressed: gs.Graph, kept: Mapping[str, Kept], x: np.ndarray, **options: Any
 ) -> Arrays:
     options = {"batch_size": 16, "seed": 0, "ridge": 1e-7, **options}
-    return refit(graph, compressed, kept, subset_of(x), **options)
+    return dict(refit(graph, compressed, kept, subset_of(x), **options).weights)
 
 
 def duplicates(n: int, *shape: int, seed: int = 0) -> np.ndarray:
