@@ -1,8 +1,8 @@
 """Grafting: the surgery of implants, as pure functions from a graph to a new graph.
 
 ``insert_implants`` puts implants in the place of nodes. ``permute_channels`` gives channels another order
-beforehand, where that changes nothing else: ``can_permute`` proves that it does not. The input graph is never
-changed: arrays are replaced, not written into.
+beforehand, so that those that become pointwise are last; ``can_permute`` proves that the model stays the same
+function. The input graph is never changed: arrays are replaced, not written into.
 """
 
 from __future__ import annotations
@@ -12,13 +12,23 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 import onnx_graphsurgeon as gs
+import torch
+from numpy.typing import NDArray
 
-from hap_onnx.errors import SurgeryError
+from hap_onnx.channels import ChannelGroup, Coupling
+from hap_onnx.curvature import to_tensors
+from hap_onnx.errors import ModelError, SurgeryError
 from hap_onnx.opaque import captured_names
 from hap_onnx.ops.elementwise import is_fused_with_conv
 from hap_onnx.ops.implant import ImplantForm, implant_forms
+from hap_onnx.prepare import TRIAL_TOLERANCE, PreparedModel
+from hap_onnx.twin import build_twin
 
 _log = logging.getLogger(__name__)
+
+Ints = NDArray[np.int64]
+
+# --- implants ---
 
 
 def insert_implants(graph: gs.Graph, implants: Mapping[str, tuple[str, Sequence[np.ndarray]]]) -> gs.Graph:
@@ -84,9 +94,10 @@ def _activation(node: gs.Node, by_name: Mapping[str, gs.Node], pinned: set[str])
     out = node.outputs[0]
     if len(out.outputs) != 1 or out.name in pinned:
         return None
-    reader = out.outputs[0]
-    fits = by_name.get(reader.name) is reader and reader.inputs[0] is out and is_fused_with_conv(reader)
-    return reader if fits else None
+    reader = by_name.get(out.outputs[0].name)
+    if reader is None or reader is not out.outputs[0]:  # it is in a subgraph
+        return None
+    return reader if reader.inputs[0] is out and is_fused_with_conv(reader) else None
 
 
 def _place(graph: gs.Graph, places: Mapping[int, list[gs.Node]]) -> None:
@@ -123,3 +134,102 @@ def _unique(name: str, owner: int, taken: dict[str, int]) -> str:
         n += 1
         candidate = f"{name}_{n}"
     return candidate
+
+
+# --- the order of channels ---
+
+
+def permute_channels(graph: gs.Graph, coupling: Coupling, order: Ints) -> gs.Graph:
+    """Return a new graph in which the slot of element e has the content of element ``order[e]``.
+
+    Slots stay where they are, so ``coupling`` holds for the result, too. Only weights move: where an operator
+    in between does not treat all slots alike, the result is another function (see ``can_permute``).
+
+    Args:
+        graph: the normalised graph that ``coupling`` was found on.
+        order: one element for each element, a permutation within each channel group.
+
+    Raises:
+        SurgeryError: ``order`` is no such permutation.
+    """
+    n = coupling.n_elements
+    group_of = np.full(n, -1, np.int64)
+    for index, group in enumerate(coupling.groups):
+        group_of[group.elements] = index
+    if not np.array_equal(np.sort(order), np.arange(n)) or (group_of[order] != group_of).any():
+        raise SurgeryError("channels can only be permuted within their groups")
+    result = graph.copy()
+    tensors = result.tensors()
+    for weight in coupling.weights:
+        positions = content_positions(weight.elements, order)
+        if (positions != np.arange(len(positions))).any():
+            constant = tensors[weight.initializer]
+            constant.values = np.ascontiguousarray(np.take(constant.values, positions, axis=weight.axis))
+    return result
+
+
+def content_positions(elements: Ints, order: Ints) -> Ints:
+    """For each position of a weight axis, the position whose content it gets under ``order``.
+
+    The k-th position of the slot of element e gets that of the k-th position of element ``order[e]``;
+    positions of no element (-1) stay.
+    """
+    carrying = np.flatnonzero(elements >= 0)
+    by_element = carrying[np.argsort(elements[carrying], kind="stable")]
+    counts = np.bincount(elements[carrying], minlength=len(order))
+    if (counts[order] != counts).any():
+        raise SurgeryError("channels that change places have not equally many positions in a weight")
+    starts = np.cumsum(counts) - counts
+    slots = elements[by_element]
+    nth = np.arange(len(by_element)) - starts[slots]
+    found = np.arange(len(elements))
+    found[by_element] = by_element[starts[order[slots]] + nth]
+    return found
+
+
+def can_permute(prepared: PreparedModel, *groups: ChannelGroup) -> bool:
+    """Say whether the channels of groups may take any order: proven by trial on the probe.
+
+    A cyclic shift and a random permutation must leave the outputs as they are, to float rounding. What can
+    be done one after the other can be done at once, and of these two all (or half of all) permutations can
+    be composed, but for rare draws in tiny groups.
+    """
+    rng = np.random.default_rng(0)
+    shifted, drawn = (np.arange(prepared.coupling.n_elements) for _ in range(2))
+    for group in groups:
+        shifted[group.elements] = np.roll(group.elements, 1)
+        drawn[group.elements] = rng.permutation(group.elements)
+    return _is_same_function(prepared, shifted) and _is_same_function(prepared, drawn)
+
+
+def permutable_groups(prepared: PreparedModel) -> frozenset[str]:
+    """Return the names of the groups that ``can_permute``; quick where it is all of them."""
+    groups = prepared.coupling.groups
+    if can_permute(prepared, *groups):
+        return frozenset(group.name for group in groups)
+    return frozenset(group.name for group in groups if can_permute(prepared, group))
+
+
+def _is_same_function(prepared: PreparedModel, order: Ints) -> bool:
+    """Permute channels and compare the outputs with the original's, where those are finite."""
+    twin = prepared.twin
+    tensors = to_tensors(prepared.probe, twin)
+    try:
+        graph = permute_channels(prepared.graph, prepared.coupling, order)
+        with torch.no_grad():
+            expected = twin(tensors)
+            found = build_twin(graph, device=str(twin.device or "cpu"))(tensors)
+    except (SurgeryError, ModelError):
+        _log.info("channels cannot be permuted", exc_info=True)
+        return False
+    return all(_is_equal(found[name], values) for name, values in expected.items())
+
+
+def _is_equal(found: torch.Tensor, expected: torch.Tensor) -> bool:
+    if not expected.is_floating_point():
+        return torch.equal(found, expected)
+    finite = torch.isfinite(expected)
+    if not finite.any():
+        return True
+    distance = (found - expected)[finite].abs().max()
+    return bool(distance <= TRIAL_TOLERANCE * expected[finite].abs().max() + 1e-7)
