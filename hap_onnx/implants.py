@@ -123,10 +123,11 @@ def rank_losses(
 ) -> NDArray[np.float64]:
     """Return the predicted loss at each rank, [max_rank + 1], from one decomposition.
 
-    Lowrank: exactly the losses of `factorise`. Spatial: those of the truncated SVD before alternation, which
-    ends within some 15 % of them. Pointwise: by the number of channels turned, in the order of
-    `pointwise_order`; it starts at 0 and may fall a little where errors of two channels cancel.
-    Arguments and errors as for `factorise`.
+    Lowrank: exactly the losses of `factorise`. Spatial: those of the truncated SVD under the near metric of
+    `separable`, an estimate: on convolutions of ResNet56 those of `factorise` are mostly 8 to 20 % lower, in
+    some of 16 channels 40 %. Pointwise: by the number of channels turned, in the order of `pointwise_order`;
+    they start at 0 and may fall where the errors of two channels cancel. Arguments and errors as for
+    `factorise`.
     """
     weight, metric = _check(weight, metric, kind, taps)
     if kind == "pointwise":
@@ -134,11 +135,11 @@ def rank_losses(
         costs = metric.gradients[0] * errors
         order = _cheapest_first(costs)
         blocks = costs[order][:, order].cumsum(0).cumsum(1).diagonal().clamp_min(0)
-        return np.concatenate([np.zeros(1), 0.5 * blocks.numpy()])
+        return np.concatenate([np.zeros(1), 0.5 * blocks.cpu().numpy()])
     if kind == "spatial":
         problem = Problem(weight, metric.inputs, metric.gradients, taps[1])
-        return _tail_losses(find_start(problem).values).sum(0).numpy()
-    return _tail_losses(_decompose(weight, metric).values).sum(0).numpy()
+        return _tail_losses(find_start(problem).values).sum(0).cpu().numpy()
+    return _tail_losses(_decompose(weight, metric).values).sum(0).cpu().numpy()
 
 
 def pointwise_order(weight: Tensor, metric: Metric, *, taps: tuple[int, int], tap: int) -> NDArray[np.int64]:
@@ -148,7 +149,7 @@ def pointwise_order(weight: Tensor, metric: Metric, *, taps: tuple[int, int], ta
     """
     weight, metric = _check(weight, metric, "pointwise", taps)
     _, errors = _fit_pointwise(weight, metric.inputs, *_check_tap(weight, taps, tap))
-    return _cheapest_first(metric.gradients[0] * errors).numpy().astype(np.int64)
+    return _cheapest_first(metric.gradients[0] * errors).cpu().numpy().astype(np.int64)
 
 
 def factorise(
