@@ -15,6 +15,8 @@ towards the original output t at the channels that are left. Two things make it 
   replaced by the prediction as far as that is beyond them too, and the system is solved again with the
   same factor. Each round can only lower the error after the Relu.
 
+Layers that get implants are factorised on the way (``refit.implant``), so that what is behind corrects them.
+
 No gradients, no labels.
 """
 
@@ -44,7 +46,7 @@ from hap_onnx.surgery import Kept
 __all__ = ["FittedImplant", "ImplantSpec", "Refitted", "refit"]
 
 STAGE = "refit"
-NO_IMPLANTS: Mapping[str, ImplantSpec] = MappingProxyType({})
+_NO_IMPLANTS: Mapping[str, ImplantSpec] = MappingProxyType({})
 
 
 def refit(
@@ -53,7 +55,7 @@ def refit(
     kept: Mapping[str, Kept],
     subset: Subset,
     *,
-    implants: Mapping[str, ImplantSpec] = NO_IMPLANTS,
+    implants: Mapping[str, ImplantSpec] = _NO_IMPLANTS,
     batch_size: int,
     seed: int,
     ridge: float = 1e-3,

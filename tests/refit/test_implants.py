@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -312,7 +313,20 @@ def test_a_product_shares_the_bias_that_is_added() -> None:
     np.testing.assert_allclose(missing.mean((0, 1)), 0, atol=1e-4)
 
 
-# --- where there is little data ---
+# --- where there is little memory or data ---
+
+
+def test_spilling_changes_no_bit_and_leaves_nothing_behind(tmp_path: Path) -> None:
+    graph, x = graph_of(relu_model()), rand(40, 4, 5, 5, seed=3)
+    implants = {"make_d": spec_of(graph, "make_d", "lowrank", 2)}
+    in_memory = refit_with(graph, graph.copy(), implants, x)
+    spilled = refit_with(graph, graph.copy(), implants, x, memory_limit_bytes=0, work_dir=tmp_path)
+    np.testing.assert_array_equal(spilled.weights["b"], in_memory.weights["b"])
+    for ours, expected in zip(
+        spilled.factors["make_d"].arrays, in_memory.factors["make_d"].arrays, strict=True
+    ):
+        np.testing.assert_array_equal(ours, expected)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_fewer_rows_than_features_leave_the_metric_to_the_original() -> None:
