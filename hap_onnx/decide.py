@@ -10,13 +10,15 @@ import numpy as np
 import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
+from hap_onnx.allocate import GroupOptions, allocate, find_options
 from hap_onnx.calibration import Subset
-from hap_onnx.cost import CostModel, cost_model, removable_branches
+from hap_onnx.cost import CostModel
+from hap_onnx.cost_graph import cost_model, removable_branches
 from hap_onnx.curvature import LayerCurvature, collect_curvature, eliminate, group_consumers
 from hap_onnx.curves import MEASURED_WIDTHS, GroupCurve, GroupRanking, measure_curves, rank_by_score
 from hap_onnx.events import OnEvent, ignore_event
 from hap_onnx.measure import model_size
-from hap_onnx.plan import GroupDecision, GroupOptions, allocate, find_options
+from hap_onnx.plan import GroupDecision
 from hap_onnx.prepare import PreparedModel
 from hap_onnx.refit import refit
 from hap_onnx.sensitivity import Options, estimate
@@ -142,7 +144,7 @@ def choose_widths(
         GroupOptions(option.group, option.widths[-1:]) if option.group in whole else option
         for option in find_options(prepared.coupling, model.removable, align=align)
     )
-    widths = allocate([curve.loss for curve in model.curves], options, model.cost, budgets)
+    widths = allocate([curve.loss for curve in model.curves], options, model.cost, budgets).widths
     return tuple(
         GroupDecision.from_keep(group.name, group.size, ranking.order[group.size - int(width) :])
         for group, ranking, width in zip(prepared.coupling.groups, model.rankings, widths, strict=True)

@@ -18,13 +18,14 @@ import torch
 import hap_onnx
 from hap_onnx import metrics
 from hap_onnx import report as reports
+from hap_onnx.allocate import find_options
 from hap_onnx.config import CompressConfig
-from hap_onnx.cost import cost_model
+from hap_onnx.cost_graph import cost_model
 from hap_onnx.curvature import to_tensors
 from hap_onnx.decide import LossModel, residual_groups
 from hap_onnx.errors import ValidationError
 from hap_onnx.measure import model_size, node_macs
-from hap_onnx.plan import GroupDecision, find_options
+from hap_onnx.plan import GroupDecision
 from hap_onnx.prepare import PreparedModel
 from hap_onnx.twin import build_twin, probe_shapes
 

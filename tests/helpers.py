@@ -10,6 +10,7 @@ import onnx
 import torch
 from onnx import helper, numpy_helper
 
+from hap_onnx.channels import ChannelGroup, Coupling
 from hap_onnx.model_io import load_model, normalise
 from hap_onnx.twin import Twin, build_twin
 from tools.first_divergence import compare_nodes, compare_tensors, run_onnxruntime
@@ -122,3 +123,13 @@ def check_node(
     twin = check_model(model, feeds, tolerance=tolerance)
     assert bool(twin.opaque_nodes) == opaque
     return twin
+
+
+def make_coupling(sizes: Mapping[str, int], *, frozen: str = "") -> Coupling:
+    """Groups of these sizes by name; their elements descend."""
+    groups, start = [], 0
+    for name, size in sizes.items():
+        elements = np.arange(start, start + size)[::-1].copy()
+        groups.append(ChannelGroup(name, elements, (), (), (), "why" if name == frozen else None))
+        start += size
+    return Coupling(start, tuple(groups), (), {}, (), (), {})

@@ -14,7 +14,8 @@ import torch
 from helpers import make_model, node, rand
 
 from hap_onnx.channels import Coupling, find_groups
-from hap_onnx.cost import AxisLength, CostModel, CostState, CostTerm, cost_model, removable_branches
+from hap_onnx.cost import AxisLength, CostModel, CostState, CostTerm
+from hap_onnx.cost_graph import cost_model, removable_branches
 from hap_onnx.measure import model_size
 from hap_onnx.model_io import load_model, normalise
 from hap_onnx.surgery import remove_channels
@@ -222,23 +223,12 @@ def test_state_follows_every_change_of_a_width(build: Callable[[], onnx.ModelPro
         assert before.changes(options).tolist() == changes.tolist()
 
 
-def test_slopes_are_differences_where_costs_are_linear() -> None:
-    cost = cost_model(*prepare(residual())[:3])
-    widths = np.array(cost.sizes)
-    for group, size in enumerate(cost.sizes):
-        narrower = widths.copy()
-        narrower[group] -= 1
-        difference = cost.totals(widths) - cost.totals(narrower)
-        if size > 1:
-            assert tuple(difference.tolist()) == cost.slopes(widths, group)
-
-
 def test_a_group_on_both_axes_costs_its_square() -> None:
     cost = CostModel((5,), (AxisLength(1, ((0, 2),)),), (CostTerm(3, 7, (0, 0)),))
     assert [cost.params([w]) for w in (1, 2, 5)] == [27, 75, 363]
     state = CostState(cost, [2])
     assert state.changes(np.array([[1, 5]])).tolist() == [[[27 - 75, 63 - 175], [363 - 75, 847 - 175]]]
-    assert cost.slopes([2], 0) == (3 * 2 * 2 * 5, 7 * 2 * 2 * 5)
+    assert state.gradient.tolist() == [[3 * 2 * 2 * 5, 7 * 2 * 2 * 5]]
 
 
 def test_refuses_widths_that_cannot_be() -> None:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from surgery_oracle import Case
 from topologies import TOPOLOGIES, Net
 
-from hap_onnx.cost import cost_model
+from hap_onnx.cost_graph import cost_model
 from hap_onnx.errors import SurgeryError
 from hap_onnx.model_io import to_proto
 from hap_onnx.surgery import with_weights
