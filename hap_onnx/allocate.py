@@ -103,6 +103,7 @@ _MAX_ENUMERATED = 100_000  # combinations of options that are simply all tried
 _N_BISECTIONS = 24
 _N_IMPROVED = 3  # how many of the solutions found are improved by exchange
 _MAX_MOVES = 10_000  # changes of one variable tried per improved solution: what bounds the time
+_MAX_MOVES_WITH_LAYERS = 3_000  # each takes longer, and what more would find is far below what losses err
 
 
 def allocate(
@@ -252,19 +253,24 @@ def _search_choice(search: Search) -> Point:
     straight = Point(search, search.least_loss())
     if straight.shrink():
         found.append((straight, none))
-    for mix in _mixes(len(search.limits)):
-        found += _bisect(search, mix)
+    found += _distinct(pair for mix in _mixes(len(search.limits)) for pair in _bisect(search, mix))
     if not found:
         raise _unreachable_together(search)
     for point, _ in found:
         point.fill()
     found.sort(key=lambda entry: entry[0].loss)
     price = next((price for _, price in found if price.any()), none)
-    distinct: dict[bytes, Point] = {}
-    for point, _ in found:
-        distinct.setdefault(point.choice.tobytes(), point)
-    improved = [_exchange(point, price) for point in list(distinct.values())[:_N_IMPROVED]]
+    scanned: dict[bytes, float] = {}
+    improved = [_exchange(point, price, scanned) for point, _ in _distinct(found)[:_N_IMPROVED]]
     return min(improved, key=lambda point: point.loss)
+
+
+def _distinct(found: Iterable[tuple[Point, Floats]]) -> list[tuple[Point, Floats]]:
+    """Leave the first of equal points."""
+    first: dict[bytes, tuple[Point, Floats]] = {}
+    for point, prices in found:
+        first.setdefault(point.choice.tobytes(), (point, prices))
+    return list(first.values())
 
 
 def _small_points(search: Search) -> list[Point]:
@@ -303,17 +309,23 @@ def _bisect(search: Search, mix: Floats) -> list[tuple[Point, Floats]]:
     return found
 
 
-def _exchange(point: Point, prices: Floats) -> Point:
-    """Try to give one variable another option and let the others make room, or take it; while it improves."""
+def _exchange(point: Point, prices: Floats, scanned: dict[bytes, float]) -> Point:
+    """Try to give one variable another option and let the others make room, or take it; while it improves.
+
+    ``scanned`` remembers choices from which so many moves found nothing better: solutions often meet.
+    """
     search = point.search
+    most = _MAX_MOVES_WITH_LAYERS if len(search.layer_of) else _MAX_MOVES
     n_moves = 0
     while True:
-        best = point
+        best, key, left = point, point.choice.tobytes(), most - n_moves
+        if left <= scanned.get(key, -1):
+            return point
         # Most promising first: the loss that a change saves, less what the budgets say its cost is worth.
-        score = point.gaps + point.changes @ (prices / search.limits)
+        score = point.gaps + (prices / search.limits) @ point.changes
         score[search.starts[:-1] + point.choice] = np.inf
         for entry in np.argsort(score, kind="stable").tolist():
-            if not np.isfinite(score[entry]) or n_moves > _MAX_MOVES:
+            if not np.isfinite(score[entry]) or n_moves > most:
                 break
             trial = point.copy()
             trial.move(entry)
@@ -325,5 +337,6 @@ def _exchange(point: Point, prices: Floats) -> Point:
             if best is not point:
                 break
         if best is point:
+            scanned[key] = left if n_moves > most else np.inf
             return point
         point = best

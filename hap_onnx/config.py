@@ -25,7 +25,8 @@ else:  # pragma: no cover - the backport has the same interface
     import tomli as tomllib
 
 METRICS = ("auto", "accuracy", "agreement", "r2")
-METHODS = ("hap", "prune")
+METHODS = ("hap", "prune", "implant")
+PRESETS = ("paper",)
 SENSITIVITIES = ("auto", "obs", "hutchinson", "gauss-newton", "gate", "magnitude", "random")
 RECOVERIES = ("none", "refit")
 PREPROCESSES = ("imagenet", "unit", "signed", "raw")
@@ -245,8 +246,13 @@ class CompressConfig:
     )  # fmt: skip
 
     method: str = _choice(
-        "hap", METHODS, "What may be done to the model. In this release hap does the same as prune: "
-        "its neural implants come with a later one.", section="Method",
+        "hap", METHODS, "What may be done to the model: prune removes channels, implant replaces layers by "
+        "cheaper low-rank ones, hap chooses both together, layer by layer.", section="Method",
+    )  # fmt: skip
+    preset: str | None = _option(
+        None, _one_of(PRESETS), "A recipe as a whole. paper: that of the HAP paper, one threshold on the "
+        "relative Hessian trace, the top tenth of what falls below it becomes 1x1 implants.",
+        section="Method", choices=PRESETS,
     )  # fmt: skip
     sensitivity: str = _choice(
         "auto", SENSITIVITIES, "How channels are ranked; hutchinson is the paper's relative Hessian trace, "
@@ -329,6 +335,13 @@ class CompressConfig:
                 "--max-drop none without a budget leaves nothing to aim at: give --keep-params, --keep-macs "
                 "or --max-bytes, or a largest drop"
             )
+        if self.preset is not None and self.align != "auto":
+            raise UsageError(f"--preset {self.preset} has widths of its own: leave --align away")
+
+    @property
+    def ranking(self) -> str:
+        """The sensitivity that ranks channels: that of the preset, unless another is named."""
+        return "hutchinson" if self.preset == "paper" and self.sensitivity == "auto" else self.sensitivity
 
     @property
     def has_budget(self) -> bool:

@@ -1,28 +1,23 @@
-"""From data to a plan: statistics, ranking, loss curves, widths."""
+"""From data to expected losses: statistics, ranking of channels, curves of groups, implants of layers."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import numpy as np
-import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
-from hap_onnx.allocate import GroupOptions, allocate, find_options
 from hap_onnx.calibration import Subset
 from hap_onnx.cost import CostModel
 from hap_onnx.cost_graph import cost_model, removable_branches
 from hap_onnx.curvature import LayerCurvature, collect_curvature, eliminate, group_consumers
 from hap_onnx.curves import MEASURED_WIDTHS, GroupCurve, GroupRanking, measure_curves, rank_by_score
 from hap_onnx.events import OnEvent, ignore_event
+from hap_onnx.implant_loss import ImplantLosses, find_implant_layers, measure_implants
 from hap_onnx.measure import model_size
-from hap_onnx.plan import GroupDecision
 from hap_onnx.prepare import PreparedModel
-from hap_onnx.refit import refit
 from hap_onnx.sensitivity import Options, estimate
-from hap_onnx.surgery import Kept, kept_positions
 
 DEFAULT_SENSITIVITY = "obs"
 N_MEASURED = 256
@@ -34,12 +29,16 @@ MAX_MEASURED_MACS = 5e12
 
 @dataclass(frozen=True)
 class LossModel:
-    """What removing channels is expected to cost, for every group, and what it saves."""
+    """What removing channels and replacing layers is expected to cost, and what it saves.
+
+    ``implants`` holds the layers that may be replaced, by node.
+    """
 
     rankings: tuple[GroupRanking, ...]
     curves: tuple[GroupCurve, ...]
     cost: CostModel
     removable: frozenset[str]
+    implants: Mapping[str, ImplantLosses] = field(default_factory=dict)
 
 
 def rank_groups(
@@ -86,13 +85,26 @@ def build_loss_model(
     batch_size: int,
     n_probes: int,
     seed: int,
+    with_implants: bool = True,
     on_event: OnEvent = ignore_event,
 ) -> LossModel:
-    """Collect statistics on ``subset`` (unless they are there already), rank, and measure loss curves."""
+    """Collect statistics on ``subset`` (unless they are there already), rank, and measure losses.
+
+    Without implants nothing is measured for them.
+    """
     graph, twin, coupling = prepared.graph, prepared.twin, prepared.coupling
+    layers = find_implant_layers(prepared) if with_implants else ()
     if curvature is None:
         curvature = collect_curvature(
-            graph, twin, coupling, subset, scales=scales, batch_size=batch_size, seed=seed, on_event=on_event
+            graph,
+            twin,
+            coupling,
+            subset,
+            scales=scales,
+            batch_size=batch_size,
+            seed=seed,
+            layers=[layer.node for layer in layers],
+            on_event=on_event,
         )
     options = Options(
         graph=graph, scales=scales, n_probes=n_probes, batch_size=batch_size, seed=seed, on_event=on_event
@@ -109,11 +121,22 @@ def build_loss_model(
         batch_size=batch_size,
         on_event=on_event,
     )
+    implants = measure_implants(
+        graph,
+        twin,
+        layers,
+        curvature,
+        subset.take(n_measured(prepared)),
+        scales=scales,
+        batch_size=batch_size,
+        on_event=on_event,
+    )
     return LossModel(
         rankings=rankings,
         curves=curves,
-        cost=cost_model(graph, coupling, prepared.shapes),
+        cost=cost_model(graph, coupling, prepared.shapes, layers=tuple(implants)),
         removable=removable_branches(graph, coupling, prepared.shapes),
+        implants=implants,
     )
 
 
@@ -128,56 +151,3 @@ def n_measured(prepared: PreparedModel) -> int:
     return int(np.clip(MAX_MEASURED_MACS / max(macs * n_passes, 1.0), MIN_MEASURED, N_MEASURED))
 
 
-def choose_widths(
-    prepared: PreparedModel,
-    model: LossModel,
-    budgets: Mapping[str, float | None],
-    *,
-    align: int | str,
-    whole: Collection[str] = (),
-) -> tuple[GroupDecision, ...]:
-    """Decide which elements of each group stay, within absolute ``budgets``; groups in ``whole`` stay whole.
-
-    Raises BudgetError.
-    """
-    options = tuple(
-        GroupOptions(option.group, option.widths[-1:]) if option.group in whole else option
-        for option in find_options(prepared.coupling, model.removable, align=align)
-    )
-    widths = allocate([curve.loss for curve in model.curves], options, model.cost, budgets).widths
-    return tuple(
-        GroupDecision.from_keep(group.name, group.size, ranking.order[group.size - int(width) :])
-        for group, ranking, width in zip(prepared.coupling.groups, model.rankings, widths, strict=True)
-    )
-
-
-def predicted_losses(model: LossModel, decisions: tuple[GroupDecision, ...]) -> dict[str, float]:
-    """Expected loss of each decision, from the curve of its group."""
-    return {
-        decision.group: float(curve.loss[len(decision.keep)])
-        for decision, curve in zip(decisions, model.curves, strict=True)
-    }
-
-
-def residual_groups(prepared: PreparedModel) -> frozenset[str]:
-    """Groups that several nodes produce: the channels of residual streams, which every later layer reads."""
-    return frozenset(group.name for group in prepared.coupling.groups if len(group.producers) > 1)
-
-
-def keep_mask(prepared: PreparedModel, decisions: Sequence[GroupDecision]) -> NDArray[np.bool_]:
-    """One flag per element of the coupling, for ``surgery.remove_channels``."""
-    keep = np.ones(prepared.coupling.n_elements, bool)
-    for group, decision in zip(prepared.coupling.groups, decisions, strict=True):
-        keep[group.elements[decision.drop]] = False
-    return keep
-
-
-def refit_weights(
-    prepared: PreparedModel, compressed: gs.Graph, keep: NDArray[np.bool_], subset: Subset, **options: Any
-) -> dict[str, NDArray[np.float32]]:
-    """``refit.refit`` for a graph that ``remove_channels`` made with this ``keep``."""
-    kept = {
-        name: Kept(found.axis, kept_positions(found.ids, keep))
-        for name, found in prepared.coupling.tensors.items()
-    }
-    return dict(refit(prepared.graph, compressed, kept, subset, **options).weights)

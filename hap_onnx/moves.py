@@ -23,6 +23,7 @@ class Search:
     * ``losses`` [n_entries]
     * ``widths`` [n_groups, n_options] and ``tables`` [n_layers, n_options, 4, 2], padded; ``of_groups`` and
       ``of_layers`` are the places of the entries in them, flattened
+    * ``coefficients`` [4, n_metrics, n_entries] of the entries of layers, those of ``layer_of``
     * ``limits`` [n_metrics]: of the metrics (``columns`` of the cost) that have one
     """
 
@@ -40,15 +41,19 @@ class Search:
         self.starts = np.cumsum([0, *self.n_options])
         self.spans = [slice(int(a), int(b)) for a, b in zip(self.starts[:-1], self.starts[1:], strict=True)]
         self.variable = np.repeat(np.arange(self.n_variables), self.n_options)
+        self.layer_starts = self.starts[self.n_groups : -1] - self.starts[self.n_groups]
         self.losses = np.concatenate([np.zeros(0), *losses])
         self.widths, self.of_groups = _pad(widths, ())
         self.tables, self.of_layers = _pad(tables, (4, 2))
+        self.layer_of = np.repeat(np.arange(len(tables)), self.n_options[self.n_groups :])
         spread = np.array([row.max() - row.min() for row in losses])
         self.loss_range = float(spread.sum())
         self.tolerance = 1e-12 * max(self.loss_range, 1e-300)
         limited = [name for name in METRICS if budgets.get(name) is not None]
         self.columns = [METRICS.index(name) for name in limited]
         self.limits = np.array([float(budgets[name] or 0.0) for name in limited])
+        flat = self.tables.reshape(-1, 4, 2)[self.of_layers][..., self.columns]
+        self.coefficients = np.ascontiguousarray(np.moveaxis(flat, 0, -1))
         self.full = np.maximum(cost.totals(cost.sizes)[self.columns], 1).astype(np.float64)
 
     def split(self, choice: Ints) -> tuple[Ints, Ints]:
@@ -95,7 +100,7 @@ def _pad(rows: Sequence[Ints], inner: tuple[int, ...]) -> tuple[Ints, Ints]:
 class Point:
     """One choice of options, its loss, and what each single change would do.
 
-    ``changes`` [n_entries, n_metrics] are differences of the limited costs, ``gaps`` [n_entries] of the loss.
+    ``changes`` [n_metrics, n_entries] are differences of the limited costs, ``gaps`` [n_entries] of the loss.
     """
 
     def __init__(self, search: Search, choice: Ints) -> None:
@@ -105,6 +110,7 @@ class Point:
         self.state = CostState(search.cost, widths)
         for layer, table in enumerate(coefficients):
             self.state.set_coefficients(layer, table)
+        self._layer_costs = self._find_layer_costs()
         self.changes = self._find_changes()
         current = search.losses[search.starts[:-1] + self.choice]
         self.gaps = search.losses - np.repeat(current, search.n_options)
@@ -116,6 +122,7 @@ class Point:
         twin = object.__new__(Point)
         twin.search, twin.state = self.search, self.state.copy()
         twin.choice, twin.changes, twin.gaps = self.choice.copy(), self.changes, self.gaps.copy()
+        twin._layer_costs = self._layer_costs
         twin.loss, twin.n_moves = self.loss, 0
         return twin
 
@@ -137,6 +144,7 @@ class Point:
         self.choice[variable] = option
         if variable < search.n_groups:
             self.state.set_width(variable, int(search.widths[variable, option]))
+            self._layer_costs = self._find_layer_costs()
         else:
             layer = variable - search.n_groups
             self.state.set_coefficients(layer, search.tables[layer, option])
@@ -147,7 +155,7 @@ class Point:
         """Take the best single change of loss + prices * cost / limit until there is none."""
         scaled = prices / self.search.limits
         for _ in range(20 * len(self.choice)):
-            score = self.gaps + self.changes @ scaled
+            score = self.gaps + scaled @ self.changes
             best = int(score.argmin())
             if score[best] >= -self.search.tolerance:
                 return
@@ -156,23 +164,24 @@ class Point:
     def fill(self) -> None:
         """Spend the slack where it lowers the loss most per cost."""
         while True:
-            wins = (self.gaps < -self.search.tolerance) & (self.changes <= self.slack()).all(axis=-1)
-            if not wins.any():
+            wins = (self.gaps < -self.search.tolerance) & (self.changes <= self.slack()[:, None]).all(axis=0)
+            entries = np.flatnonzero(wins)
+            if not len(entries):
                 return
-            price = np.maximum((self.changes / self.search.limits).sum(axis=-1), 1e-12)
-            self.move(int(np.where(wins, self.gaps / price, np.inf).argmin()))
+            relative = self.changes[:, entries] / self.search.limits[:, None]
+            price = np.maximum(relative.sum(axis=0), 1e-12)
+            self.move(int(entries[(self.gaps[entries] / price).argmin()]))
 
     def shrink(self, *, locked: int | None = None) -> bool:
         """Save cost in variables other than ``locked``, at least loss per cost, until all budgets are met."""
         while not self.fits():
-            slack = self.slack()
-            over = slack < 0
+            slack, limits = self.slack()[:, None], self.search.limits[:, None]
+            over = slack[:, 0] < 0
             # More than what is missing is worth nothing.
-            freed = np.minimum(-self.changes[:, over], -slack[over]) / self.search.limits[over]
-            useful = freed.sum(axis=-1)
+            freed = np.minimum(-self.changes[over], -slack[over]) / limits[over]
+            useful = freed.sum(axis=0)
             if not over.all():  # an option may save one cost and raise another: what it exceeds counts too
-                exceeded = np.maximum(self.changes[:, ~over] - slack[~over], 0) / self.search.limits[~over]
-                useful -= exceeded.sum(axis=-1)
+                useful -= (np.maximum(self.changes[~over] - slack[~over], 0) / limits[~over]).sum(axis=0)
             if locked is not None:
                 useful[self.search.spans[locked]] = 0
             ratio = np.where(useful > 0, self.gaps / np.maximum(useful, 1e-300), np.inf)
@@ -182,10 +191,18 @@ class Point:
             self.move(best)
         return True
 
+    def _find_layer_costs(self) -> Ints:
+        """The limited costs of every option of every layer at the current widths."""
+        search = self.search
+        values = self.state.layer_values().T[:, search.layer_of]
+        products = search.coefficients * values[:, None]
+        return products[0] + products[1] + products[2] + products[3]
+
     def _find_changes(self) -> Ints:
         search = self.search
-        changes = self.state.changes(search.widths).reshape(-1, 2)[search.of_groups]
-        if len(search.of_layers):
-            of_layers = self.state.layer_changes(search.tables).reshape(-1, 2)[search.of_layers]
-            changes = np.concatenate([changes, of_layers])
-        return changes[:, search.columns]
+        of_groups = self.state.changes(search.widths).reshape(-1, 2)[search.of_groups].T[search.columns]
+        if not len(search.layer_of):
+            return of_groups
+        chosen = search.layer_starts + self.choice[search.n_groups :]
+        of_layers = self._layer_costs - self._layer_costs[:, chosen][:, search.layer_of]
+        return np.concatenate([of_groups, of_layers], axis=1)

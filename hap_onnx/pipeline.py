@@ -8,9 +8,9 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,9 @@ from onnx import ModelProto
 import hap_onnx
 from hap_onnx import report as reports
 from hap_onnx.calibration import Dataset, Splits, Subset, open_dataset, split_dataset
+from hap_onnx.candidates import Setting, compress_to, sketch
+from hap_onnx.carry_out import Compressed, from_plan_weights
+from hap_onnx.choose import Choice, predicted_losses
 from hap_onnx.config import (
     CompressConfig,
     check_options,
@@ -34,34 +37,28 @@ from hap_onnx.config import (
     resolve_max_drop,
 )
 from hap_onnx.curvature import output_scales, to_tensors
-from hap_onnx.curves import output_distance
-from hap_onnx.decide import (
-    build_loss_model,
-    choose_widths,
-    keep_mask,
-    predicted_losses,
-    refit_weights,
-    residual_groups,
-)
+from hap_onnx.decide import build_loss_model
 from hap_onnx.errors import (
     BudgetError,
     CalibrationError,
     GateError,
     ModelError,
-    SurgeryError,
     TargetError,
     UsageError,
     ValidationError,
 )
 from hap_onnx.events import Event, OnEvent, ignore_event
+from hap_onnx.implant_loss import find_implant_layers
+from hap_onnx.implant_speed import faster_kinds
 from hap_onnx.measure import is_float_type, model_size
 from hap_onnx.metrics import Metric, check_chance_level, choose_metric
 from hap_onnx.model_io import SourceModel, load_model, normalise, save_model, to_proto
 from hap_onnx.plan import CompressionPlan, GroupDecision, load_plan, plan_hash, save_plan
-from hap_onnx.prepare import make_probe, prepare, try_cut
+from hap_onnx.prepare import make_probe, prepare
 from hap_onnx.saving import ALIGNMENT, count_saved_bytes
 from hap_onnx.summary import (
-    explain_decisions,
+    explain_groups,
+    explain_layers,
     facts_after,
     facts_before,
     frozen_nodes,
@@ -73,7 +70,6 @@ from hap_onnx.summary import (
     reached_budgets,
     write_report,
 )
-from hap_onnx.surgery import remove_channels, with_weights
 from hap_onnx.twin import Twin, build_twin, probe_shapes
 from hap_onnx.validate import (
     LatencyComparison,
@@ -141,18 +137,6 @@ def _output_of(model: str | Path | ModelProto, config: CompressConfig) -> Path:
     if isinstance(model, ModelProto):
         raise UsageError("a model that is given in memory needs 'output', the path to write to")
     return default_output(Path(model))
-
-
-@dataclass(frozen=True)
-class _Candidate:
-    """One way to compress the model: which elements stay, and the new weights."""
-
-    decisions: tuple[GroupDecision, ...]
-    graph: gs.Graph
-    weights: Mapping[str, np.ndarray] = field(default_factory=dict)
-
-    def finished(self) -> gs.Graph:
-        return with_weights(self.graph, self.weights)
 
 
 class _Job:
@@ -244,7 +228,7 @@ class _Job:
         if twin.opaque_nodes:
             self.note(f"{len(twin.opaque_nodes)} nodes run in onnxruntime only and stay as they are")
 
-    def _check_result(self, candidate: _Candidate, session: Session) -> None:
+    def _check_result(self, candidate: Compressed, session: Session) -> None:
         """Refuse a written model that does not compute what the compressed graph says."""
         twin = build_twin(candidate.finished(), device=_device(self.config.device))
         self._check_same(twin, session, "the compressed model's twin")
@@ -270,7 +254,9 @@ class _Job:
 
     def run(self) -> reports.CompressReport:
         config = self.config
-        if not self.prepared.coupling.groups:
+        if not self.prepared.coupling.groups and (
+            config.method == "prune" or not find_implant_layers(self.prepared)
+        ):
             raise BudgetError(
                 "no channel of the model can be removed: "
                 + "; ".join(f"'{entry.node}': {entry.reason}" for entry in self.prepared.coupling.frozen[:3])
@@ -279,13 +265,15 @@ class _Job:
             self.losses = build_loss_model(
                 self.prepared,
                 self.splits.calibrate,
-                sensitivity=config.sensitivity,
+                sensitivity=config.ranking,
                 scales=self.scales,
                 batch_size=self.batch_size,
                 n_probes=config.probes,
                 seed=config.seed,
+                with_implants=config.method != "prune",
                 on_event=self.on_event,
             )
+        self.setting = self._setting()
         candidate = self._compress_to(self._budgets()) if config.has_budget else self._search()
         return self._finish(candidate)
 
@@ -301,7 +289,7 @@ class _Job:
             weights = [t.values for t in constants if is_float_type(t.values.dtype)]
             n_weight_bytes = sum(values.nbytes for values in weights)
             per_param = n_weight_bytes / max(sum(values.size for values in weights), 1)
-            whole = self._to_proto(_Candidate(self._whole(), prepared.graph))
+            whole = self._to_proto(Compressed(Choice(self._whole()), prepared.graph))
             rest = (
                 count_saved_bytes(whole, self.output, external_data=self.source.external_data)
                 - n_weight_bytes
@@ -324,108 +312,62 @@ class _Job:
             for group in self.prepared.coupling.groups
         )
 
-    def _plan(
-        self, budgets: Mapping[str, float | None], *, align: int | str, whole: Collection[str]
-    ) -> _Candidate:
-        with self.stage("plan"):
-            decisions = choose_widths(self.prepared, self.losses, budgets, align=align, whole=whole)
-            keep = keep_mask(self.prepared, decisions)
-            complaint = try_cut(self.prepared, keep)
-            if complaint is not None:
-                raise SurgeryError(
-                    f"the planned cut is not exact: {complaint}; please report it with the model"
-                )
-            graph = remove_channels(
-                self.prepared.graph, self.prepared.coupling, keep, shapes=self.prepared.probe_shapes
-            )
-            return _Candidate(decisions, graph)
-
-    def _plan_fast(self, budgets: Mapping[str, float | None], *, whole: Collection[str] = ()) -> _Candidate:
-        """Plan, and again with wider steps where onnxruntime runs the result slower than the original."""
-        aligns: list[int | str] = [self.config.align]
-        if self.config.align == "auto":
-            aligns += [8, 16]
-        for align in aligns:
-            candidate = self._plan(budgets, align=align, whole=whole)
-            if self.config.allow_slower or self._only_sketch:
-                return candidate
-            timing = self._time(_session(self._to_proto(candidate), self.config))
-            if not timing.is_slower:
-                return candidate
-            self.note(
-                f"with widths aligned to {align} the model is {timing.ratio:.2f} times as slow; "
-                "planning again"
-            )
-        return candidate  # the gate will refuse it, with all numbers
+    def _kinds(self) -> dict[str, tuple[str, ...]]:
+        """Which implants each layer may become: with the speed gate on, only those that are faster there."""
+        if self.config.method == "prune":
+            return {}
+        offered = {
+            name: tuple(form.kind for form in losses.layer.forms)
+            for name, losses in self.losses.implants.items()
+        }
+        if self.config.allow_slower:
+            return offered
+        with self.stage("implant speed"):
+            return faster_kinds(self.prepared, offered, lambda model: _session(model, self.config))
 
     @property
     def _only_sketch(self) -> bool:
         """A dry run ends with the plan, but a plan that is saved holds all that the real run would do."""
         return self.config.dry_run and self.config.save_plan is None
 
-    def _compress_to(self, budgets: Mapping[str, float | None]) -> _Candidate:
-        """Plan and refit; where the plan narrows a residual stream, try also a plan that does not.
+    def _setting(self) -> Setting:
+        config = self.config
 
-        Every later layer reads a residual stream, so what its channels cost adds up less well than what
-        the inner channels of a block cost. The outputs on held-out samples decide.
-        """
-        candidate = self._plan_fast(budgets)
-        if self._only_sketch:
-            return candidate
-        candidate = self._recover(candidate)
-        residual = residual_groups(self.prepared)
-        if not any(d.group in residual and len(d.drop) for d in candidate.decisions):
-            return candidate
-        try:
-            other = self._recover(self._plan_fast(budgets, whole=residual))
-        except BudgetError:
-            return candidate
-        return min((candidate, other), key=lambda one: self._distance(one.finished()))
+        def time_it(candidate: Compressed) -> LatencyComparison:
+            return self._time(_session(self._to_proto(candidate), config))
 
-    def _recover(self, candidate: _Candidate) -> _Candidate:
-        if self.config.recover == "none":
-            return candidate
-        with self.stage("refit"):
-            keep = keep_mask(self.prepared, candidate.decisions)
-            weights = refit_weights(
-                self.prepared,
-                candidate.graph,
-                keep,
-                self.splits.calibrate,
-                batch_size=self.batch_size,
-                seed=self.config.seed,
-                work_dir=self.config.work_dir,
-                device=_device(self.config.device),
-                on_event=self.on_event,
-            )
-            refitted = replace(candidate, weights=weights)
-            before, after = self._distance(candidate.finished()), self._distance(refitted.finished())
-            _log.info(
-                "distance of the outputs on held-out samples: %.4g before refit, %.4g after", before, after
-            )
-            if not after <= before:
-                self.note("refit did not help on held-out samples and was dropped", kind="warning")
-                return candidate
-            return refitted
+        return Setting(
+            prepared=self.prepared,
+            losses=self.losses,
+            method=config.method,
+            preset=config.preset,
+            kinds=self._kinds(),
+            calibrate=self.splits.calibrate,
+            choose=self.splits.choose,
+            scales=self.scales,
+            batch_size=self.batch_size,
+            seed=config.seed,
+            align=config.align,
+            recover=config.recover,
+            work_dir=config.work_dir,
+            device=_device(config.device),
+            time=None if config.allow_slower else time_it,
+            on_event=self.on_event,
+        )
 
-    def _distance(self, graph: gs.Graph) -> float:
-        """Distance of the outputs to the original's, per sample of the choose part."""
-        twin, total = build_twin(graph, device=_device(self.config.device)), 0.0
-        with torch.no_grad():
-            for batch in self.splits.choose.batches(self.batch_size):
-                tensors = to_tensors(batch.inputs, twin)
-                total += output_distance(twin(tensors), self.prepared.twin(tensors), self.scales)
-        return total / self.splits.choose.n_samples
+    def _compress_to(self, budgets: Mapping[str, float | None]) -> Compressed:
+        with self.stage("compress"):
+            return sketch(self.setting, budgets) if self._only_sketch else compress_to(self.setting, budgets)
 
-    def _search(self) -> _Candidate:
+    def _search(self) -> Compressed:
         """Find the smallest model whose drop on the choose part, plus a margin, is within the limit."""
         limit = self.config.drop_limit
         assert limit is not None
         choose, cost = self.splits.choose, self.losses.cost
         full = {"params": float(self.prepared.n_params), "macs": float(cost.macs(cost.sizes))}
         reference = run_outputs(self.session, choose, batch_size=self.batch_size)
-        best: _Candidate | None = None
-        refused: _Candidate | None = None
+        best: Compressed | None = None
+        refused: Compressed | None = None
         low, high = 0, len(SEARCH_RATIOS)  # ratios before `low` are accepted, from `high` on refused
         while low < high:
             middle = (low + high) // 2
@@ -464,7 +406,10 @@ class _Job:
 
     # --- the result ---
 
-    def _to_proto(self, candidate: _Candidate, *, plan: CompressionPlan | None = None) -> ModelProto:
+    def _layer_notes(self, candidate: Compressed) -> dict[str, str]:
+        return explain_layers(self.prepared, self.losses, candidate.choice, self.setting.kinds)
+
+    def _to_proto(self, candidate: Compressed, *, plan: CompressionPlan | None = None) -> ModelProto:
         return _write_proto(candidate.finished(), self.source, plan)
 
     def _time(self, session: Session) -> LatencyComparison:
@@ -474,16 +419,18 @@ class _Job:
                 self.session, session, latency_feed(self.session, inputs), seconds=LATENCY_SECONDS
             )
 
-    def _finish(self, candidate: _Candidate) -> reports.CompressReport:
+    def _finish(self, candidate: Compressed) -> reports.CompressReport:
         config = self.config
         plan = CompressionPlan(
             model_sha256=self.source.sha256,
             version=hap_onnx.__version__,
             config=plan_words(config, self.prepared),
-            decisions=candidate.decisions,
-            predicted_loss=predicted_losses(self.losses, candidate.decisions),
-            weights=candidate.weights,
-            notes=explain_decisions(self.losses, candidate.decisions),
+            decisions=candidate.choice.decisions,
+            replacements=candidate.choice.replacements,
+            predicted_loss=predicted_losses(self.losses, candidate.choice.decisions),
+            weights=candidate.plan_weights(),
+            notes=explain_groups(self.losses, candidate.choice),
+            layer_notes=self._layer_notes(candidate),
         )
         proto = self._to_proto(candidate, plan=plan)
         if config.dry_run:
@@ -567,7 +514,7 @@ class _Job:
 
     def _report(
         self,
-        candidate: _Candidate,
+        candidate: Compressed,
         proto: ModelProto,
         *,
         quality: reports.Quality | None = None,
@@ -593,7 +540,12 @@ class _Job:
             after=after,
             quality=quality,
             fidelity=fidelity,
-            plan=plan_summary(prepared, candidate.decisions),
+            plan=plan_summary(
+                prepared,
+                candidate.choice,
+                notes=explain_groups(self.losses, candidate.choice),
+                layer_notes=self._layer_notes(candidate),
+            ),
             frozen=frozen_nodes(prepared),
             budget=reports.Budget(asked=asked, reached=reached_budgets(before, after)),
             seconds=dict(self.seconds),
@@ -682,9 +634,8 @@ def apply_plan(
         exclude=tuple(words.get("exclude", ())),
         only=tuple(words.get("only", ())),
     )
-    keep = saved.keep_mask(prepared.coupling)
-    graph = remove_channels(prepared.graph, prepared.coupling, keep, shapes=prepared.probe_shapes)
-    candidate = _Candidate(saved.decisions, graph, saved.weights)
+    choice = Choice(saved.decisions_for(prepared.coupling), saved.replacements)
+    candidate = from_plan_weights(prepared, choice, saved.weights)
     proto = _write_proto(candidate.finished(), source, saved)
     check_model(proto, reference=source.proto)
     save_model(proto, target, external_data=source.external_data, check=lambda path: _loads(path, None))
@@ -698,7 +649,7 @@ def apply_plan(
         after=after,
         quality=None,
         fidelity=None,
-        plan=plan_summary(prepared, saved.decisions),
+        plan=plan_summary(prepared, choice, notes=saved.notes, layer_notes=saved.layer_notes),
         frozen=frozen_nodes(prepared),
         budget=reports.Budget(reached=reached_budgets(before, after)),
         seconds={"apply": time.perf_counter() - start},

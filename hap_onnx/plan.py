@@ -1,4 +1,4 @@
-"""Plan: which channels stay. Chosen by ``allocate``, carried out by ``surgery``, and kept in a file.
+"""Plan: which channels stay and which layers become implants. Chosen by ``choose``, kept in a file.
 
 ``CompressionPlan`` records the decision with everything that is needed to carry it out again, and
 ``save_plan`` and ``load_plan`` keep it as ``PLAN.json`` and ``PLAN.safetensors``.
@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from hap_onnx.channels import Coupling
 from hap_onnx.config import plan_weights_path
 from hap_onnx.errors import ModelError, UsageError, ValidationError
+from hap_onnx.implants import KINDS
 
 PLAN_SCHEMA = "hap-onnx/plan/1"
 
@@ -71,6 +72,36 @@ class GroupDecision:
 
 
 @dataclass(frozen=True, eq=False)
+class NodeReplacement:
+    """A node that becomes an implant.
+
+    Attributes:
+        kind: one of ``implants.KINDS``.
+        rank: per conv group; for pointwise how many output channels get 1x1 kernels.
+        channels: for pointwise, which: positions of the output channels of the original node, ascending.
+        predicted_loss: what the curvature of the layer says, at the widths of the plan.
+        expected_loss: that, corrected by what was measured on the layer.
+    """
+
+    node: str
+    kind: str
+    rank: int
+    channels: Ints = field(default_factory=lambda: np.zeros(0, np.int64))
+    predicted_loss: float = 0.0
+    expected_loss: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS or self.rank < 1:
+            raise ValueError(f"{self.node}: no implant is of kind {self.kind!r} and rank {self.rank}")
+        channels = np.array(self.channels, np.int64)
+        n_wanted = self.rank if self.kind == "pointwise" else 0
+        if channels.shape != (n_wanted,) or (np.diff(channels) <= 0).any() or (channels < 0).any():
+            raise ValueError(f"{self.node}: a {self.kind} implant names {n_wanted} ascending channels")
+        channels.flags.writeable = False
+        object.__setattr__(self, "channels", channels)
+
+
+@dataclass(frozen=True, eq=False)
 class CompressionPlan:
     """All that is needed to compress one model again: no data, no training.
 
@@ -79,9 +110,11 @@ class CompressionPlan:
         version: the hap-onnx that made it.
         config: the options it was made with, JSON-ready.
         decisions: one per channel group.
+        replacements: the nodes that become implants.
         predicted_loss: the expected increase of the loss, by group.
         weights: initializers that are more than slices of the original's (refitted), by name, read-only.
         notes: why, by group.
+        layer_notes: why, by contraction, replaced or not.
 
     Raises ValueError for values that cannot be written to a plan file.
     """
@@ -93,11 +126,16 @@ class CompressionPlan:
     predicted_loss: Mapping[str, float] = field(default_factory=dict)
     weights: Mapping[str, np.ndarray] = field(default_factory=dict)
     notes: Mapping[str, str] = field(default_factory=dict)
+    replacements: tuple[NodeReplacement, ...] = ()
+    layer_notes: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         groups = [decision.group for decision in self.decisions]
         if len(set(groups)) != len(groups):
             raise ValueError("a group is decided twice")
+        nodes = [replacement.node for replacement in self.replacements]
+        if len(set(nodes)) != len(nodes):
+            raise ValueError("a node is replaced twice")
         strangers = sorted({*self.predicted_loss, *self.notes} - set(groups))
         if strangers:
             raise ValueError(f"losses or notes for groups that are not decided: {', '.join(strangers)}")
@@ -106,9 +144,11 @@ class CompressionPlan:
         frozen: dict[str, Any] = {
             "config": json.loads(json.dumps(dict(self.config), allow_nan=False)),
             "decisions": tuple(self.decisions),
+            "replacements": tuple(self.replacements),
             "predicted_loss": json.loads(json.dumps(losses, allow_nan=False)),
             "weights": weights,
             "notes": dict(self.notes),
+            "layer_notes": dict(self.layer_notes),
         }
         for name, value in frozen.items():
             object.__setattr__(self, name, MappingProxyType(value) if isinstance(value, dict) else value)
@@ -121,8 +161,8 @@ class CompressionPlan:
                 f"{self.model_sha256[:16]}..., this one has {sha256[:16]}..."
             )
 
-    def keep_mask(self, coupling: Coupling) -> NDArray[np.bool_]:
-        """Return one flag per element of ``coupling``: what ``surgery.remove_channels`` takes.
+    def decisions_for(self, coupling: Coupling) -> tuple[GroupDecision, ...]:
+        """Return the decisions in the order of the groups of ``coupling``.
 
         Raises:
             ModelError: the groups of the plan are not those of the model.
@@ -138,10 +178,7 @@ class CompressionPlan:
         problems += [f"there is no group '{name}'" for name in decided if name not in known]
         if problems:
             raise ModelError(f"the plan does not fit the model's channel groups: {'; '.join(problems[:5])}")
-        keep = np.ones(coupling.n_elements, bool)
-        for group in coupling.groups:
-            keep[group.elements[decided[group.name].drop]] = False
-        return keep
+        return tuple(decided[group.name] for group in coupling.groups)
 
 
 def _frozen_copy(name: str, array: np.ndarray) -> np.ndarray:
@@ -218,7 +255,7 @@ def load_plan(path: str | Path) -> CompressionPlan:
         )
     try:
         _check_types(document)
-        groups = document["groups"]
+        groups, implants = document["groups"], document.get("implants", [])
         decisions = tuple(
             GroupDecision.from_keep(entry["name"], _checked_size(entry), _from_runs(entry))
             for entry in groups
@@ -232,6 +269,8 @@ def load_plan(path: str | Path) -> CompressionPlan:
             predicted_loss={e["name"]: e["predicted_loss"] for e in groups if "predicted_loss" in e},
             weights=weights,
             notes={e["name"]: e["note"] for e in groups if "note" in e},
+            replacements=tuple(_load_replacement(entry) for entry in implants),
+            layer_notes=document.get("layers", {}),
         )
     except (ValueError, KeyError) as error:
         what = f"{error} is missing" if isinstance(error, KeyError) else str(error)
@@ -252,6 +291,18 @@ def _to_document(plan: CompressionPlan, weights_sha256: str) -> dict[str, Any]:
         if decision.group in plan.notes:
             entry["note"] = plan.notes[decision.group]
         groups.append(entry)
+    implants = []
+    for replacement in plan.replacements:
+        entry = {
+            "node": replacement.node,
+            "kind": replacement.kind,
+            "rank": replacement.rank,
+            "predicted_loss": replacement.predicted_loss,
+            "expected_loss": replacement.expected_loss,
+        }
+        if len(replacement.channels):
+            entry["channels"] = _to_runs(replacement.channels)
+        implants.append(entry)
     tensors = {name: f"{a.dtype.name}[{','.join(map(str, a.shape))}]" for name, a in plan.weights.items()}
     return {
         "schema": PLAN_SCHEMA,
@@ -259,6 +310,8 @@ def _to_document(plan: CompressionPlan, weights_sha256: str) -> dict[str, Any]:
         "model_sha256": plan.model_sha256,
         "config": dict(plan.config),
         "groups": groups,
+        "implants": implants,
+        "layers": dict(plan.layer_notes),
         "weights": {"sha256": weights_sha256, "tensors": tensors},
     }
 
@@ -284,9 +337,46 @@ def _check_types(document: Mapping[str, Any]) -> None:
             raise ValueError(f"'predicted_loss' of '{entry['name']}' is no number")
         if not isinstance(entry.get("note", ""), str):
             raise ValueError(f"'note' of '{entry['name']}' is no text")
+    if not isinstance(document.get("implants", []), list):
+        raise ValueError("'implants' is no list")
+    for entry in document.get("implants", []):
+        _check_implant(entry)
+    notes = document.get("layers", {})
+    if not isinstance(notes, dict) or not all(isinstance(note, str) for note in notes.values()):
+        raise ValueError("'layers' does not map names to texts")
     weights = document["weights"]
     if not isinstance(weights["sha256"], str) or not isinstance(weights["tensors"], dict):
         raise ValueError("'weights' needs a 'sha256' and its 'tensors'")
+
+
+_IMPLANT_TYPES: Mapping[str, type | tuple[type, ...]] = MappingProxyType(
+    {"node": str, "kind": str, "rank": int, "predicted_loss": (int, float), "expected_loss": (int, float)}
+)
+
+
+def _check_implant(entry: Any) -> None:
+    if not isinstance(entry, dict):
+        raise ValueError("an entry of 'implants' is no object")
+    for name, expected in _IMPLANT_TYPES.items():
+        if not isinstance(entry[name], expected) or isinstance(entry[name], bool):
+            raise ValueError(f"'{name}' of an implant has the wrong type")
+    if not isinstance(entry.get("channels", ""), str):
+        raise ValueError(f"'channels' of the implant '{entry['node']}' is no text")
+    if not 0 < entry["rank"] <= _MAX_SIZE:
+        raise ValueError(f"the implant '{entry['node']}' has rank {entry['rank']}")
+
+
+def _load_replacement(entry: Mapping[str, Any]) -> NodeReplacement:
+    runs = {"name": entry["node"], "keep": entry.get("channels", ""), "size": _MAX_SIZE}
+    channels = _from_runs({**runs, "width": entry["rank"]}) if "channels" in entry else []
+    return NodeReplacement(
+        node=entry["node"],
+        kind=entry["kind"],
+        rank=entry["rank"],
+        channels=np.array(channels, np.int64),
+        predicted_loss=float(entry["predicted_loss"]),
+        expected_loss=float(entry["expected_loss"]),
+    )
 
 
 def _refuse_constant(name: str) -> float:

@@ -41,7 +41,8 @@ class PreparedModel:
     """A model with its twin and its channels.
 
     ``shapes`` are those of one sample (what costs are counted at), ``probe_shapes`` those of the probe
-    (two samples where the model allows); ``coupling`` belongs to the latter.
+    (two samples where the model allows); ``coupling`` belongs to the latter. ``untouched`` names nodes and
+    initializers that were excluded.
     """
 
     source: SourceModel
@@ -52,6 +53,7 @@ class PreparedModel:
     shapes: Shapes
     probe_shapes: Shapes
     coupling: Coupling
+    untouched: frozenset[str] = frozenset()
 
 
 def make_probe(inputs: Sequence[InputSpec], *, sizes: Mapping[str, tuple[int, ...]] | None = None) -> Arrays:
@@ -113,7 +115,17 @@ def prepare(
     coupling = find_groups(graph, shapes, exclude=reasons)
     if only:
         coupling = freeze_groups(coupling, _outside(graph, coupling, only))
-    return _prove(PreparedModel(source, n_params, graph, twin, probe, one, shapes, coupling))
+        wanted = set(_excluded(graph, only, ""))
+        reasons |= dict.fromkeys(
+            (
+                node.name
+                for node in graph.nodes
+                if not {node.name, *(tensor.name for tensor in node.inputs)} & wanted
+            ),
+            "not among what --only names",
+        )
+    untouched = frozenset(reasons)
+    return _prove(PreparedModel(source, n_params, graph, twin, probe, one, shapes, coupling, untouched))
 
 
 def _declared_batch(graph: gs.Graph) -> int:

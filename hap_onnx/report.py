@@ -61,29 +61,49 @@ class Fidelity:
 
 @dataclass(frozen=True)
 class GroupKept:
-    """One channel group in a plan: ``kept`` of ``size`` channels stay."""
+    """One channel group in a plan: ``kept`` of ``size`` channels stay, and why."""
 
     name: str
     size: int
     kept: int
+    why: str | None = None
 
 
 @dataclass(frozen=True)
 class ImplantUsed:
-    """A cheaper replacement of (part of) a node; ``kind`` is pointwise, lowrank or spatial."""
+    """A cheaper replacement of (part of) a node; ``kind`` is pointwise, lowrank or spatial.
+
+    ``predicted_loss`` is what the curvature of the layer says; ``expected_loss`` that, corrected by what was
+    measured on the layer.
+    """
 
     node: str
     kind: str
     rank: int | None
+    predicted_loss: float | None = None
+    expected_loss: float | None = None
+
+
+@dataclass(frozen=True)
+class LayerChosen:
+    """What became of one layer, and why: ``choice`` is dense (as it is) or the kind of its implant."""
+
+    node: str
+    choice: str
+    why: str
 
 
 @dataclass(frozen=True)
 class PlanSummary:
-    """What a plan does; ``removed_branches`` names the last node of each residual branch that goes."""
+    """What a plan does; ``removed_branches`` names the last node of each residual branch that goes.
+
+    ``layers`` says of every layer what was chosen and why, those with ``implants`` included.
+    """
 
     groups: tuple[GroupKept, ...] = ()
     implants: tuple[ImplantUsed, ...] = ()
     removed_branches: tuple[str, ...] = ()
+    layers: tuple[LayerChosen, ...] = ()
 
 
 @dataclass(frozen=True)

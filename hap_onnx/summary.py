@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +19,15 @@ import hap_onnx
 from hap_onnx import metrics
 from hap_onnx import report as reports
 from hap_onnx.allocate import find_options
+from hap_onnx.choose import Choice, residual_groups
 from hap_onnx.config import CompressConfig
 from hap_onnx.cost_graph import cost_model
 from hap_onnx.curvature import to_tensors
-from hap_onnx.decide import LossModel, residual_groups
+from hap_onnx.decide import LossModel
 from hap_onnx.errors import ValidationError
+from hap_onnx.implant_loss import explain_refusals
 from hap_onnx.measure import model_size, node_macs
-from hap_onnx.plan import GroupDecision
+from hap_onnx.ops.linear import linear_form
 from hap_onnx.prepare import PreparedModel
 from hap_onnx.twin import build_twin, probe_shapes
 
@@ -66,17 +68,17 @@ def plan_words(config: CompressConfig, prepared: PreparedModel) -> dict[str, Any
     """The options that shaped the plan, and the input shapes that the channels were found at."""
     words = config.to_dict()
     names = (
-        "keep_params", "keep_macs", "max_bytes", "max_drop", "metric", "method", "sensitivity", "probes",
-        "recover", "align", "exclude", "only", "max_samples", "batch_size", "seed",
+        "keep_params", "keep_macs", "max_bytes", "max_drop", "metric", "method", "preset", "sensitivity",
+        "probes", "recover", "align", "exclude", "only", "max_samples", "batch_size", "seed",
     )  # fmt: skip
     shapes = {name: list(values.shape) for name, values in prepared.probe.items()}
     return {**{name: words[name] for name in names}, "input_shapes": shapes}
 
 
-def explain_decisions(losses: LossModel, decisions: Sequence[GroupDecision]) -> dict[str, str]:
+def explain_groups(losses: LossModel, choice: Choice) -> dict[str, str]:
     """Say for each group why it was decided so."""
     notes = {}
-    for decision, curve in zip(decisions, losses.curves, strict=True):
+    for decision, curve in zip(choice.decisions, losses.curves, strict=True):
         width = len(decision.keep)
         if width == decision.size:
             notes[decision.group] = "whole: removing channels here loses more per cost than elsewhere"
@@ -87,13 +89,57 @@ def explain_decisions(losses: LossModel, decisions: Sequence[GroupDecision]) -> 
     return notes
 
 
-def plan_summary(prepared: PreparedModel, decisions: Sequence[GroupDecision]) -> reports.PlanSummary:
-    """What a plan does, for the report."""
+def explain_layers(
+    prepared: PreparedModel, losses: LossModel, choice: Choice, kinds: Mapping[str, Collection[str]]
+) -> dict[str, str]:
+    """Say for each contraction why it becomes an implant or stays as it is.
+
+    ``kinds`` are those that the plan was free to use, by node.
+    """
+    notes = {name: f"as it is: {why}" for name, why in explain_refusals(prepared).items()}
+    replaced = {replacement.node: replacement for replacement in choice.replacements}
+    for name, layer in losses.implants.items():
+        if name in replaced:
+            one = replaced[name]
+            n = len(layer.predicted)
+            how = f"corrected by {n} measurements of the layer" if n else "not measured"
+            notes[name] = (
+                f"{one.kind} of rank {one.rank}: loses less per cost than other ranks and narrower widths; "
+                f"predicted loss {one.predicted_loss:.3g}, expected {one.expected_loss:.3g} ({how})"
+            )
+        elif kinds.get(name):
+            notes[name] = "as it is: an implant here loses more per cost than what was done elsewhere"
+        elif kinds:
+            notes[name] = "as it is: no implant of it was faster in onnxruntime"
+        else:
+            notes[name] = "as it is: the method does not use implants"
+    for node in prepared.graph.nodes:
+        if linear_form(node) is not None:
+            notes.setdefault(node.name, "as it is: nothing is known of what an implant would lose")
+    return notes
+
+
+def plan_summary(
+    prepared: PreparedModel, choice: Choice, *, notes: Mapping[str, str], layer_notes: Mapping[str, str]
+) -> reports.PlanSummary:
+    """What a plan does, for the report; ``notes`` say why, by group, ``layer_notes`` by node."""
     groups = {group.name: group for group in prepared.coupling.groups}
+    kind_of = {replacement.node: replacement.kind for replacement in choice.replacements}
     return reports.PlanSummary(
-        groups=tuple(reports.GroupKept(d.group, d.size, len(d.keep)) for d in decisions),
+        groups=tuple(
+            reports.GroupKept(d.group, d.size, len(d.keep), notes.get(d.group)) for d in choice.decisions
+        ),
+        implants=tuple(
+            reports.ImplantUsed(r.node, r.kind, r.rank, r.predicted_loss, r.expected_loss)
+            for r in choice.replacements
+        ),
         removed_branches=tuple(
-            node for d in decisions if not len(d.keep) for node in groups[d.group].consumers
+            node for d in choice.decisions if not len(d.keep) for node in groups[d.group].consumers
+        ),
+        layers=tuple(
+            reports.LayerChosen(node.name, kind_of.get(node.name, "dense"), layer_notes[node.name])
+            for node in prepared.graph.nodes
+            if node.name in layer_notes
         ),
     )
 

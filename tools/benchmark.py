@@ -1,11 +1,17 @@
-"""Compare sensitivities side by side: accuracy after surgery and after refit for every budget.
+"""Compare recipes side by side: accuracy after surgery and after repair, for every budget.
 
-    python tools/benchmark.py MODEL.onnx --data calib.npz --test test.npz --keep-macs 0.7 --keep-macs 0.5
+    python tools/benchmark.py MODEL.onnx --data calib.npz --test test.npz --keep-macs 0.7 --keep-macs 0.5 \\
+        --sensitivity obs --sensitivity magnitude                      # rankings of channels
+    python tools/benchmark.py MODEL.onnx --data calib.npz --test test.npz --keep-macs 0.5 --keep-params 0.5 \\
+        --method prune --method implant --method hap --method paper    # what is done with them
 
-All sensitivities use the same planner, measured loss curves, pricing per cost, alignment and refit, on the
-same calibration samples; only the ranking of channels differs. Margins over ``magnitude`` are paired over the
-calibration seeds. Sensitivity times are also given in forward-backward passes over the same samples. The
-test data needs labels and is used for nothing but these figures.
+All recipes use the same planner, measured losses, pricing per cost, alignment and refit, on the same
+calibration samples (``paper`` is ``--preset paper``, which has its own ranking and planner). Margins over the
+``--base`` are paired over the calibration seeds. Sensitivity times are also given in forward-backward passes
+over the same samples. Without ``--latency`` speed does not count, as with ``--allow-slower``; with it,
+implants that are not faster are left out, each result is timed against the original, and accuracies are
+also compared at equal latency, by interpolation between the budgets. The test data needs labels and is
+used for nothing but these figures.
 """
 
 from __future__ import annotations
@@ -19,26 +25,25 @@ from typing import Any
 import click
 import numpy as np
 import torch
+from onnx import ModelProto
 from rich.console import Console
 from rich.table import Table
 
 from hap_onnx.calibration import Subset, open_dataset, split_dataset
+from hap_onnx.candidates import Setting, compress_to, sketch
 from hap_onnx.curvature import collect_curvature, output_scales, to_tensors
-from hap_onnx.decide import (
-    build_loss_model,
-    choose_widths,
-    keep_mask,
-    rank_groups,
-    refit_weights,
-    residual_groups,
-)
+from hap_onnx.decide import LossModel, build_loss_model, rank_groups
+from hap_onnx.errors import BudgetError
+from hap_onnx.implant_loss import find_implant_layers
+from hap_onnx.implant_speed import faster_kinds
 from hap_onnx.model_io import load_model, to_proto
 from hap_onnx.prepare import PreparedModel, prepare
 from hap_onnx.sensitivity import Options, estimate
-from hap_onnx.surgery import remove_channels, with_weights
-from hap_onnx.validate import make_session, measure_latency, run_outputs
+from hap_onnx.summary import facts_after, facts_before
+from hap_onnx.validate import Session, make_session, measure_latency, run_outputs
 
 STUDENT_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
+LATENCY_SECONDS = 4
 
 
 def pass_seconds(prepared: PreparedModel, subset: Subset, batch_size: int) -> float:
@@ -75,157 +80,209 @@ def interval(differences: Sequence[float]) -> tuple[float, float, float]:
 @click.argument("model", type=click.Path(exists=True, path_type=Path))
 @click.option("--data", required=True, type=click.Path(exists=True, path_type=Path))
 @click.option("--test", "tests", required=True, multiple=True, type=click.Path(exists=True, path_type=Path))
+@click.option("--sensitivity", "sensitivities", multiple=True, default=("obs",))
 @click.option(
-    "--sensitivity",
-    "sensitivities",
-    multiple=True,
-    default=("obs", "gauss-newton", "gate", "magnitude", "random"),
-)
-@click.option("--keep-macs", multiple=True, type=float, default=(0.7, 0.5))
+    "--method", "methods", multiple=True, default=("prune",),
+    type=click.Choice(["prune", "implant", "hap", "paper"]),
+)  # fmt: skip
+@click.option("--keep-macs", multiple=True, type=float)
+@click.option("--keep-params", multiple=True, type=float)
+@click.option("--base", default=None, help="Recipe that margins are over; default: magnitude or prune.")
 @click.option("--max-samples", default=1024)
 @click.option("--seeds", default=3)
+@click.option("--first-seed", default=0)
 @click.option("--probes", default=100)
 @click.option("--batch-size", default=32)
 @click.option("--threads", default=1)
 @click.option("--align", default="auto")
-@click.option("--whole-residual/--cut-residual", default=False, help="Leave residual streams whole.")
-@click.option("--latency/--no-latency", default=False, help="Also time each result against the original.")
-@click.option("--json", "json_path", type=click.Path(path_type=Path))
+@click.option("--latency/--no-latency", default=False)
+@click.option("--json", "json_path", type=click.Path(path_type=Path), help="Also written after every seed.")
 def main(
     model: Path,
     data: Path,
     tests: tuple[Path, ...],
     sensitivities: tuple[str, ...],
+    methods: tuple[str, ...],
     keep_macs: tuple[float, ...],
+    keep_params: tuple[float, ...],
+    base: str | None,
     max_samples: int,
     seeds: int,
+    first_seed: int,
     probes: int,
     batch_size: int,
     threads: int,
     align: str,
-    whole_residual: bool,
     latency: bool,
     json_path: Path | None,
 ) -> None:
     torch.set_num_threads(threads)
-    console = Console()
+    console = Console(soft_wrap=True)
     source = load_model(model)
     original = make_session(source.proto, providers="cpu", threads=threads)
     test_sets = {}
     for path in tests:
         dataset = open_dataset(path, original.inputs)
         test_sets[path.stem] = Subset(dataset, np.arange(dataset.n_samples))
+    budgets = [("macs", ratio) for ratio in keep_macs] + [("params", ratio) for ratio in keep_params]
+    budgets = budgets or [("macs", 0.7), ("macs", 0.5)]
+    recipes = [(name, method) for name in sensitivities for method in methods if method != "paper"]
+    recipes += [("hutchinson", "paper")] if "paper" in methods else []
     rows: list[dict[str, Any]] = []
-    base: dict[str, float] = {}
-    for seed in range(seeds):
-        splits = split_dataset(
-            open_dataset(data, original.inputs, max_samples=max_samples, seed=seed), seed=seed
-        )
+    first: dict[str, float] = {}
+
+    def open_session(proto: ModelProto) -> Session:
+        return make_session(proto, providers="cpu", threads=threads)
+
+    for seed in range(first_seed, first_seed + seeds):
+        dataset = open_dataset(data, original.inputs, max_samples=max_samples, seed=seed)
+        splits = split_dataset(dataset, seed=seed)
         calibrate = splits.calibrate
         prepared = prepare(source, next(iter(calibrate.batches(2))).inputs)
-        base = base or accuracy(prepared.graph, source, test_sets, threads)
+        first = first or accuracy(prepared.graph, source, test_sets, threads)
+        feed = {name: values[:1] for name, values in next(iter(calibrate.batches(1))).inputs.items()}
         scales = output_scales([run_outputs(original, calibrate.take(256), batch_size=batch_size)])
         one_pass = pass_seconds(prepared, calibrate, batch_size)
+        with_implants = set(methods) != {"prune"}
         start = time.perf_counter()
         curvature = collect_curvature(
-            prepared.graph,
-            prepared.twin,
-            prepared.coupling,
-            calibrate,
-            scales=scales,
-            batch_size=batch_size,
-            seed=seed,
-        )
+            prepared.graph, prepared.twin, prepared.coupling, calibrate, scales=scales, batch_size=batch_size,
+            seed=seed, layers=[x.node for x in find_implant_layers(prepared)] if with_implants else (),
+        )  # fmt: skip
         statistics_s = time.perf_counter() - start
-        for name in sensitivities:
+        models: dict[str, tuple[LossModel, float, int | None]] = {}
+        for name in dict.fromkeys(name for name, _ in recipes):
             options = Options(
                 graph=prepared.graph, scales=scales, n_probes=probes, batch_size=batch_size, seed=seed
             )
-            start = time.perf_counter()
-            n_probes = None
+            start, n_probes, rank_s = time.perf_counter(), None, 0.0
             if name == "obs":
                 rank_groups(name, prepared, curvature, calibrate, options=options)
-                rank_s = statistics_s + time.perf_counter() - start
-            else:
+                rank_s = statistics_s
+            elif len(sensitivities) > 1:
                 n_probes = estimate(
                     name, prepared.twin, prepared.coupling, calibrate, options=options
                 ).n_probes
-                rank_s = time.perf_counter() - start
+            rank_s += time.perf_counter() - start
             losses = build_loss_model(
                 prepared, calibrate, sensitivity=name, scales=scales, batch_size=batch_size, n_probes=probes,
-                seed=seed, curvature=curvature,
+                seed=seed, curvature=curvature, with_implants=with_implants,
             )  # fmt: skip
-            for ratio in keep_macs:
-                budget = {"params": None, "macs": ratio * losses.cost.macs(losses.cost.sizes)}
-                whole = residual_groups(prepared) if whole_residual else ()
-                decisions = choose_widths(
-                    prepared, losses, budget, align=align if align == "auto" else int(align), whole=whole
-                )
-                keep = keep_mask(prepared, decisions)
-                cut = remove_channels(prepared.graph, prepared.coupling, keep, shapes=prepared.probe_shapes)
+            models[name] = losses, rank_s, n_probes
+        offered = {
+            node: tuple(form.kind for form in entry.layer.forms)
+            for node, entry in models[recipes[0][0]][0].implants.items()
+        }
+        if latency and offered:
+            offered = faster_kinds(prepared, offered, open_session)
+        for name, method in recipes:
+            losses, rank_s, n_probes = models[name]
+
+            def time_it(candidate: Any) -> Any:
+                session = open_session(to_proto(candidate.finished(), source))
+                return measure_latency(original, session, feed, seconds=LATENCY_SECONDS)  # noqa: B023
+
+            setting = Setting(
+                prepared=prepared, losses=losses, method=method, kinds={} if method == "prune" else offered,
+                calibrate=calibrate, choose=splits.choose, scales=scales, batch_size=batch_size, seed=seed,
+                align=align if align == "auto" else int(align), preset="paper" if method == "paper" else None,
+                time=time_it if latency else None,
+            )  # fmt: skip
+            before = facts_before(prepared)
+            for metric, ratio in budgets:
+                size = before.params if metric == "params" else losses.cost.macs(losses.cost.sizes)
+                limits = {"params": None, "macs": None, metric: ratio * size}
                 start = time.perf_counter()
-                weights = refit_weights(prepared, cut, keep, calibrate, batch_size=batch_size, seed=seed)
-                refit_s = time.perf_counter() - start
-                refitted = with_weights(cut, weights)
+                try:
+                    found = compress_to(setting, limits)
+                except BudgetError as error:
+                    console.print(f"seed {seed} {name} {method} at {ratio} {metric}: {error}")
+                    continue
+                seconds = time.perf_counter() - start
+                after = facts_after(found.finished(), prepared, n_bytes=0)
                 row = {
-                    "sensitivity": name, "keep_macs": ratio, "seed": seed, "probes": n_probes,
-                    "rank_s": rank_s, "rank_passes": rank_s / one_pass, "refit_s": refit_s,
-                    "surgery": accuracy(cut, source, test_sets, threads),
-                    "refit": accuracy(refitted, source, test_sets, threads),
-                    "reached": losses.cost.macs([len(d.keep) for d in decisions])
-                    / losses.cost.macs(losses.cost.sizes),
-                    "widths": {d.group: [len(d.keep), d.size] for d in decisions},
+                    "recipe": method if len(methods) > 1 else name, "sensitivity": name, "method": method,
+                    "budget": f"{metric} {ratio:g}", "seed": seed, "probes": n_probes, "rank_s": rank_s,
+                    "rank_passes": rank_s / one_pass, "compress_s": seconds,
+                    "surgery": accuracy(sketch(setting, limits).finished(), source, test_sets, threads),
+                    "repaired": accuracy(found.finished(), source, test_sets, threads),
+                    "params": after.params / before.params,
+                    "macs": (after.macs or 0) / max(before.macs or 0, 1),
+                    "kinds": {
+                        kind: sum(r.kind == kind for r in found.choice.replacements)
+                        for kind in ("lowrank", "spatial", "pointwise")
+                    },
+                    "narrower": sum(len(d.drop) > 0 for d in found.choice.decisions),
                 }  # fmt: skip
                 if latency:
-                    candidate = make_session(to_proto(refitted, source), providers="cpu", threads=threads)
-                    feed = {k: v[:1] for k, v in next(iter(calibrate.batches(1))).inputs.items()}
-                    row["latency_ratio"] = measure_latency(original, candidate, feed, seconds=3).ratio
+                    row["latency_ratio"] = time_it(found).ratio
                 rows.append(row)
-                first = next(iter(test_sets))
                 console.print(
-                    f"seed {seed} {name} at {ratio}: surgery {row['surgery'][first]:.2f} "
-                    f"refit {row['refit'][first]:.2f}",
+                    f"seed {seed} {name} {method} at {ratio} {metric}: "
+                    + " ".join(f"{test} {value:.2f}" for test, value in row["repaired"].items())
+                    + f" (surgery {next(iter(row['surgery'].values())):.2f}), {row['kinds']}, "
+                    f"{row['narrower']} groups narrower, {seconds:.0f} s"
+                    + (f", latency x{row['latency_ratio']:.3f}" if latency else ""),
                     highlight=False,
                 )
-    show(console, rows, base)
-    if json_path is not None:
-        json_path.write_text(
-            json.dumps({"model": model.name, "original": base, "rows": rows}, indent=1) + "\n"
-        )
+        if json_path is not None:
+            json_path.write_text(
+                json.dumps({"model": model.name, "original": first, "rows": rows}, indent=1) + "\n"
+            )
+    show(console, rows, first, base)
+    if latency:
+        show_equal_latency(console, rows, first)
 
 
-def show(console: Console, rows: list[dict[str, Any]], base: dict[str, float]) -> None:
-    """Print the table: means over seeds, and the paired margin over magnitude."""
-    for test, value in base.items():
-        table = Table(title=f"{test}: original {value:.2f} %, mean over calibration seeds")
-        for column in (
-            "keep MACs",
-            "sensitivity",
-            "surgery %",
-            "refit %",
-            "margin over magnitude",
-            "probes",
-            "passes",
-            "s",
-        ):
-            table.add_column(column, justify="right")
-        for ratio in sorted({row["keep_macs"] for row in rows}, reverse=True):
-            here = [row for row in rows if row["keep_macs"] == ratio]
-            fair = {row["seed"]: row["refit"][test] for row in here if row["sensitivity"] == "magnitude"}
-            for name in dict.fromkeys(row["sensitivity"] for row in here):
-                own = [row for row in here if row["sensitivity"] == name]
+def show(console: Console, rows: list[dict[str, Any]], first: dict[str, float], base: str | None) -> None:
+    """Print means over seeds and paired margins over the base, as a Markdown table."""
+    names = list(dict.fromkeys(row["recipe"] for row in rows))
+    base = base or next((name for name in ("magnitude", "prune") if name in names), names[0])
+    for test, value in first.items():
+        console.print(f"\n{test}: original {value:.2f} %, means over calibration seeds\n", highlight=False)
+        console.print(f"| keep | recipe | after surgery | repaired | margin over {base} (95 %) | probes | passes |")
+        console.print("|---|---|---|---|---|---|---|")
+        for budget in dict.fromkeys(row["budget"] for row in rows):
+            here = [row for row in rows if row["budget"] == budget]
+            fair = {row["seed"]: row["repaired"][test] for row in here if row["recipe"] == base}
+            for name in dict.fromkeys(row["recipe"] for row in here):
+                own = [row for row in here if row["recipe"] == name]
                 margin = ""
-                if fair and name != "magnitude":
-                    mean, low, high = interval([row["refit"][test] - fair[row["seed"]] for row in own])
+                if name != base and all(row["seed"] in fair for row in own):
+                    mean, low, high = interval([row["repaired"][test] - fair[row["seed"]] for row in own])
                     margin = f"{mean:+.2f} ({low:+.2f} to {high:+.2f})"
-                table.add_row(
-                    f"{ratio:g}", name,
-                    f"{np.mean([row['surgery'][test] for row in own]):.2f}",
-                    f"{np.mean([row['refit'][test] for row in own]):.2f}",
-                    margin, str(own[0]["probes"] or ""),
-                    f"{np.median([row['rank_passes'] for row in own]):.2f}",
-                    f"{np.median([row['rank_s'] for row in own]):.1f}",
-                )  # fmt: skip
+                console.print(
+                    f"| {budget} | {name} | {np.mean([row['surgery'][test] for row in own]):.2f} "
+                    f"| {np.mean([row['repaired'][test] for row in own]):.2f} | {margin} "
+                    f"| {own[0]['probes'] or ''} | {np.median([row['rank_passes'] for row in own]):.1f} |",
+                    highlight=False,
+                )
+
+
+def show_equal_latency(console: Console, rows: list[dict[str, Any]], first: dict[str, float]) -> None:
+    """Print accuracies at equal latency: linear between the budgets of each recipe, mean over seeds."""
+    names = list(dict.fromkeys(row["recipe"] for row in rows))
+    seeds = sorted({row["seed"] for row in rows})
+    for test in first:
+        points = {
+            (name, seed): np.array(
+                sorted(
+                    (row["latency_ratio"], row["repaired"][test])
+                    for row in rows
+                    if (row["recipe"], row["seed"]) == (name, seed)
+                )
+            )
+            for name in names
+            for seed in seeds
+        }
+        low = max(curve[0, 0] for curve in points.values())
+        high = min(curve[-1, 0] for curve in points.values())
+        table = Table(title=f"{test}: accuracy at equal latency (share of the original's)")
+        for column in ("latency", *names):
+            table.add_column(column, justify="right")
+        for latency in np.linspace(low, high, 5) if low < high else ():
+            means = [np.mean([np.interp(latency, *points[name, seed].T) for seed in seeds]) for name in names]
+            table.add_row(f"{latency:.3f}", *(f"{mean:.2f}" for mean in means))
         console.print(table)
 
 
