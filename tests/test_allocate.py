@@ -393,6 +393,17 @@ def test_layers_without_options_stay_as_they_are() -> None:
     assert allocate(curves, options, cost, budgets, layers[1:2]).options.shape == (1,)
 
 
+def test_widths_may_be_given() -> None:
+    problem, layers = make_layer_problem(1, 3, 4, 3, 4)
+    curves, options, cost = problem
+    narrow = [GroupOptions(option.group, option.widths[-2:-1]) for option in options]
+    fixed = (curves, tuple(narrow), cost)
+    budgets, best = limits_within(all_choices(fixed, layers), {"macs": 0.5})
+    found = allocate(*fixed, budgets, layers)
+    assert found.widths.tolist() == [int(option.widths[0]) for option in narrow]
+    assert check_layers(fixed, layers, found, budgets) == pytest.approx(best)
+
+
 def test_refuses_layers_that_make_no_sense() -> None:
     problem, layers = make_layer_problem(4, 3, 4, 2, 4)
     for coefficients, losses in (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -12,12 +13,15 @@ import onnx_graphsurgeon as gs
 import pytest
 import torch
 from helpers import make_model, node, rand
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from hap_onnx.channels import Coupling, find_groups
-from hap_onnx.cost import AxisLength, CostModel, CostState, CostTerm
+from hap_onnx.cost import AxisLength, CostModel, CostState, CostTerm, LayerTerms
 from hap_onnx.cost_graph import cost_model, removable_branches
 from hap_onnx.measure import model_size
 from hap_onnx.model_io import load_model, normalise
+from hap_onnx.ops.linear import linear_form
 from hap_onnx.surgery import remove_channels
 from hap_onnx.twin import build_twin, probe_shapes
 
@@ -241,3 +245,156 @@ def test_refuses_widths_that_cannot_be() -> None:
         cost.params([5])
     with pytest.raises(ValueError, match="two axes"):
         CostTerm(1, 1, (0, 0, 0))
+
+
+# --- layers ---
+
+
+def with_layers(prepared: Prepared) -> CostModel:
+    """The cost of a graph in which every node with a matrix form may be replaced."""
+    graph, coupling, shapes, _ = prepared
+    names = {node.name for node in graph.nodes if linear_form(node) is not None}
+    return cost_model(graph, coupling, shapes, layers=names)
+
+
+def draw_tables(cost: CostModel, rng: np.random.Generator, n_options: int) -> np.ndarray:
+    tables = rng.integers(-3, 50, (len(cost.layers), n_options, 4, 2))
+    tables[rng.random(tables.shape[:2]) < 0.3, 1:] = 0
+    for index, layer in enumerate(cost.layers):
+        tables[index, 0] = layer.dense
+    return tables
+
+
+def count_layers(prepared: Prepared, cost: CostModel, tables: np.ndarray, keep: np.ndarray) -> list[int]:
+    """Both costs after surgery, each layer counted by its own coefficients and the shape its weight has."""
+    graph, coupling, shapes, inputs = prepared
+    cut = remove_channels(graph, coupling, keep, shapes=shapes)
+    size = model_size(cut, probe_shapes(build_twin(cut), inputs))
+    nodes = {node.name: node for node in cut.nodes}
+    totals = np.array([size.params, size.macs])
+    for layer, table in zip(cost.layers, tables, strict=True):
+        if layer.node in nodes:
+            form = linear_form(nodes[layer.node])
+            assert form is not None
+            shape = nodes[layer.node].inputs[form.weight_index].shape
+            n_in, n_out = shape[form.in_axis], shape[form.out_axis]
+            totals += np.array([n_in * n_out, n_in, n_out, 1]) @ (table - layer.dense)
+    return totals.tolist()
+
+
+@pytest.mark.parametrize(("build", "n_layers"), [(chain, 4), (residual, 11), (mixer, 4), (shared, 3)])
+def test_layers_cost_what_they_have_after_surgery(
+    build: Callable[[], onnx.ModelProto], n_layers: int
+) -> None:
+    prepared = prepare(build())
+    plain, cost = cost_model(*prepared[:3]), with_layers(prepared)
+    assert len(cost.layers) == n_layers
+    assert all(layer.dense[1:].tolist() == [[0, 0]] * 3 for layer in cost.layers)
+    rng = np.random.default_rng(2)
+    for gone in (0.0, 0.3, 0.3, 0.6, 1.0):
+        widths = draw(cost, rng, gone=gone)
+        assert cost.totals(widths).tolist() == plain.totals(widths).tolist()
+        tables = draw_tables(cost, rng, 2)[:, 1]
+        keep = np.zeros(prepared[1].n_elements, bool)
+        for group, width in zip(prepared[1].groups, widths, strict=True):
+            keep[rng.choice(group.elements, width, replace=False)] = True
+        assert cost.totals(widths, tables).tolist() == count_layers(prepared, cost, tables, keep)
+
+
+def test_leaves_out_layers_whose_cost_is_not_of_two_axes() -> None:
+    prepared = prepare(chain())
+    nodes = {node.name: node for node in prepared[0].nodes if node.op in ("Conv", "ConvTranspose", "Gemm")}
+    kinds = {name: (node.op, int(node.attrs.get("group", 1))) for name, node in nodes.items()}
+    graph, coupling, shapes, _ = prepared
+    cost = cost_model(graph, coupling, shapes, layers=list(nodes))
+    # Depthwise loses whole conv groups; a transposed convolution has no matrix form.
+    left_out = [kinds[name] for name in kinds if name not in {layer.node for layer in cost.layers}]
+    assert left_out == [("Conv", 8), ("ConvTranspose", 1)]
+    assert [kinds[layer.node] for layer in cost.layers] == [
+        ("Conv", 1),
+        ("Conv", 1),
+        ("Conv", 2),
+        ("Gemm", 1),
+    ]
+    # A product over positions counts channels besides; a weight in two places is not one layer's.
+    assert len(with_layers(prepare(mixer())).layers) == 4
+    nodes_of_shared = [node for node in prepare(shared())[0].nodes if node.op == "Conv"]
+    assert len(nodes_of_shared) == len(with_layers(prepare(shared())).layers) + 2
+    with pytest.raises(ValueError, match="no node stranger"):
+        cost_model(graph, coupling, shapes, layers=["stranger"])
+
+
+# Two layers with a group on both of their axes, of which one goes with it.
+_SQUARE = CostModel(
+    (5, 4),
+    (AxisLength(1, ((0, 2), (1, 1))), AxisLength(0, ((0, 1),))),
+    (
+        *(
+            CostTerm(c, 2 * c, axes, frozenset({0}))
+            for c, axes in [(3, (0, 0)), (0, (0,)), (0, (0,)), (0, ())]
+        ),
+        *(CostTerm(c, 5 * c, axes) for c, axes in [(2, (0, 1)), (0, (0,)), (0, (1,)), (0, ())]),
+        CostTerm(7, 0, (0,), frozenset(), 0),
+    ),
+    frozenset({0}),
+    tuple(
+        LayerTerms(name, places, np.array([dense, (0, 0), (0, 0), (0, 0)]))
+        for name, places, dense in [("a", (0, 1, 2, 3), (3, 6)), ("b", (4, 5, 6, 7), (2, 10))]
+    ),
+)
+
+
+@functools.cache
+def layered(name: str) -> CostModel:
+    builds = {"chain": chain, "residual": residual, "mixer": mixer}
+    return _SQUARE if name == "square" else with_layers(prepare(builds[name]()))
+
+
+@settings(max_examples=40, deadline=None)
+@given(name=st.sampled_from(["chain", "residual", "mixer", "square"]), seed=st.integers(0, 10**6))
+def test_state_follows_every_change_of_a_layer(name: str, seed: int) -> None:
+    cost, rng = layered(name), np.random.default_rng(seed)
+    tables = draw_tables(cost, rng, 4)
+    current = tables[:, 0].copy()
+    state = CostState(cost, draw(cost, rng, gone=0.3))
+    for _ in range(12):
+        before, old = state.copy(), (state.widths.copy(), current.copy())
+        if rng.random() < 0.5:
+            layer, option = int(rng.integers(len(cost.layers))), int(rng.integers(4))
+            current[layer] = tables[layer, option]
+            state.set_coefficients(layer, tables[layer, option])
+        else:
+            group = int(rng.integers(len(cost.sizes)))
+            state.set_width(group, int(draw(cost, rng, gone=0.5)[group]))
+        totals = cost.totals(state.widths, current)
+        assert state.totals.tolist() == totals.tolist()
+        assert before.totals.tolist() == cost.totals(*old).tolist()
+    options = np.stack([draw(cost, rng, gone=0.5) for _ in range(3)], axis=1)
+    for (group, column), width in np.ndenumerate(options):
+        widths = state.widths.copy()
+        widths[group] = width
+        change = state.changes(options)[group, column]
+        assert change.tolist() == (cost.totals(widths, current) - totals).tolist()
+    for layer, option in np.ndindex(*tables.shape[:2]):
+        other = current.copy()
+        other[layer] = tables[layer, option]
+        change = state.layer_changes(tables)[layer, option]
+        assert change.tolist() == (cost.totals(state.widths, other) - totals).tolist()
+
+
+def test_totals_take_many_choices_at_once() -> None:
+    cost, rng = layered("residual"), np.random.default_rng(0)
+    widths = np.stack([draw(cost, rng, gone=0.3) for _ in range(5)])
+    tables = np.moveaxis(draw_tables(cost, rng, 5), 1, 0)
+    every = cost.totals(widths, tables)
+    assert every.tolist() == [cost.totals(w, t).tolist() for w, t in zip(widths, tables, strict=True)]
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="HAP_ONNX_SHARED is not set")
+def test_every_layer_of_a_resnet_may_be_replaced() -> None:
+    prepared = prepare(SHARED / "models" / "resnet20.onnx")
+    cost = with_layers(prepared)
+    assert len(cost.layers) == 20  # nineteen convolutions and a Gemm
+    rng = np.random.default_rng(0)
+    for gone in (0.0, 0.5):
+        check_counts(prepared, cost, draw(cost, rng, gone=gone), rng)
