@@ -123,14 +123,21 @@ def _plan(setting: Setting, budgets: Budgets, *, align: int | str, whole: Collec
 def _plan_fast(setting: Setting, budgets: Budgets, *, whole: Collection[str]) -> CutModel:
     """Plan, and again with wider steps where onnxruntime runs the result slower than the original."""
     aligns = (setting.align, *(WIDER if setting.align == "auto" and setting.preset is None else ()))
+    cut: CutModel | None = None
     for align in aligns:
-        cut = _plan(setting, budgets, align=align, whole=whole)
+        try:
+            cut = _plan(setting, budgets, align=align, whole=whole)
+        except BudgetError:
+            if cut is None:
+                raise
+            break  # the steps are too wide
         timing = setting.time(compress_layers(cut)) if setting.time is not None else None
         if timing is None or not timing.is_slower:
             return cut
         setting.note(
             f"with widths aligned to {align} the model is {timing.ratio:.2f} times as slow; planning again"
         )
+    assert cut is not None
     return cut  # the gate will refuse it, with all numbers
 
 

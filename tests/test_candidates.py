@@ -1,0 +1,171 @@
+"""Candidates: which plans are tried, and that outputs on held-out samples decide between them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import cache
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from planning import Job, make_job, real_totals, run_twin, widths_of
+from sample_models import residual_cnn
+from topologies import TOPOLOGIES
+
+from hap_onnx import candidates
+from hap_onnx.calibration import Subset
+from hap_onnx.candidates import Setting, compress_to, distance, recover, sketch
+from hap_onnx.carry_out import CutModel, compress_layers, cut_model
+from hap_onnx.choose import Choice
+from hap_onnx.errors import BudgetError
+from hap_onnx.events import Event
+from hap_onnx.paper import choose_by_threshold
+from hap_onnx.twin import build_twin
+from hap_onnx.validate import LatencyComparison
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    n_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(n_threads)
+
+
+@cache
+def job(name: str = "residual") -> Job:
+    model = residual_cnn() if name == "residual cnn" else TOPOLOGIES[name]().model
+    return make_job(model, n_samples=60)
+
+
+def setting(one: Job, method: str = "hap", **changes: Any) -> Setting:
+    data = one.subset.dataset
+    facts: dict[str, Any] = {
+        "kinds": {} if method == "prune" else one.kinds,
+        "calibrate": Subset(data, np.arange(40)),
+        "choose": Subset(data, np.arange(40, 60)),
+        "scales": one.scales,
+        "batch_size": 20,
+        "seed": 0,
+        "align": 1,
+    }
+    return Setting(one.prepared, one.losses, method, **{**facts, **changes})
+
+
+def timing(ratio: float) -> LatencyComparison:
+    return LatencyComparison(1.0, ratio, ratio, ratio - 0.01, ratio + 0.01, 11, 1, "CPUExecutionProvider", 1)
+
+
+def test_the_distance_is_that_of_held_out_outputs() -> None:
+    one = job()
+    compressed = sketch(setting(one), one.budgets(macs=0.6))
+    held_out = {"x": next(iter(one.subset.dataset.batches(np.arange(40, 60), 20))).inputs["x"]}
+    before, after = (
+        run_twin(build_twin(graph), held_out)["y"].astype(np.float64)
+        for graph in (one.prepared.graph, compressed.finished())
+    )
+    expected = 0.5 * one.scales["y"] ** 2 * np.square(after - before).sum() / 20
+    assert distance(setting(one), compressed.finished()) == pytest.approx(expected, rel=1e-4)
+    assert distance(setting(one), one.prepared.graph) == 0
+
+
+def test_implants_alone_leave_all_widths() -> None:
+    one = job()
+    for function in (sketch, compress_to):
+        compressed = function(setting(one, "implant"), one.budgets(macs=0.7))
+        assert widths_of(compressed.choice) == list(one.losses.cost.sizes)
+        assert compressed.choice.replacements
+        assert real_totals(one, compressed.finished())[1] <= one.budgets(macs=0.7)["macs"]
+        with pytest.raises(BudgetError):
+            function(setting(one, "implant"), one.budgets(macs=0.01))
+
+
+def test_pruning_alone_uses_no_implants() -> None:
+    one = job()
+    compressed = compress_to(setting(one, "prune"), one.budgets(macs=0.6))
+    assert not compressed.choice.replacements
+    assert not compressed.implants
+    assert widths_of(compressed.choice) < list(one.losses.cost.sizes)
+
+
+@pytest.mark.parametrize("recovery", ["none", "refit"])
+def test_held_out_samples_decide(monkeypatch: pytest.MonkeyPatch, recovery: str) -> None:
+    one = job()
+    tried: list[Any] = []
+    real = candidates.recover
+
+    def remember(of: Setting, cut: CutModel) -> Any:
+        tried.append(real(of, cut))
+        return tried[-1]
+
+    monkeypatch.setattr(candidates, "recover", remember)
+    of = setting(one, recover=recovery)
+    found = compress_to(of, one.budgets(macs=0.6))
+    distances = [distance(of, candidate.finished()) for candidate in tried]
+    assert len(tried) >= 2
+    assert distance(of, found.finished()) == min(distances)
+    assert any(widths_of(candidate.choice) == list(one.losses.cost.sizes) for candidate in tried)
+
+
+def test_a_rival_that_is_out_of_reach_is_left_out() -> None:
+    one = job()
+    compressed = compress_to(setting(one, recover="none"), one.budgets(params=0.12))
+    assert real_totals(one, compressed.finished())[0] <= one.budgets(params=0.12)["params"]
+
+
+def test_a_refit_that_does_not_help_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
+    one, events = job(), list[Event]()
+    of = setting(one, on_event=events.append)
+    choice = sketch(of, one.budgets(macs=0.6)).choice
+    cut = cut_model(one.prepared, choice, one.losses.implants)
+    refitted, plain = recover(of, cut), compress_layers(cut)
+    assert distance(of, refitted.finished()) < distance(of, plain.finished())
+    assert not events or all(event.kind != "warning" for event in events)
+    spoilt = replace(refitted, weights={name: 100 * array for name, array in refitted.weights.items()})
+    monkeypatch.setattr(candidates, "refit_layers", lambda *args, **options: spoilt)
+    dropped = recover(of, cut)
+    assert distance(of, dropped.finished()) == distance(of, plain.finished())
+    assert [event.message for event in events if event.kind == "warning"] == [
+        "refit did not help on held-out samples and was dropped"
+    ]
+
+
+def test_slow_plans_are_planned_again_with_wider_steps() -> None:
+    one, events, timed = job("residual cnn"), list[Event](), list[Choice]()
+
+    def time_it(candidate: Any) -> LatencyComparison:
+        timed.append(candidate.choice)
+        return timing(1.5 if len(timed) == 1 else 0.9)
+
+    of = setting(one, "prune", align="auto", recover="none", time=time_it, on_event=events.append)
+    compress_to(of, one.budgets(macs=0.5))
+    assert all(len(decision.keep) % 8 == 0 for decision in timed[1].decisions)
+    assert any(len(decision.keep) % 8 for decision in timed[0].decisions)
+    assert [event.message for event in events] == [
+        "with widths aligned to auto the model is 1.50 times as slow; planning again"
+    ]
+
+
+def test_wider_steps_that_cannot_reach_the_budget_end_the_search() -> None:
+    """What the gate says of a slow model is more to the point than that wider steps are too wide."""
+    one = job("residual cnn")
+    of = setting(one, "prune", align="auto", recover="none", time=lambda candidate: timing(1.5))
+    compressed = compress_to(of, one.budgets(macs=0.08))
+    assert real_totals(one, compressed.finished())[1] <= one.budgets(macs=0.08)["macs"]
+    with pytest.raises(BudgetError):
+        compress_to(of, one.budgets(macs=0.01))
+
+
+def test_the_papers_recipe_has_no_rivals() -> None:
+    one = make_job(TOPOLOGIES["residual"]().model, n_samples=60, sensitivity="hutchinson")
+    of = setting(one, preset="paper", recover="none")
+    limits = one.budgets(macs=0.6)
+    expected = choose_by_threshold(one.prepared, one.losses, limits, kinds=one.kinds)
+    for function in (sketch, compress_to):
+        choice = function(of, limits).choice
+        assert widths_of(choice) == widths_of(expected)
+        assert [r.channels.tolist() for r in choice.replacements] == [
+            r.channels.tolist() for r in expected.replacements
+        ]
