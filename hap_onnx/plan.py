@@ -93,6 +93,8 @@ class NodeReplacement:
     def __post_init__(self) -> None:
         if self.kind not in KINDS or self.rank < 1:
             raise ValueError(f"{self.node}: no implant is of kind {self.kind!r} and rank {self.rank}")
+        if not np.isfinite([self.predicted_loss, self.expected_loss]).all():
+            raise ValueError(f"{self.node}: losses must be finite")
         channels = np.array(self.channels, np.int64)
         n_wanted = self.rank if self.kind == "pointwise" else 0
         if channels.shape != (n_wanted,) or (np.diff(channels) <= 0).any() or (channels < 0).any():
@@ -272,7 +274,7 @@ def load_plan(path: str | Path) -> CompressionPlan:
             replacements=tuple(_load_replacement(entry) for entry in implants),
             layer_notes=document.get("layers", {}),
         )
-    except (ValueError, KeyError) as error:
+    except (ValueError, KeyError, OverflowError) as error:
         what = f"{error} is missing" if isinstance(error, KeyError) else str(error)
         raise ModelError(f"the plan {path} is damaged: {what}") from error
 
@@ -411,6 +413,8 @@ def _from_runs(entry: Mapping[str, Any]) -> list[int]:
         start, stop = int(bounds[0]), int(bounds[1])
         if stop < start or stop >= entry["size"] or (positions and start <= positions[-1]):
             raise ValueError(f"'{entry['name']}' keeps {run!r}: out of order, or beyond its channels")
+        if len(positions) + stop - start >= entry["width"]:
+            raise ValueError(f"'{entry['name']}' keeps more channels than {entry['width']}, as it says")
         positions.extend(range(start, stop + 1))
     if len(positions) != entry["width"]:
         raise ValueError(f"'{entry['name']}' keeps {len(positions)} channels and says {entry['width']}")

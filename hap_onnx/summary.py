@@ -31,6 +31,8 @@ from hap_onnx.ops.linear import linear_form
 from hap_onnx.prepare import PreparedModel
 from hap_onnx.twin import build_twin, probe_shapes
 
+UNUSED = "the method does not use implants"
+
 
 def facts_before(prepared: PreparedModel) -> reports.ModelFacts:
     """Size of the model as it came; multiply-accumulates are those of one sample."""
@@ -112,10 +114,11 @@ def explain_layers(
         elif kinds:
             notes[name] = "as it is: no implant of it was faster in onnxruntime"
         else:
-            notes[name] = "as it is: the method does not use implants"
+            notes[name] = f"as it is: {UNUSED}"
+    why = "nothing is known of what an implant would lose" if losses.implants else UNUSED
     for node in prepared.graph.nodes:
         if linear_form(node) is not None:
-            notes.setdefault(node.name, "as it is: nothing is known of what an implant would lose")
+            notes.setdefault(node.name, f"as it is: {why}")
     return notes
 
 

@@ -11,6 +11,7 @@ from hap_onnx.report import (
     GroupKept,
     ImplantUsed,
     InspectReport,
+    LayerChosen,
     ModelFacts,
     PlanSummary,
     Prunable,
@@ -29,7 +30,10 @@ def compress_report(**changes):
         "model": "models/net.onnx", "output": "models/net.hap.onnx", "before": BEFORE, "after": AFTER,
         "quality": QUALITY, "fidelity": FIDELITY,
         "plan": PlanSummary(
-            (GroupKept("a", 16, 8), GroupKept("b", 32, 32)), (ImplantUsed("c", "lowrank", 4),), ("add_3",)
+            (GroupKept("a", 16, 8, "half is copies"), GroupKept("b", 32, 32)),
+            (ImplantUsed("c", "lowrank", 4, 0.25, 0.5),),
+            ("add_3",),
+            (LayerChosen("c", "lowrank", "it fits"),),
         ),
         "frozen": (FrozenNode("Gemm_1", "feeds a graph output"),),
         "budget": Budget({"keep_macs": 0.5, "max_bytes": 2e6}, {"keep_macs": 0.494, "max_bytes": 1_643_567}),

@@ -55,6 +55,7 @@ def test_no_budget_and_no_gate_leaves_nothing_to_aim_at():
         ("keep_macs", float("nan")), ("keep_macs", True), ("max_bytes", 0), ("max_bytes", 1.5),
         ("max_bytes", 10**400), ("max_drop", -0.01), ("max_drop", "all"), ("max_drop", float("inf")),
         ("metric", "acuracy"), ("metric", "module:"), ("metric", 3), ("method", "implants"),
+        ("preset", "papers"), ("preset", 1),
         ("sensitivity", "hessian"), ("probes", 0), ("recover", "distill"), ("align", 0), ("align", "big"),
         ("align", 2.5), ("exclude", [1]), ("exclude", [""]), ("exclude", 5), ("preprocess", "imagnet"),
         ("preprocess", "x.json"), ("device", "gpu"), ("providers", ""), ("providers", [1]), ("seed", -1),
@@ -125,10 +126,22 @@ def test_unknown_words_are_refused_with_the_nearest_right_one():
         CompressConfig(sensitivity="hutchison")
 
 
-@pytest.mark.parametrize("word", ["keep_latency", "epochs", "rounds", "sweep", "then", "html", "preset"])
+@pytest.mark.parametrize("word", ["keep_latency", "epochs", "rounds", "sweep", "then", "html"])
 def test_options_of_later_releases_are_not_accepted(word):
     with pytest.raises(UsageError, match="no option"):
         CompressConfig.from_options({word: 1})
+
+
+def test_methods_and_the_preset():
+    assert [CompressConfig(method=word).method for word in ("hap", "prune", "implant")] == [
+        "hap", "prune", "implant",
+    ]  # fmt: skip
+    assert CompressConfig().preset is None
+    assert CompressConfig().ranking == "auto"
+    assert CompressConfig(preset="paper").ranking == "hutchinson"
+    assert CompressConfig(preset="paper", sensitivity="magnitude").ranking == "magnitude"
+    with pytest.raises(UsageError, match="--preset paper has widths of its own: leave --align away"):
+        CompressConfig(preset="paper", align=8)
 
 
 def test_checked_options_are_complete():

@@ -16,7 +16,7 @@ from onnx import numpy_helper
 from sample_models import images, residual_cnn, with_labels, write
 
 import hap_onnx
-from hap_onnx import apply_plan, compress, inspect, load_twin, pipeline, validate
+from hap_onnx import apply_plan, carry_out, compress, implant_speed, inspect, load_twin, pipeline, validate
 from hap_onnx.config import SENSITIVITIES
 from hap_onnx.errors import (
     BudgetError,
@@ -41,8 +41,9 @@ def timing(ratio: float) -> LatencyComparison:
 
 @pytest.fixture(autouse=True)
 def _no_timing(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Time is not what these tests are about: every result is as fast as the original."""
+    """Time is not what these tests are about: results are as fast as the original, and implants pay."""
     monkeypatch.setattr(pipeline, "measure_latency", lambda *args, **options: timing(1.0))
+    monkeypatch.setattr(implant_speed, "measure_latency", lambda *args, **options: timing(0.5))
     n_threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -142,7 +143,7 @@ def test_a_model_without_channels_to_remove_is_refused_with_the_reason(tmp_path:
         [node("Gemm", ["x", "w"], ["y"])], inputs={"x": ["N", 4]}, outputs=["y"], weights={"w": rand(4, 3)}
     )
     with pytest.raises(BudgetError, match="output 'y'"):
-        compress(model, {"x": rand(50, 4)}, keep_macs=0.5, output=tmp_path / "o.onnx", **FAST)
+        compress(model, {"x": rand(50, 4)}, keep_macs=0.5, method="prune", output=tmp_path / "o.onnx", **FAST)
     assert files_in(tmp_path) == []
 
 
@@ -351,6 +352,197 @@ def test_a_plan_for_another_model_is_refused(tmp_path: Path, data: dict[str, np.
     assert not (tmp_path / "o.onnx").exists()
 
 
+# ---------------------------------------------------------------- methods
+
+
+def check_implants(report: CompressReport, model: onnx.ModelProto, before: onnx.ModelProto) -> None:
+    """Assert that the report and the model tell of the same implants, and that they left nothing behind."""
+    plain = report.to_dict()["plan"]
+    for entry in plain["implants"]:
+        assert list(entry) == ["node", "kind", "rank", "predicted_loss", "expected_loss"]
+        assert entry["kind"] in ("lowrank", "spatial", "pointwise")
+        assert entry["predicted_loss"] > 0
+        assert entry["expected_loss"] > 0
+        shapes = {t.name: list(t.dims) for t in model.graph.initializer}
+        weights = [node.input[1] for node in model.graph.node if node.name == entry["node"]]
+        if entry["kind"] != "pointwise":
+            second = shapes[weights[0]]
+            assert entry["rank"] in second[:2]
+    chosen = {entry["node"]: entry["choice"] for entry in plain["layers"]}
+    assert set(chosen) == {n.name for n in before.graph.node if n.op_type in ("Conv", "Gemm", "MatMul")}
+    for entry in plain["implants"]:
+        assert chosen.pop(entry["node"]) == entry["kind"]
+    assert set(chosen.values()) <= {"dense"}
+    assert all(entry["why"] for entry in plain["layers"] + plain["groups"])
+    ops = {n.op_type for n in before.graph.node} | {"Conv", "MatMul"}
+    kinds = {entry["kind"] for entry in plain["implants"]}
+    assert {n.op_type for n in model.graph.node} <= ops | ({"Concat"} if "pointwise" in kinds else set())
+    assert {n.domain for n in model.graph.node} == {""}
+
+
+MODELS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "half precision": {"dtype": np.float16},
+    "batch of 4": {"batch": 4},
+    "opset 9": {"opset": 9},
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("method", ["implant", "hap"])
+def test_methods_with_implants_for_every_kind_of_model(
+    tmp_path: Path, data: dict[str, np.ndarray], name: str, method: str
+) -> None:
+    original = residual_cnn(**MODELS[name])
+    path, plan = write(tmp_path, original), tmp_path / "p.json"
+    report = compress(path, data, keep_macs=0.6, method=method, save_plan=plan, **FAST)
+    result = check_kept(original, tmp_path / "net.hap.onnx")
+    assert report.budget.reached["keep_macs"] <= 0.6
+    assert report.after.params == n_params(tmp_path / "net.hap.onnx")
+    check_implants(report, result, original)
+    if method == "implant":
+        assert report.plan.implants
+        assert all(entry.kept == entry.size for entry in report.plan.groups)
+        assert not report.plan.removed_branches
+    assert report.quality is not None
+    assert report.fidelity is not None
+    assert report.fidelity.r2 is not None
+    assert report.fidelity.r2 > 0.7
+    written = (tmp_path / "net.hap.onnx").read_bytes()
+    applied = apply_plan(path, plan)
+    assert (tmp_path / "net.hap.onnx").read_bytes() == written
+    assert applied.plan == report.plan
+    assert (applied.after.params, applied.after.macs) == (report.after.params, report.after.macs)
+
+
+def test_pruning_alone_has_no_implants(tmp_path: Path, data: dict[str, np.ndarray]) -> None:
+    report = compress(write(tmp_path), data, keep_macs=0.6, method="prune", **FAST)
+    assert not report.plan.implants
+    assert any(entry.kept < entry.size for entry in report.plan.groups)
+    nodes = (len(onnx.load(path).graph.node) for path in (tmp_path / "net.hap.onnx", tmp_path / "net.onnx"))
+    assert next(nodes) <= next(nodes)
+    assert {entry.why for entry in report.plan.layers} == {"as it is: the method does not use implants"}
+
+
+def test_implants_of_external_data_stay_external(tmp_path: Path, data: dict[str, np.ndarray]) -> None:
+    model, plan = write(tmp_path, external=True), tmp_path / "p.json"
+    before = set(files_in(tmp_path))
+    limit = 90_000
+    report = compress(model, data, max_bytes=limit, method="implant", save_plan=plan, **FAST)
+    new = [tmp_path / name for name in files_in(tmp_path) if name not in before and not name.startswith("p.")]
+    assert report.plan.implants
+    assert report.after.bytes == sum(path.stat().st_size for path in new) <= limit
+    written = {path.name: path.read_bytes() for path in new}
+    apply_plan(model, plan)
+    assert {path.name: path.read_bytes() for path in new} == written
+
+
+def test_excluded_layers_get_no_implants(tmp_path: Path, data: dict[str, np.ndarray]) -> None:
+    model = write(tmp_path)
+    options: dict[str, Any] = {"method": "implant", "recover": "none", **FAST}
+    report = compress(model, data, keep_macs=0.8, exclude=["make_b2", "a2.w", "b1.b"], **options)
+    assert report.plan.implants
+    assert not {entry.node for entry in report.plan.implants} & {"make_b2", "make_a2"}
+    old, new = ({t.name: t for t in onnx.load(p).graph.initializer} for p in (model, report.output))
+    for name in ("b2.w", "b2.b", "a2.w", "b1.b"):
+        assert old[name].SerializeToString() == new[name].SerializeToString()
+    report = compress(model, data, keep_macs=0.9, only=["make_a2"], **options)
+    assert {entry.node for entry in report.plan.implants} == {"make_a2"}
+    reasons = {entry.node: entry.why for entry in report.plan.layers}
+    assert reasons["make_b2"] == "as it is: it is excluded"
+
+
+def test_a_model_whose_channels_cannot_go_may_have_implants(tmp_path: Path) -> None:
+    net = make_model(
+        [node("MatMul", ["x", "w"], ["h"]), node("Softmax", ["h"], ["p"]), node("MatMul", ["p", "v"], ["y"])],
+        inputs={"x": ["N", 16]},
+        outputs=["y", "p"],
+        weights={"w": rand(16, 12), "v": rand(12, 16, seed=1)},
+    )
+    with pytest.raises(BudgetError, match="no channel"):
+        compress(net, {"x": rand(60, 16)}, keep_macs=0.7, method="prune", output=tmp_path / "o.onnx", **FAST)
+    for method in ("implant", "hap"):
+        report = compress(
+            net, {"x": rand(60, 16)}, keep_macs=0.7, method=method, output=tmp_path / "o.onnx", **FAST
+        )
+        assert {entry.kind for entry in report.plan.implants} == {"lowrank"}
+        assert report.budget.reached["keep_macs"] <= 0.7
+
+
+def test_a_compressed_model_can_be_compressed_again(tmp_path: Path, data: dict[str, np.ndarray]) -> None:
+    current = write(tmp_path)
+    for index in range(3):
+        output = tmp_path / f"{index}.onnx"
+        report = compress(current, data, keep_macs=0.8, method="implant", output=output, **FAST)
+        assert report.plan.implants
+        assert report.budget.reached["keep_macs"] <= 0.8
+        current = output
+    assert run(current, data["x"]).shape == (120, 5)
+
+
+def test_implants_that_save_no_time_are_not_chosen(
+    tmp_path: Path, data: dict[str, np.ndarray], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = write(tmp_path)
+    monkeypatch.setattr(implant_speed, "measure_latency", lambda *args, **options: timing(1.0))
+    report = compress(model, data, keep_macs=0.6, **FAST)
+    assert not report.plan.implants
+    reasons = {entry.why for entry in report.plan.layers}
+    assert "as it is: no implant of it was faster in onnxruntime" in reasons
+    with pytest.raises(BudgetError):
+        compress(model, data, keep_macs=0.6, method="implant", **FAST)
+    report = compress(model, data, keep_macs=0.6, method="implant", allow_slower=True, **FAST)
+    assert report.plan.implants
+
+
+def test_a_search_may_use_implants(tmp_path: Path, labelled: dict[str, np.ndarray]) -> None:
+    report = compress(write(tmp_path), labelled, max_drop=0.2, method="implant", recover="none", **FAST)
+    assert report.quality is not None
+    assert report.quality.drop <= 0.2
+    assert report.plan.implants
+
+
+def test_the_preset_of_the_paper(tmp_path: Path, data: dict[str, np.ndarray]) -> None:
+    model, plan = write(tmp_path), tmp_path / "p.json"
+    options: dict[str, Any] = {"preset": "paper", "probes": 8, **FAST}
+    report = compress(model, data, keep_macs=0.6, save_plan=plan, **options)
+    assert report.budget.reached["keep_macs"] <= 0.6
+    n_gone = sum(entry.size - entry.kept for entry in report.plan.groups)
+    n_pointwise = sum(entry.rank or 0 for entry in report.plan.implants)
+    assert {entry.kind for entry in report.plan.implants} == {"pointwise"}
+    assert 0 < n_pointwise <= -(-(n_gone + n_pointwise) // 10)
+    check_implants(report, onnx.load(tmp_path / "net.hap.onnx"), residual_cnn())
+    written = (tmp_path / "net.hap.onnx").read_bytes()
+    apply_plan(model, plan)
+    assert (tmp_path / "net.hap.onnx").read_bytes() == written
+    assert json.loads(plan.read_text())["config"]["preset"] == "paper"
+    pruned = compress(model, data, keep_macs=0.6, method="prune", **options)
+    assert not pruned.plan.implants
+    with pytest.raises(BudgetError, match="recipe"):
+        compress(model, data, keep_macs=1e-4, **options)
+
+
+def test_a_plan_whose_implants_do_not_fit_is_refused(tmp_path: Path, data: dict[str, np.ndarray]) -> None:
+    model, plan = write(tmp_path), tmp_path / "p.json"
+    compress(model, data, keep_macs=0.6, preset="paper", probes=8, dry_run=True, save_plan=plan, **FAST)
+    sound = plan.read_text()
+    implants = json.loads(sound)["implants"]
+    for changes in (
+        {"node": "make_nothing"},
+        {"node": "make_r1"},
+        {"kind": "lowrank"},
+        {"channels": "900", "rank": 1},
+        {"channels": "0-8", "rank": 9},
+    ):
+        document = json.loads(sound)
+        document["implants"] = [{**implants[0], **changes}, *implants[1:]]
+        plan.write_text(json.dumps(document))
+        with pytest.raises(ModelError, match=r"plan|cannot become") as caught:
+            apply_plan(model, plan, output=tmp_path / "o.onnx")
+        assert "\n" not in str(caught.value)
+    assert not (tmp_path / "o.onnx").exists()
+
+
 # ---------------------------------------------------------------- what the output guarantees
 
 
@@ -477,7 +669,7 @@ KEYS = {
     "after": ["params", "macs", "bytes", "latency_ms", "metric"],
     "quality": ["metric", "before", "after", "drop", "interval", "n_samples", "max_drop", "passed"],
     "fidelity": ["r2", "agreement", "max_abs_error"],
-    "plan": ["groups", "implants", "removed_branches"],
+    "plan": ["groups", "implants", "removed_branches", "layers"],
     "budget": ["asked", "reached"],
 }  # fmt: skip
 
@@ -501,7 +693,8 @@ def test_the_report_file_has_the_keys_of_the_contract(
     assert low <= plain["quality"]["drop"] <= high
     assert all(entry["kept"] <= entry["size"] for entry in plain["plan"]["groups"])
     assert any(entry["node"] == "make_scores" for entry in plain["frozen"])
-    assert {"load", "prepare", "sensitivity", "plan", "refit", "validate", "write"} <= set(plain["seconds"])
+    stages = {"load", "prepare", "sensitivity", "implant speed", "compress", "validate", "write"}
+    assert stages <= set(plain["seconds"])
     assert set(plain["versions"]) >= {"hap_onnx", "onnx", "onnxruntime", "torch"}
 
 
@@ -798,12 +991,12 @@ def test_a_twin_that_differs_from_onnxruntime_is_refused(
 def test_a_result_with_nan_is_refused(
     tmp_path: Path, data: dict[str, np.ndarray], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = pipeline.with_weights
+    real = carry_out.with_weights
 
     def spoil(graph: Any, weights: Any) -> Any:
         return real(graph, {**weights, "head.b": np.full(5, np.nan, np.float32)})
 
-    monkeypatch.setattr(pipeline, "with_weights", spoil)
+    monkeypatch.setattr(carry_out, "with_weights", spoil)
     with pytest.raises(ValidationError, match="NaN"):
         compress(write(tmp_path), data, keep_macs=0.5, recover="none", **FAST)
     assert files_in(tmp_path) == ["net.onnx"]

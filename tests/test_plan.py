@@ -18,6 +18,7 @@ from hap_onnx.errors import ModelError, UsageError, ValidationError
 from hap_onnx.plan import (
     CompressionPlan,
     GroupDecision,
+    NodeReplacement,
     load_plan,
     plan_hash,
     save_plan,
@@ -61,14 +62,49 @@ def make_plan(**changes: object) -> CompressionPlan:
         predicted_loss={"a": 0.25, "b": 1e-9},
         weights={"w": np.arange(6, dtype=np.float32).reshape(2, 3), "b": np.array(3.0)},
         notes={"b": "the branch goes: «übrig» bleibt nichts"},
+        replacements=(
+            NodeReplacement("a", "pointwise", 3, np.array([1, 2, 5]), 0.5, 0.25),
+            NodeReplacement("node c", "spatial", 7, predicted_loss=1e-9),
+        ),
+        layer_notes={"a": "fitting", "d": "as it is"},
     )
     return replace(plan, **changes)
 
 
-def test_keep_mask_marks_the_elements_of_the_groups() -> None:
-    mask = make_plan().keep_mask(make_coupling({"b": 3, "a": 6}))
-    # Elements descend within each group of make_coupling.
-    assert mask.tolist() == [False] * 3 + [True, False, False, True, True, True]
+@pytest.mark.parametrize(
+    ("kind", "rank", "channels"),
+    [
+        ("dense", 1, []),
+        ("lowrank", 0, []),
+        ("spatial", -2, []),
+        ("lowrank", 1, [0]),
+        ("pointwise", 2, [0]),
+        ("pointwise", 2, [1, 0]),
+        ("pointwise", 2, [1, 1]),
+        ("pointwise", 1, [-1]),
+        ("pointwise", 1, [[0]]),
+    ],
+)
+def test_a_replacement_names_its_channels(kind: str, rank: int, channels: list) -> None:
+    with pytest.raises(ValueError, match="conv1"):
+        NodeReplacement("conv1", kind, rank, np.array(channels, np.int64))
+
+
+def test_a_replacement_cannot_be_changed_and_has_finite_losses() -> None:
+    given = np.array([1, 4])
+    replacement = NodeReplacement("conv1", "pointwise", 2, given)
+    given[0] = 0
+    assert replacement.channels.tolist() == [1, 4]
+    with pytest.raises(ValueError, match="read-only"):
+        replacement.channels[0] = 2
+    with pytest.raises(ValueError, match="finite"):
+        NodeReplacement("conv1", "lowrank", 2, expected_loss=float("nan"))
+
+
+def test_decisions_come_in_the_order_of_the_groups() -> None:
+    plan = make_plan()
+    found = plan.decisions_for(make_coupling({"b": 3, "a": 6}))
+    assert found == (plan.decisions[1], plan.decisions[0])
 
 
 @pytest.mark.parametrize(
@@ -79,9 +115,9 @@ def test_keep_mask_marks_the_elements_of_the_groups() -> None:
         ({"a": 6, "b": 3, "c": 1}, "'c' has 1 channels, the plan decides none"),
     ],
 )
-def test_keep_mask_refuses_another_models_groups(sizes: Mapping[str, int], message: str) -> None:
+def test_another_models_groups_are_refused(sizes: Mapping[str, int], message: str) -> None:
     with pytest.raises(ModelError, match=message):
-        make_plan().keep_mask(make_coupling(sizes))
+        make_plan().decisions_for(make_coupling(sizes))
 
 
 def test_a_plan_belongs_to_one_model() -> None:
@@ -95,6 +131,7 @@ def test_a_plan_refuses_what_its_file_could_not_hold() -> None:
         {"predicted_loss": {"a": float("nan")}},
         {"predicted_loss": {"c": 1.0}},
         {"notes": {"c": "?"}},
+        {"replacements": (NodeReplacement("a", "lowrank", 1), NodeReplacement("a", "spatial", 2))},
         {"config": {"x": float("inf")}},
         {"weights": {"w": np.array(["text"])}},
         {"decisions": (GroupDecision.from_keep("a", 1, [0]),) * 2, "predicted_loss": {}, "notes": {}},
@@ -107,10 +144,17 @@ def test_a_plan_refuses_what_its_file_could_not_hold() -> None:
 
 
 def check_equal(plan: CompressionPlan, other: CompressionPlan) -> None:
-    for name in ("model_sha256", "version", "config", "predicted_loss", "notes"):
+    for name in ("model_sha256", "version", "config", "predicted_loss", "notes", "layer_notes"):
         assert getattr(plan, name) == getattr(other, name)
     assert [(d.group, d.keep.tolist(), d.drop.tolist()) for d in plan.decisions] == [
         (d.group, d.keep.tolist(), d.drop.tolist()) for d in other.decisions
+    ]
+    assert [
+        (r.node, r.kind, r.rank, r.channels.tolist(), r.predicted_loss, r.expected_loss)
+        for r in plan.replacements
+    ] == [
+        (r.node, r.kind, r.rank, r.channels.tolist(), r.predicted_loss, r.expected_loss)
+        for r in other.replacements
     ]
     assert list(plan.weights) == list(other.weights)
     for name, array in plan.weights.items():
@@ -137,6 +181,21 @@ _WEIGHTS = st.dictionaries(
 
 
 @st.composite
+def replacements(draw: st.DrawFn) -> NodeReplacement:
+    kind = draw(st.sampled_from(["lowrank", "spatial", "pointwise"]))
+    channels = sorted(draw(st.sets(st.integers(0, 60), min_size=1, max_size=20)))
+    losses = st.floats(allow_nan=False, allow_infinity=False)
+    return NodeReplacement(
+        draw(st.text(max_size=6)),
+        kind,
+        len(channels) if kind == "pointwise" else draw(st.integers(1, 10**6)),
+        np.array(channels if kind == "pointwise" else [], np.int64),
+        draw(losses),
+        draw(losses),
+    )
+
+
+@st.composite
 def plans(draw: st.DrawFn) -> CompressionPlan:
     keeps = draw(
         st.dictionaries(st.text(max_size=6), st.lists(st.booleans(), min_size=1, max_size=40), max_size=4)
@@ -160,6 +219,8 @@ def plans(draw: st.DrawFn) -> CompressionPlan:
         predicted_loss=dict(zip(names, losses, strict=False)),
         weights=weights,
         notes=dict(zip(names, notes, strict=False)),
+        replacements=tuple(draw(st.lists(replacements(), max_size=3, unique_by=lambda r: r.node))),
+        layer_notes=draw(st.dictionaries(st.text(max_size=6), st.text(max_size=20), max_size=3)),
     )
 
 
@@ -186,6 +247,18 @@ def test_a_plan_file_is_for_people_too(tmp_path: Path) -> None:
         "size": 6,
         "width": 4,
     }
+    assert document["implants"] == [
+        {
+            "node": "a",
+            "kind": "pointwise",
+            "rank": 3,
+            "channels": "1-2,5",
+            "predicted_loss": 0.5,
+            "expected_loss": 0.25,
+        },
+        {"node": "node c", "kind": "spatial", "rank": 7, "predicted_loss": 1e-9, "expected_loss": 0.0},
+    ]
+    assert document["layers"] == {"a": "fitting", "d": "as it is"}
     assert document["weights"]["tensors"] == {"b": "float64[]", "w": "float32[2,3]"}
     assert document["config"] == {"keep_macs": 0.5, "exclude": ["a*"], "output": None}
     assert list(document) == sorted(document)
@@ -201,6 +274,10 @@ def test_plan_hash_sees_every_part() -> None:
         make_plan(config={}),
         make_plan(notes={}),
         make_plan(predicted_loss={}),
+        make_plan(replacements=()),
+        make_plan(replacements=(plan.replacements[0],)),
+        make_plan(replacements=(replace(plan.replacements[0], channels=np.array([1, 2, 4])),)),
+        make_plan(layer_notes={}),
         make_plan(weights={"w": np.arange(6, dtype=np.float32).reshape(3, 2), "b": np.array(3.0)}),
         make_plan(weights={"w": np.arange(6, dtype=np.float32).reshape(2, 3), "b": np.array(4.0)}),
         make_plan(decisions=(GroupDecision.from_keep("a", 6, [0, 1, 2, 4]), plan.decisions[1])),
@@ -226,6 +303,9 @@ def test_loading_says_what_is_missing_or_damaged(tmp_path: Path) -> None:
             load_plan(path)
 
 
+OPTIONAL = [("groups", 0, "predicted_loss"), ("implants",), ("layers",), ("layers", "a")]
+
+
 @pytest.mark.parametrize(
     ("where", "value"),
     [
@@ -244,6 +324,28 @@ def test_loading_says_what_is_missing_or_damaged(tmp_path: Path) -> None:
         (("groups",), {}),
         (("config",), []),
         (("model_sha256",), None),
+        (("groups", 0, "keep"), "0-268435454"),
+        (("groups", 0, "predicted_loss"), 10**400),
+        (("implants",), {}),
+        (("implants", 0), "a"),
+        (("implants", 0, "node"), "node c"),
+        (("implants", 0, "node"), None),
+        (("implants", 0, "kind"), "dense"),
+        (("implants", 0, "kind"), "lowrank"),
+        (("implants", 1, "kind"), "pointwise"),
+        (("implants", 0, "rank"), 2),
+        (("implants", 0, "rank"), 10**12),
+        (("implants", 1, "rank"), 0),
+        (("implants", 1, "rank"), 1.5),
+        (("implants", 1, "rank"), True),
+        (("implants", 0, "channels"), "5,1-2"),
+        (("implants", 0, "channels"), "1-268435454"),
+        (("implants", 0, "channels"), [1, 2, 5]),
+        (("implants", 0, "predicted_loss"), "much"),
+        (("implants", 0, "expected_loss"), 10**400),
+        (("implants", 0, "expected_loss"), True),
+        (("layers",), []),
+        (("layers", "a"), 3),
         (("weights", "tensors"), {}),
         (("weights", "tensors", "w"), "float32[3,2]"),
         (("weights", "tensors", "w"), "int16[2,3]"),
@@ -266,7 +368,7 @@ def test_loading_refuses_values_that_make_no_sense(tmp_path: Path, where: tuple,
     if isinstance(inner, dict):
         del inner[where[-1]]
         path.write_text(json.dumps(document))
-        if where[-1] != "predicted_loss":
+        if where not in OPTIONAL:
             with pytest.raises(ModelError, match=r"p\.json is damaged"):
                 load_plan(path)
 

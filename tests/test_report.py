@@ -25,8 +25,12 @@ def test_the_keys_of_a_compress_report_are_the_contract():
         "metric", "before", "after", "drop", "interval", "n_samples", "max_drop", "passed",
     ]  # fmt: skip
     assert list(plain["fidelity"]) == ["r2", "agreement", "max_abs_error"]
-    assert plain["plan"]["groups"][0] == {"name": "a", "size": 16, "kept": 8}
-    assert plain["plan"]["implants"] == [{"node": "c", "kind": "lowrank", "rank": 4}]
+    assert list(plain["plan"]) == ["groups", "implants", "removed_branches", "layers"]
+    assert plain["plan"]["groups"][0] == {"name": "a", "size": 16, "kept": 8, "why": "half is copies"}
+    assert plain["plan"]["implants"] == [
+        {"node": "c", "kind": "lowrank", "rank": 4, "predicted_loss": 0.25, "expected_loss": 0.5}
+    ]
+    assert plain["plan"]["layers"] == [{"node": "c", "choice": "lowrank", "why": "it fits"}]
     assert plain["plan"]["removed_branches"] == ["add_3"]
     assert plain["frozen"] == [{"node": "Gemm_1", "reason": "feeds a graph output"}]
     assert plain["budget"]["asked"] == {"keep_macs": 0.5, "max_bytes": 2e6}
