@@ -234,6 +234,41 @@ def test_a_plan_that_is_damaged_or_for_another_model(folder: Folder) -> None:
         assert folder.files == before
 
 
+@pytest.mark.parametrize(
+    "options", [("--method", "implant"), ("--method", "hap"), ("--preset", "paper", "--probes", "8")]
+)
+def test_methods_with_implants_and_their_plans(folder: Folder, options: tuple[str, ...]) -> None:
+    arguments = ("compress", "net.onnx", "--data", "calib.npz", "--keep-macs", "0.7", *options, "-q",
+                 "--threads", "1", "--allow-slower", "--save-plan", "plan.json")  # fmt: skip
+    dry = folder.run(*arguments, "--dry-run", "--json")
+    plan = json.loads(dry.out)["plan"]
+    assert json.loads(dry.out)["output"] is None
+    assert [entry["node"] for entry in plan["implants"]] == [
+        entry["node"] for entry in json.loads((folder / "plan.json").read_text())["implants"]
+    ]
+    for entry in plan["implants"]:
+        assert sorted(entry) == ["expected_loss", "kind", "node", "predicted_loss", "rank"]
+    assert bool(plan["implants"]) or "hap" in options
+    assert folder.files == ["calib.npz", "net.onnx", "plan.json", "plan.safetensors"]
+    folder.run("apply", "net.onnx", "plan.json", "-o", "applied.onnx")
+    text = " ".join(folder.run(*arguments).out.split())
+    assert (folder / "net.hap.onnx").read_bytes() == (folder / "applied.onnx").read_bytes()
+    n_implants = len(plan["implants"])
+    assert not n_implants or f"{n_implants} implant" in text
+
+
+def test_methods_that_cannot_be(folder: Folder) -> None:
+    for arguments in (("--method", "implants"), ("--preset", "papers")):
+        error = folder.run("compress", "net.onnx", "--data", "calib.npz", *BUDGET, *arguments, code=2).err
+        assert f"Invalid value for '{arguments[0]}'" in error
+    paper = ("--preset", "paper", "--align", "4")
+    folder.check_refused("calib.npz", *BUDGET, *paper, code=2, says=["leave --align away"])
+    arguments = ("--method", "implant", "--keep-macs", "0.001", "--allow-slower")
+    folder.check_refused("calib.npz", *arguments, code=3, says=["macs", "the least is"])
+    arguments = ("--preset", "paper", "--probes", "4", "--keep-macs", "0.0001", "--allow-slower")
+    folder.check_refused("calib.npz", *arguments, code=3, says=["recipe"])
+
+
 def test_inspect_of_a_damaged_model(folder: Folder) -> None:
     (folder / "net.onnx").write_bytes(b"\x08\x08junk")
     error = folder.run("inspect", "net.onnx", code=1).err

@@ -1,10 +1,11 @@
-"""Deciding widths: how much of the data the loss curves are measured on."""
+"""Expected losses: what is measured, on how much of the data, and what for."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 
 import pytest
+from planning import make_job
 from sample_models import images, residual_cnn
 
 from hap_onnx import decide
@@ -39,3 +40,22 @@ def test_a_fixed_batch_does_not_change_the_number(
     fixed = prepare(load_model(residual_cnn(batch=4)), {"x": images(4)})
     assert 60 < decide.n_measured(fixed) < 140
     assert decide.n_measured(fixed) == decide.n_measured(prepared)
+
+
+def test_layers_are_measured_only_where_implants_may_be_used() -> None:
+    one = make_job(residual_cnn(width=8), n_samples=24)
+    layers = {"make_stem", "make_a1", "make_b1", "make_a2", "make_b2", "make_s2", "make_scores"}
+    assert set(one.losses.implants) == layers
+    assert {terms.node for terms in one.losses.cost.layers} == layers
+    assert all(len(losses.predicted) == 2 for losses in one.losses.implants.values())
+    plain = decide.build_loss_model(
+        one.prepared, one.subset, sensitivity="obs", scales=one.scales, batch_size=20, n_probes=1, seed=0,
+        with_implants=False,
+    )  # fmt: skip
+    assert not plain.implants
+    assert not plain.cost.layers
+    for curve, same in zip(plain.curves, one.losses.curves, strict=True):
+        assert curve.loss.tolist() == pytest.approx(same.loss.tolist())
+    assert (
+        plain.cost.totals(plain.cost.sizes).tolist() == one.losses.cost.totals(one.losses.cost.sizes).tolist()
+    )
