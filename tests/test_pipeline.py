@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -1022,3 +1023,43 @@ def test_the_report_type_is_public(tmp_path: Path, data: dict[str, np.ndarray]) 
     report = compress(write(tmp_path), data, keep_macs=0.9, **FAST)
     assert isinstance(report, CompressReport)
     assert isinstance(report, hap_onnx.CompressReport)
+
+
+# ---------------------------------------------------------------- a trained network
+
+SHARED = os.environ.get("HAP_ONNX_SHARED")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(SHARED is None, reason="HAP_ONNX_SHARED is not set")
+def test_resnet20_at_half_its_macs(tmp_path: Path) -> None:
+    """Implants lose far less than channels where spatial redundancy is all that is left to take."""
+    assert SHARED is not None
+    model, stored = Path(SHARED) / "models" / "resnet20.onnx", np.load(f"{SHARED}/data/cifar10_subset.npz")
+
+    def arrays(part: str, n: int) -> dict[str, np.ndarray]:
+        x = stored[f"x_{part}"][:n].astype(np.float32) / 255
+        x = (x - np.float32([0.485, 0.456, 0.406])) / np.float32([0.229, 0.224, 0.225])
+        labels = stored[f"y_{part}"][:n].astype(np.int64)
+        return {"input": np.ascontiguousarray(x.transpose(0, 3, 1, 2)), "labels": labels}
+
+    data, after = arrays("train", 600), {}
+    for method in ("prune", "implant", "hap"):
+        report = compress(
+            model,
+            data,
+            val=arrays("test", 1017),
+            keep_macs=0.5,
+            method=method,
+            output=tmp_path / f"{method}.onnx",
+            save_plan=tmp_path / f"{method}.json",
+            **FAST,
+        )
+        assert report.budget.reached["keep_macs"] <= 0.5
+        assert report.quality is not None
+        after[method] = report.quality.after
+        apply_plan(model, tmp_path / f"{method}.json", output=tmp_path / "again.onnx")
+        assert (tmp_path / "again.onnx").read_bytes() == (tmp_path / f"{method}.onnx").read_bytes()
+        assert {n.domain for n in onnx.load(tmp_path / "again.onnx").graph.node} == {""}
+    assert after["implant"] > after["prune"] + 0.01
+    assert after["hap"] > max(after["prune"], after["implant"]) - 0.02
