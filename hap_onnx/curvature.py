@@ -244,13 +244,17 @@ class Consumer:
         """Forget all removals."""
         self._v = self.half @ self.weight
         if not self.diagonal:
-            self._inverse = torch.linalg.inv(self.damped)
+            self._inverse = torch.cholesky_inverse(torch.linalg.cholesky(self.damped))
+            self._place = torch.arange(len(self.damped))  # of each feature in the inverse
+            self._gone = torch.zeros(len(self.damped), dtype=torch.bool)
 
     def costs(self, features: Tensor) -> Tensor:
         """Loss of removing each element next; features [m, block] -> [m]."""
-        v = self._v[:, features].permute(1, 2, 0)  # [m, block, O]
         if self.diagonal:
+            v = self._v[:, features].permute(1, 2, 0)  # [m, block, O]
             return 0.5 * (v.square().sum(2) * self.damped[features]).sum(1)
+        features = self._place[features]
+        v = self._v[:, features].permute(1, 2, 0)
         blocks = self._inverse[features[:, :, None], features[:, None, :]]  # [m, block, block]
         return 0.5 * (torch.linalg.solve(blocks, v) * v).sum((1, 2))
 
@@ -259,15 +263,31 @@ class Consumer:
         if self.diagonal:
             self._v[:, features] = 0
             return
+        features = self._place[features]
         p = self._inverse
-        k = torch.linalg.solve(p[features][:, features], p[features])  # [block, F + 1]
-        self._v = self._v - self._v[:, features] @ k
-        p = p - p[:, features] @ k
+        k = torch.linalg.solve(p[features][:, features], p[features])  # [block, what is left of F + 1]
+        self._v -= self._v[:, features] @ k
+        p.addmm_(p[:, features], k, alpha=-1)  # in place: it may be hundreds of megabytes
         self._v[:, features] = 0
         p[features] = 0
         p[:, features] = 0
         p[features, features] = 1
-        self._inverse = p
+        self._forget(features)
+
+    def _forget(self, features: Tensor) -> None:
+        """Mark places of the inverse as unused; drop them once they are a quarter of it."""
+        gone = torch.zeros(len(self._inverse), dtype=torch.bool)
+        gone[features] = True
+        self._gone |= gone
+        if self._gone.sum() * 4 < len(gone):
+            return
+        left = ~self._gone
+        self._inverse, self._v = self._inverse[left][:, left], self._v[:, left]
+        new = torch.cumsum(left, 0) - 1
+        alive = self._place >= 0
+        alive[alive.clone()] = left[self._place[alive]]
+        self._place = torch.where(alive, new[self._place.clamp_min(0)], -1)
+        self._gone = torch.zeros(len(self._inverse), dtype=torch.bool)
 
     def solve(self, removed: Tensor) -> Tensor:
         """Weights [O, F + 1] that lose least without the removed features: zero there, refitted elsewhere."""
@@ -277,9 +297,8 @@ class Consumer:
         if self.diagonal:
             result[:, keep] = self.weight[:, keep]
         else:
-            left = self.damped[keep][:, keep]
-            right = self.damped[keep] @ self.weight.T
-            result[:, keep] = torch.linalg.solve(left, right).T
+            factor = torch.linalg.cholesky(self.damped[keep][:, keep])
+            result[:, keep] = torch.cholesky_solve(self.damped[keep] @ self.weight.T, factor).T
         return result
 
 
@@ -343,7 +362,7 @@ def eliminate(parts: GroupConsumers, size: int) -> tuple[NDArray[np.int64], NDAr
         costs = torch.zeros(len(alive), dtype=torch.float64)
         for consumer, features in zip(parts.consumers, parts.features, strict=True):
             costs += consumer.costs(features[alive])
-        n_next = max(1, len(alive) // 128)
+        n_next = max(1, len(alive) // 64)
         ranked = torch.argsort(costs, stable=True)[:n_next]
         for index in ranked:
             order.append(int(alive[index]))

@@ -14,7 +14,7 @@ measured to predicted loss is interpolated over the predicted loss (both in logs
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from math import prod
 
 import numpy as np
@@ -66,7 +66,8 @@ class ImplantLayer:
 class ImplantLosses:
     """Curvature of a layer and how far its prediction was off where it was measured.
 
-    ``predicted`` ascends; ``ratios`` are measured / predicted at the same places.
+    ``predicted`` ascends; ``ratios`` are measured / predicted at the same places. ``known`` remembers
+    losses of all ranks by kind and positions left: what has been worked out once, nothing more.
     """
 
     layer: ImplantLayer
@@ -74,6 +75,7 @@ class ImplantLosses:
     weight: Tensor
     predicted: Floats
     ratios: Floats
+    known: dict[tuple[str, bytes, bytes], Floats] = field(default_factory=dict, repr=False, compare=False)
 
     def correct(self, predicted: Floats) -> Floats:
         """Turn predicted losses into expected ones."""
@@ -344,36 +346,46 @@ def implant_menu(
 
     ``kinds``: those that may be used. Ranks are multiples of ``align``; ``auto`` is as for widths.
     """
-    cut = cut_layer(losses, outputs, inputs)
-    n_groups, n_outputs, n_features = cut.weight.shape
-    n_taps = losses.layer.form.n_taps
-    n_in, n_out = n_features // n_taps, n_groups * n_outputs
+    form_of = {form.kind: form for form in losses.layer.forms if form.kind in kinds}
+    every = _losses_of_ranks(losses, form_of, outputs, inputs)
+    n_taps, (n_groups, n_outputs, n_features) = losses.layer.form.n_taps, losses.weight.shape
+    n_in = n_features // n_taps if inputs is None else len(inputs)
+    n_out = n_groups * n_outputs if outputs is None else len(outputs)
+    n_least = min(n_out // n_groups, n_in)
+    step = _rank_step(n_least) if isinstance(align, str) else align
     lengths = np.array([n_in * n_out, n_in, n_out, 1])
     full = lengths @ terms.dense  # [2]: params, macs
     choices, coefficients, predicted = [ImplantChoice("", 0)], [np.array(terms.dense)], [0.0]
-    for form in losses.layer.forms:
-        if form.kind not in kinds or (cut.metric.inputs.ndim == 2 and form.taps[1] > 1):
-            continue
-        every = rank_losses(cut.weight, cut.metric, kind=form.kind, taps=form.taps, tap=form.tap)
-        step = _rank_step(n_outputs, n_in) if isinstance(align, str) else align
-        most = len(every) - 1 if form.kind != "pointwise" else n_outputs - 1  # something stays as it is
+    for kind, of_rank in every.items():
+        most = len(of_rank) - 1 if kind != "pointwise" else n_out - 1  # something stays as it is
         for rank in range(step, most + 1, step):
-            table = rank_coefficients(
-                form, rank, node, shapes, n_groups=losses.weight.shape[0], n_taps=n_taps
-            )
-            cost = lengths @ table
-            if (cost < full).any():
-                choices.append(ImplantChoice(form.kind, rank))
+            table = rank_coefficients(form_of[kind], rank, node, shapes, n_groups=n_groups, n_taps=n_taps)
+            if (lengths @ table < full).any():
+                choices.append(ImplantChoice(kind, rank))
                 coefficients.append(table)
-                predicted.append(float(every[rank]))
+                predicted.append(float(of_rank[rank]))
     plain = np.array(predicted)
     expected = losses.correct(plain)
     expected[0] = 0.0
     return LayerMenu(losses.layer.node, tuple(choices), np.stack(coefficients), expected, plain)
 
 
-def _rank_step(n_outputs: int, n_inputs: int) -> int:
-    size = min(n_outputs, n_inputs)
+def _losses_of_ranks(
+    losses: ImplantLosses, forms: Mapping[str, ImplantForm], outputs: Ints | None, inputs: Ints | None
+) -> dict[str, Floats]:
+    """Predicted losses of all ranks of each kind that can be had, remembered: planning asks repeatedly."""
+    has_diagonal = losses.curvature.inputs.ndim == 2
+    usable = {kind: form for kind, form in forms.items() if not has_diagonal or form.taps[1] == 1}
+    left, read = (b"all" if positions is None else positions.tobytes() for positions in (outputs, inputs))
+    if any((kind, left, read) not in losses.known for kind in usable):
+        cut = cut_layer(losses, outputs, inputs)
+        for kind, form in usable.items():
+            found = rank_losses(cut.weight, cut.metric, kind=kind, taps=form.taps, tap=form.tap)
+            losses.known[kind, left, read] = found
+    return {kind: losses.known[kind, left, read] for kind in usable}
+
+
+def _rank_step(size: int) -> int:
     return 8 if size >= 64 else 4 if size >= 16 else 2 if size >= 8 else 1
 
 
