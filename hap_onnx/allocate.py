@@ -213,8 +213,8 @@ def _check_reachable(search: Search) -> None:
 
 def _unreachable(what: str) -> BudgetError:
     return BudgetError(
-        f"the budget cannot be reached: {what}; keep more, or allow "
-        "narrower widths with --align 1 and fewer exclusions"
+        f"the budget cannot be reached: {what}; keep more, exclude less, or let widths be finer "
+        "(--align 1 is the finest)"
     )
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Collection, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
+from math import inf, isfinite
 from pathlib import Path
 
 import onnx_graphsurgeon as gs
@@ -38,7 +40,8 @@ class Setting:
     Attributes:
         method: ``hap``, ``prune`` or ``implant``.
         preset: ``paper`` for the paper's own recipe, else None.
-        kinds: which kinds of implants each layer may become, by node.
+        kinds: which kinds of implants each layer may become, by node, each with the largest share of the
+            layer's multiply-accumulates that it may have.
         recover: ``refit`` or ``none``.
         calibrate, choose: samples for repair and for comparing candidates.
         time: times a candidate against the original; None where speed does not count.
@@ -47,7 +50,7 @@ class Setting:
     prepared: PreparedModel
     losses: LossModel
     method: str
-    kinds: Mapping[str, Collection[str]]
+    kinds: Mapping[str, Mapping[str, float]]
     calibrate: Subset
     choose: Subset
     scales: Mapping[str, float]
@@ -66,6 +69,11 @@ class Setting:
         self.on_event(Event("compress", "warning" if kind == "warning" else "note", text))
 
 
+def all_kinds(losses: LossModel) -> dict[str, dict[str, float]]:
+    """Every kind that fits each layer, at any rank: what may be used where speed does not count."""
+    return {name: {form.kind: 1.0 for form in entry.layer.forms} for name, entry in losses.implants.items()}
+
+
 def sketch(setting: Setting, budgets: Budgets) -> Compressed:
     """Plan and cut only; raises BudgetError."""
     return compress_layers(_plan(setting, budgets, align=setting.align, whole=_whole(setting)))
@@ -80,15 +88,13 @@ def compress_to(setting: Setting, budgets: Budgets) -> Compressed:
 
     Raises BudgetError.
     """
-    cut = _plan_fast(setting, budgets, whole=_whole(setting))
-    candidates = [recover(setting, cut)]
+    cut, plain = _plan_fast(setting, budgets, whole=_whole(setting))
+    candidates = [recover(setting, cut, plain)]
     if setting.preset is None:
         for stay in _rivals(setting, cut):
-            try:
-                candidates.append(recover(setting, _plan_fast(setting, budgets, whole=stay)))
-            except BudgetError:
-                continue
-    return min(candidates, key=lambda one: distance(setting, one.finished()))
+            with suppress(BudgetError):
+                candidates.append(recover(setting, *_plan_fast(setting, budgets, whole=stay)))
+    return min(candidates, key=lambda one: one[0])[1]
 
 
 def _whole(setting: Setting) -> frozenset[str]:
@@ -120,32 +126,39 @@ def _plan(setting: Setting, budgets: Budgets, *, align: int | str, whole: Collec
     return cut_model(prepared, choice, losses.implants)
 
 
-def _plan_fast(setting: Setting, budgets: Budgets, *, whole: Collection[str]) -> CutModel:
-    """Plan, and again with wider steps where onnxruntime runs the result slower than the original."""
+def _plan_fast(setting: Setting, budgets: Budgets, *, whole: Collection[str]) -> tuple[CutModel, Compressed]:
+    """Plan, and again with wider steps where onnxruntime runs the result slower than the original.
+
+    Returns the cut model, and it with its implants but without repair.
+    """
     aligns = (setting.align, *(WIDER if setting.align == "auto" and setting.preset is None else ()))
-    cut: CutModel | None = None
+    found: tuple[CutModel, Compressed] | None = None
     for align in aligns:
         try:
             cut = _plan(setting, budgets, align=align, whole=whole)
         except BudgetError:
-            if cut is None:
+            if found is None:
                 raise
             break  # the steps are too wide
-        timing = setting.time(compress_layers(cut)) if setting.time is not None else None
+        found = cut, compress_layers(cut)
+        timing = setting.time(found[1]) if setting.time is not None else None
         if timing is None or not timing.is_slower:
-            return cut
+            return found
         setting.note(
             f"with widths aligned to {align} the model is {timing.ratio:.2f} times as slow; planning again"
         )
-    assert cut is not None
-    return cut  # the gate will refuse it, with all numbers
+    assert found is not None
+    return found  # the gate will refuse it, with all numbers
 
 
-def recover(setting: Setting, cut: CutModel) -> Compressed:
-    """Repair a cut model; what does not help on held-out samples is dropped."""
-    plain = compress_layers(cut)
+def recover(setting: Setting, cut: CutModel, plain: Compressed) -> tuple[float, Compressed]:
+    """Repair a cut model, of which ``plain`` is without repair; what does not help is dropped.
+
+    Returns the model with the distance of its outputs on held-out samples.
+    """
+    before = distance(setting, plain.finished())
     if setting.recover == "none":
-        return plain
+        return before, plain
     refitted = refit_layers(
         cut,
         setting.calibrate,
@@ -155,19 +168,19 @@ def recover(setting: Setting, cut: CutModel) -> Compressed:
         device=setting.device,
         on_event=setting.on_event,
     )
-    before, after = distance(setting, plain.finished()), distance(setting, refitted.finished())
+    after = distance(setting, refitted.finished())
     _log.info("distance of the outputs on held-out samples: %.4g before refit, %.4g after", before, after)
-    if not after <= before:
+    if after > before:
         setting.note("refit did not help on held-out samples and was dropped", kind="warning")
-        return plain
-    return refitted
+        return before, plain
+    return after, refitted
 
 
 def distance(setting: Setting, graph: gs.Graph) -> float:
-    """Distance of the outputs to the original's, per sample of the choose part."""
+    """Distance of the outputs to the original's, per sample of the choose part; infinite if no number."""
     twin, total = build_twin(graph, device=setting.device), 0.0
     with torch.no_grad():
         for batch in setting.choose.batches(setting.batch_size):
             tensors = to_tensors(batch.inputs, twin)
             total += output_distance(twin(tensors), setting.prepared.twin(tensors), setting.scales)
-    return total / setting.choose.n_samples
+    return total / setting.choose.n_samples if isfinite(total) else inf

@@ -33,10 +33,14 @@ MAX_ROUNDS = 4
 
 @dataclass(frozen=True)
 class Choice:
-    """What a plan does: which elements of each group stay, and which layers become implants."""
+    """What a plan does: which elements of each group stay, and which layers become implants.
+
+    ``whole`` names groups that the plan was not free to narrow.
+    """
 
     decisions: tuple[GroupDecision, ...]
     replacements: tuple[NodeReplacement, ...] = ()
+    whole: frozenset[str] = frozenset()
 
 
 def choose(
@@ -46,13 +50,14 @@ def choose(
     *,
     align: int | str,
     whole: Collection[str] = (),
-    kinds: Mapping[str, Collection[str]],
+    kinds: Mapping[str, Mapping[str, float]],
 ) -> Choice:
     """Choose within absolute ``budgets``.
 
     Args:
         whole: groups that stay whole.
-        kinds: which kinds of implants each layer may become, by node.
+        kinds: which kinds of implants each layer may become, by node, each with the largest share of the
+            layer's multiply-accumulates that it may have.
 
     Raises BudgetError.
     """
@@ -79,7 +84,10 @@ def choose(
             break  # the widths have grown, and with them the steps of ranks
         loss = sum(float(curve[width]) for curve, width in zip(curves, widths, strict=True))
         loss += sum(float(m.losses[o]) for m, o in zip(menus, found.options, strict=True))
-        tried[widths.tobytes()] = loss, _choice(prepared, model, widths, menus, found.options)
+        tried[widths.tobytes()] = (
+            loss,
+            replace(_choice(prepared, model, widths, menus, found.options), whole=frozenset(whole)),
+        )
     return min(tried.values(), key=lambda entry: entry[0])[1]
 
 
@@ -101,7 +109,7 @@ def _menus(
     prepared: PreparedModel,
     model: LossModel,
     widths: Ints,
-    kinds: Mapping[str, Collection[str]],
+    kinds: Mapping[str, Mapping[str, float]],
     *,
     align: int | str,
     without: Collection[str] = (),
@@ -116,9 +124,10 @@ def _menus(
     for terms in model.cost.layers:
         losses = model.implants[terms.node]
         outputs, inputs = slots.of_layer(losses.layer)
-        allowed = set(kinds.get(terms.node, ())) - set(without)
+        shares = kinds.get(terms.node, {})
+        allowed = {kind: share for kind, share in shares.items() if kind not in without}
         if (outputs is not None and not len(outputs)) or (inputs is not None and not len(inputs)):
-            allowed = set()  # the layer is gone
+            allowed = {}  # the layer is gone
             outputs = inputs = None
         menus.append(
             implant_menu(

@@ -337,6 +337,8 @@ class CompressConfig:
             )
         if self.preset is not None and self.align != "auto":
             raise UsageError(f"--preset {self.preset} has widths of its own: leave --align away")
+        if self.preset is not None and self.method == "implant":
+            raise UsageError(f"--preset {self.preset} prunes: leave --method implant away")
 
     @property
     def ranking(self) -> str:

@@ -14,7 +14,12 @@ from hap_onnx.cost_graph import cost_model, removable_branches
 from hap_onnx.curvature import LayerCurvature, collect_curvature, eliminate, group_consumers
 from hap_onnx.curves import MEASURED_WIDTHS, GroupCurve, GroupRanking, measure_curves, rank_by_score
 from hap_onnx.events import OnEvent, ignore_event
-from hap_onnx.implant_loss import ImplantLosses, find_implant_layers, measure_implants
+from hap_onnx.implant_loss import (
+    MEASURED_SHARES,
+    ImplantLosses,
+    find_implant_layers,
+    measure_implants,
+)
 from hap_onnx.measure import model_size
 from hap_onnx.prepare import PreparedModel
 from hap_onnx.sensitivity import Options, estimate
@@ -110,13 +115,14 @@ def build_loss_model(
         graph=graph, scales=scales, n_probes=n_probes, batch_size=batch_size, seed=seed, on_event=on_event
     )
     rankings = rank_groups(sensitivity, prepared, curvature, subset, options=options)
+    measured = subset.take(n_measured(prepared, n_layers=len(layers)))
     curves = measure_curves(
         graph,
         twin,
         coupling,
         rankings,
         curvature,
-        subset.take(n_measured(prepared)),
+        measured,
         scales=scales,
         batch_size=batch_size,
         on_event=on_event,
@@ -126,7 +132,7 @@ def build_loss_model(
         twin,
         layers,
         curvature,
-        subset.take(n_measured(prepared)),
+        measured,
         scales=scales,
         batch_size=batch_size,
         on_event=on_event,
@@ -140,14 +146,14 @@ def build_loss_model(
     )
 
 
-def n_measured(prepared: PreparedModel) -> int:
-    """How many samples the loss curves are measured on.
+def n_measured(prepared: PreparedModel, *, n_layers: int = 0) -> int:
+    """How many samples losses are measured on, of all groups and of ``n_layers`` layers with implants.
 
-    Each group runs the rest of the model, on average half of it, once per measured width.
+    Each group runs the rest of the model, on average half of it, once per measured width, and each layer once
+    per measured share.
     """
     shape = prepared.shapes[next(iter(prepared.probe))]
     macs = model_size(prepared.graph, prepared.shapes).macs / max(shape[0] if shape else 1, 1)
-    n_passes = max(1.0, len(prepared.coupling.groups) * len(MEASURED_WIDTHS) / 2)
+    n_forks = len(prepared.coupling.groups) * len(MEASURED_WIDTHS) + n_layers * len(MEASURED_SHARES)
+    n_passes = max(1.0, n_forks / 2)
     return int(np.clip(MAX_MEASURED_MACS / max(macs * n_passes, 1.0), MIN_MEASURED, N_MEASURED))
-
-

@@ -13,7 +13,7 @@ measured to predicted loss is interpolated over the predicted loss (both in logs
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import prod
 
@@ -66,8 +66,8 @@ class ImplantLayer:
 class ImplantLosses:
     """Curvature of a layer and how far its prediction was off where it was measured.
 
-    ``predicted`` ascends; ``ratios`` are measured / predicted at the same places. ``known`` remembers
-    losses of all ranks by kind and positions left: what has been worked out once, nothing more.
+    ``predicted`` ascends; ``ratios`` are measured / predicted at the same places, of ``measured_kind``.
+    ``known`` remembers losses of all ranks by kind and positions left: what has been worked out once.
     """
 
     layer: ImplantLayer
@@ -75,6 +75,7 @@ class ImplantLosses:
     weight: Tensor
     predicted: Floats
     ratios: Floats
+    measured_kind: str = ""
     known: dict[tuple[str, bytes, bytes], Floats] = field(default_factory=dict, repr=False, compare=False)
 
     def correct(self, predicted: Floats) -> Floats:
@@ -221,6 +222,7 @@ def measure_implants(
     position = {step.name: index for index, step in enumerate(twin.steps)}
     found: dict[str, ImplantLosses] = {}
     predicted: dict[tuple[str, int], float] = {}
+    kind_of: dict[str, str] = {}
     forks: list[Fork] = []
     for layer in layers:
         if layer.node not in curvature or not _is_finite(curvature[layer.node]):
@@ -233,6 +235,7 @@ def measure_implants(
         form = _measured_form(layer, cut)
         if form is None:
             continue
+        kind_of[layer.node] = form.kind
         every = rank_losses(cut.weight, cut.metric, kind=form.kind, taps=form.taps, tap=form.tap)
         for share in MEASURED_SHARES:
             rank = int(np.clip(round(share * _even_rank(form, cut.weight)), 1, len(every) - 1))
@@ -254,7 +257,7 @@ def measure_implants(
         if points:
             p, m = np.array(points).T
             p = np.maximum.accumulate(p * (1 + 1e-9 * np.arange(len(p))))
-            found[name] = replace(found[name], predicted=p, ratios=m / p)
+            found[name] = replace(found[name], predicted=p, ratios=m / p, measured_kind=kind_of[name])
     return found
 
 
@@ -337,14 +340,15 @@ def implant_menu(
     node: gs.Node,
     shapes: Shapes,
     *,
-    kinds: Collection[str],
+    kinds: Mapping[str, float],
     align: int | str,
     outputs: Ints | None = None,
     inputs: Ints | None = None,
 ) -> LayerMenu:
     """List the implants of a layer that are cheaper than what the plan leaves of it, with their losses.
 
-    ``kinds``: those that may be used. Ranks are multiples of ``align``; ``auto`` is as for widths.
+    ``kinds``: those that may be used, each with the largest share of the layer's multiply-accumulates that it
+    may have. Ranks are multiples of ``align``; ``auto`` is as for widths.
     """
     form_of = {form.kind: form for form in losses.layer.forms if form.kind in kinds}
     every = _losses_of_ranks(losses, form_of, outputs, inputs)
@@ -360,7 +364,8 @@ def implant_menu(
         most = len(of_rank) - 1 if kind != "pointwise" else n_out - 1  # something stays as it is
         for rank in range(step, most + 1, step):
             table = rank_coefficients(form_of[kind], rank, node, shapes, n_groups=n_groups, n_taps=n_taps)
-            if (lengths @ table < full).any():
+            cost = lengths @ table
+            if (cost < full).any() and cost[1] <= kinds[kind] * full[1]:
                 choices.append(ImplantChoice(kind, rank))
                 coefficients.append(table)
                 predicted.append(float(of_rank[rank]))

@@ -7,7 +7,7 @@ threshold is the highest that the budgets allow. Nothing is priced by its cost, 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from math import ceil
 
 import numpy as np
@@ -33,7 +33,7 @@ def choose_by_threshold(
     model: LossModel,
     budgets: Mapping[str, float | None],
     *,
-    kinds: Mapping[str, Collection[str]],
+    kinds: Mapping[str, Mapping[str, float]],
 ) -> Choice:
     """Prune and implant the least sensitive channels, as few as the budgets allow.
 
@@ -51,6 +51,8 @@ def choose_by_threshold(
         return all(totals[column] <= limit for column, limit in limits.items())
 
     low, high = 0, len(recipe.order)
+    if not high and not fits(high):
+        raise BudgetError("no channel of the model can be removed, and the paper's recipe does nothing else")
     if not fits(high):
         raise BudgetError(
             "the budget cannot be reached by the paper's recipe, which leaves a channel of every group; keep "
@@ -72,7 +74,7 @@ class _Recipe:
         self,
         prepared: PreparedModel,
         model: LossModel,
-        kinds: Mapping[str, Collection[str]],
+        kinds: Mapping[str, Mapping[str, float]],
     ) -> None:
         self.prepared, self.model = prepared, model
         coupling = prepared.coupling

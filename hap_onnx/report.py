@@ -70,11 +70,20 @@ class GroupKept:
 
 
 @dataclass(frozen=True)
+class MeasuredLoss:
+    """One implant of a layer that was tried: the loss that its curvature predicted, and the measured one."""
+
+    kind: str
+    predicted: float
+    measured: float
+
+
+@dataclass(frozen=True)
 class ImplantUsed:
     """A cheaper replacement of (part of) a node; ``kind`` is pointwise, lowrank or spatial.
 
     ``predicted_loss`` is what the curvature of the layer says; ``expected_loss`` that, corrected by what was
-    measured on the layer.
+    ``measured`` on the layer.
     """
 
     node: str
@@ -82,6 +91,7 @@ class ImplantUsed:
     rank: int | None
     predicted_loss: float | None = None
     expected_loss: float | None = None
+    measured: tuple[MeasuredLoss, ...] = ()
 
 
 @dataclass(frozen=True)

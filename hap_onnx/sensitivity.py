@@ -427,7 +427,7 @@ def _make_objective(
 ) -> _Distance | _CrossEntropy:
     """Choose the loss; cross-entropy, where it is not asked for by name, only if the outputs allow it."""
     if cross_entropy:
-        inputs, _, n = next(_batches(twin, subset.take(2), survey.batch_size))
+        inputs, _, n = next(_batches(twin, subset.take(twin.batch_limit or 2), survey.batch_size))
         with torch.no_grad():
             found = {name: y for name, y in twin(inputs).items() if y.is_floating_point()}
         fits = [name for name, y in found.items() if y.ndim == 2 and len(y) == n and y.shape[1] >= 2]

@@ -7,6 +7,7 @@ import os
 import platform
 from collections.abc import Collection, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -25,9 +26,10 @@ from hap_onnx.cost_graph import cost_model
 from hap_onnx.curvature import to_tensors
 from hap_onnx.decide import LossModel
 from hap_onnx.errors import ValidationError
-from hap_onnx.implant_loss import explain_refusals
+from hap_onnx.implant_loss import ImplantLosses, explain_refusals
 from hap_onnx.measure import model_size, node_macs
 from hap_onnx.ops.linear import linear_form
+from hap_onnx.plan import NodeReplacement
 from hap_onnx.prepare import PreparedModel
 from hap_onnx.twin import build_twin, probe_shapes
 
@@ -77,53 +79,99 @@ def plan_words(config: CompressConfig, prepared: PreparedModel) -> dict[str, Any
     return {**{name: words[name] for name in names}, "input_shapes": shapes}
 
 
-def explain_groups(losses: LossModel, choice: Choice) -> dict[str, str]:
+def explain_groups(losses: LossModel, choice: Choice, *, preset: str | None = None) -> dict[str, str]:
     """Say for each group why it was decided so."""
     notes = {}
     for decision, curve in zip(choice.decisions, losses.curves, strict=True):
         width = len(decision.keep)
-        if width == decision.size:
+        what = "the whole branch goes" if width == 0 else f"{decision.size - width} channels go"
+        how = "measured" if width in curve.measured else "interpolated between measured widths"
+        if width == decision.size and decision.group in choice.whole:
+            notes[decision.group] = "whole: this plan leaves it alone, and does better than one that does not"
+        elif width == decision.size and preset is not None:
+            notes[decision.group] = "whole: all its channels are above the threshold"
+        elif width == decision.size:
             notes[decision.group] = "whole: removing channels here loses more per cost than elsewhere"
+        elif preset is not None:
+            notes[decision.group] = f"{what}, below the threshold: expected loss {curve.loss[width]:.3g}"
         else:
-            how = "measured" if width in curve.measured else "interpolated between measured widths"
-            what = "the whole branch goes" if width == 0 else f"{decision.size - width} channels go"
             notes[decision.group] = f"{what}: expected loss {curve.loss[width]:.3g} ({how})"
     return notes
 
 
 def explain_layers(
-    prepared: PreparedModel, losses: LossModel, choice: Choice, kinds: Mapping[str, Collection[str]]
+    prepared: PreparedModel,
+    losses: LossModel,
+    choice: Choice,
+    kinds: Mapping[str, Mapping[str, float]],
+    *,
+    left: Collection[str],
+    preset: str | None = None,
 ) -> dict[str, str]:
     """Say for each contraction why it becomes an implant or stays as it is.
 
-    ``kinds`` are those that the plan was free to use, by node.
+    Args:
+        kinds: those that the plan was free to use, by node.
+        left: the nodes that the plan leaves.
     """
-    notes = {name: f"as it is: {why}" for name, why in explain_refusals(prepared).items()}
+    refusals = explain_refusals(prepared)
     replaced = {replacement.node: replacement for replacement in choice.replacements}
-    for name, layer in losses.implants.items():
-        if name in replaced:
-            one = replaced[name]
-            n = len(layer.predicted)
-            how = f"corrected by {n} measurements of the layer" if n else "not measured"
-            notes[name] = (
-                f"{one.kind} of rank {one.rank}: loses less per cost than other ranks and narrower widths; "
-                f"predicted loss {one.predicted_loss:.3g}, expected {one.expected_loss:.3g} ({how})"
-            )
-        elif kinds.get(name):
-            notes[name] = "as it is: an implant here loses more per cost than what was done elsewhere"
-        elif kinds:
-            notes[name] = "as it is: no implant of it was faster in onnxruntime"
-        else:
-            notes[name] = f"as it is: {UNUSED}"
-    why = "nothing is known of what an implant would lose" if losses.implants else UNUSED
+    notes = {}
     for node in prepared.graph.nodes:
-        if linear_form(node) is not None:
-            notes.setdefault(node.name, f"as it is: {why}")
+        has_weight = any(isinstance(tensor, gs.Constant) for tensor in node.inputs[:2])
+        if linear_form(node) is None and (not has_weight or node_macs(node, prepared.shapes) == 0):
+            continue
+        if node.name in replaced:
+            why = _explain_implant(losses.implants[node.name], replaced[node.name], preset)
+        elif node.name not in left:
+            why = "gone: its branch is removed"
+        elif not kinds:
+            why = "as it is: the method does not use implants"
+        elif node.name not in losses.implants:
+            why = f"as it is: {refusals.get(node.name, 'no kind of implant fits it')}"
+        elif not kinds.get(node.name):
+            why = "as it is: no implant of it saved enough time in onnxruntime"
+        elif preset is not None:
+            why = "as it is: none of its channels is among the most sensitive of those below the threshold"
+        else:
+            why = "as it is: an implant that is cheaper loses more per cost than what was done elsewhere"
+        notes[node.name] = why
     return notes
 
 
+def _explain_implant(losses: ImplantLosses, one: NodeReplacement, preset: str | None) -> str:
+    what = f"{one.kind} of rank {one.rank}"
+    if preset is not None:
+        which = "its channels are the most sensitive below the threshold"
+        return f"{what}: {which}; expected loss {one.expected_loss:.3g}"
+    n = len(losses.predicted)
+    how = f"corrected by {n} measurements of {losses.measured_kind} here" if n else "not measured"
+    return (
+        f"{what}: loses less per cost than other ranks and narrower widths; "
+        f"predicted loss {one.predicted_loss:.3g}, expected {one.expected_loss:.3g} ({how})"
+    )
+
+
+def measured_losses(losses: LossModel, choice: Choice) -> dict[str, tuple[reports.MeasuredLoss, ...]]:
+    """What was measured on each layer that becomes an implant, beside what had been predicted."""
+    found = {}
+    for replacement in choice.replacements:
+        layer = losses.implants[replacement.node]
+        pairs = zip(layer.predicted.tolist(), layer.ratios.tolist(), strict=True)
+        found[replacement.node] = tuple(
+            reports.MeasuredLoss(layer.measured_kind, predicted, predicted * ratio)
+            for predicted, ratio in pairs
+        )
+    return found
+
+
 def plan_summary(
-    prepared: PreparedModel, choice: Choice, *, notes: Mapping[str, str], layer_notes: Mapping[str, str]
+    prepared: PreparedModel,
+    choice: Choice,
+    *,
+    notes: Mapping[str, str],
+    layer_notes: Mapping[str, str],
+    measured: Mapping[str, tuple[reports.MeasuredLoss, ...]] = MappingProxyType({}),
 ) -> reports.PlanSummary:
     """What a plan does, for the report; ``notes`` say why, by group, ``layer_notes`` by node."""
     groups = {group.name: group for group in prepared.coupling.groups}
@@ -133,7 +181,9 @@ def plan_summary(
             reports.GroupKept(d.group, d.size, len(d.keep), notes.get(d.group)) for d in choice.decisions
         ),
         implants=tuple(
-            reports.ImplantUsed(r.node, r.kind, r.rank, r.predicted_loss, r.expected_loss)
+            reports.ImplantUsed(
+                r.node, r.kind, r.rank, r.predicted_loss, r.expected_loss, measured.get(r.node, ())
+            )
             for r in choice.replacements
         ),
         removed_branches=tuple(

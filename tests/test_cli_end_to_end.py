@@ -17,7 +17,7 @@ import onnx
 import pytest
 from sample_models import images, residual_cnn, with_labels, write
 
-from hap_onnx import cli, pipeline
+from hap_onnx import cli, machine
 from tests.helpers import make_model, node, rand
 
 ROOT = Path(__file__).parents[1]
@@ -92,7 +92,7 @@ def check_sentence(error: str, says: Sequence[str]) -> None:
 @pytest.fixture
 def folder(tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Folder:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(pipeline, "LATENCY_SECONDS", 0.1)
+    monkeypatch.setattr(machine, "LATENCY_SECONDS", 0.1)
     write(tmp_path)
     np.savez(tmp_path / "calib.npz", x=images())
     return Folder(tmp_path, capfd)
@@ -316,10 +316,10 @@ PAUSED_JOB = textwrap.dedent(
     """
     import sys, time
     import hap_onnx.cli as cli
-    from hap_onnx import pipeline, saving
+    from hap_onnx import job, machine, saving
 
     stage = sys.argv.pop(1)
-    pipeline.LATENCY_SECONDS = 0.1
+    machine.LATENCY_SECONDS = 0.1
 
     def pause(*args, **options):
         print("paused", flush=True)
@@ -328,7 +328,7 @@ PAUSED_JOB = textwrap.dedent(
     if stage == "write":
         saving.os.replace = pause
     else:
-        setattr(pipeline, stage, pause)
+        setattr(job, stage, pause)
     sys.exit(cli.main())
     """
 )

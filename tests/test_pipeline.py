@@ -17,7 +17,17 @@ from onnx import numpy_helper
 from sample_models import images, residual_cnn, with_labels, write
 
 import hap_onnx
-from hap_onnx import apply_plan, carry_out, compress, implant_speed, inspect, load_twin, pipeline, validate
+from hap_onnx import (
+    apply_plan,
+    carry_out,
+    compress,
+    implant_speed,
+    inspect,
+    job,
+    load_twin,
+    machine,
+    validate,
+)
 from hap_onnx.config import SENSITIVITIES
 from hap_onnx.errors import (
     BudgetError,
@@ -43,7 +53,7 @@ def timing(ratio: float) -> LatencyComparison:
 @pytest.fixture(autouse=True)
 def _no_timing(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Time is not what these tests are about: results are as fast as the original, and implants pay."""
-    monkeypatch.setattr(pipeline, "measure_latency", lambda *args, **options: timing(1.0))
+    monkeypatch.setattr(machine, "measure_latency", lambda *args, **options: timing(1.0))
     monkeypatch.setattr(implant_speed, "measure_latency", lambda *args, **options: timing(0.5))
     n_threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -222,7 +232,7 @@ def test_a_slower_result_is_planned_again_and_then_refused(
     tmp_path: Path, data: dict[str, np.ndarray], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = write(tmp_path)
-    monkeypatch.setattr(pipeline, "measure_latency", lambda *args, **options: timing(1.5))
+    monkeypatch.setattr(machine, "measure_latency", lambda *args, **options: timing(1.5))
     events: list[Event] = []
     with pytest.raises(GateError, match="slower than the original") as caught:
         compress(model, data, keep_macs=0.5, on_event=events.append, **FAST)
@@ -949,7 +959,7 @@ def test_validate_passes_for_equal_models_and_fails_for_others(
 def test_validate_fails_for_a_slower_model_unless_that_is_allowed(
     labelled: dict[str, np.ndarray], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pipeline, "measure_latency", lambda *args, **options: timing(2.0))
+    monkeypatch.setattr(machine, "measure_latency", lambda *args, **options: timing(2.0))
     report = validate(residual_cnn(), residual_cnn(), labelled, threads=1)
     assert report.slower
     assert not report.passed
@@ -976,7 +986,7 @@ def test_the_twin_of_a_model_is_public(data: dict[str, np.ndarray]) -> None:
 def test_a_twin_that_differs_from_onnxruntime_is_refused(
     tmp_path: Path, data: dict[str, np.ndarray], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = pipeline.prepare
+    real = job.prepare
 
     def spoil(*args: Any, **options: Any) -> Any:
         prepared = real(*args, **options)
@@ -984,7 +994,7 @@ def test_a_twin_that_differs_from_onnxruntime_is_refused(
             prepared.twin.parameter_of["head.w"].mul_(1.1)
         return prepared
 
-    monkeypatch.setattr(pipeline, "prepare", spoil)
+    monkeypatch.setattr(job, "prepare", spoil)
     with pytest.raises(ModelError, match="differs from onnxruntime"):
         compress(write(tmp_path), data, keep_macs=0.5, **FAST)
 
@@ -1006,14 +1016,14 @@ def test_a_result_with_nan_is_refused(
 def test_a_written_file_that_does_not_load_is_not_renamed(
     tmp_path: Path, data: dict[str, np.ndarray], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = pipeline.make_session
+    real = machine.make_session
 
     def refuse(model: Any, **options: Any) -> Session:
         if isinstance(model, Path):
             raise ModelError("no")
         return real(model, **options)
 
-    monkeypatch.setattr(pipeline, "make_session", refuse)
+    monkeypatch.setattr(machine, "make_session", refuse)
     with pytest.raises(ValidationError, match="does not load"):
         compress(write(tmp_path), data, keep_macs=0.5, **FAST)
     assert files_in(tmp_path) == ["net.onnx"]

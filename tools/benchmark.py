@@ -30,7 +30,7 @@ from rich.console import Console
 from rich.table import Table
 
 from hap_onnx.calibration import Subset, open_dataset, split_dataset
-from hap_onnx.candidates import Setting, compress_to, sketch
+from hap_onnx.candidates import Setting, all_kinds, compress_to, sketch
 from hap_onnx.curvature import collect_curvature, output_scales, to_tensors
 from hap_onnx.decide import LossModel, build_loss_model, rank_groups
 from hap_onnx.errors import BudgetError
@@ -169,10 +169,7 @@ def main(
                 seed=seed, curvature=curvature, with_implants=with_implants,
             )  # fmt: skip
             models[name] = losses, rank_s, n_probes
-        offered = {
-            node: tuple(form.kind for form in entry.layer.forms)
-            for node, entry in models[recipes[0][0]][0].implants.items()
-        }
+        offered = all_kinds(models[recipes[0][0]][0])
         if latency and offered:
             offered = faster_kinds(prepared, offered, open_session)
         for name, method in recipes:
@@ -240,7 +237,16 @@ def show(console: Console, rows: list[dict[str, Any]], first: dict[str, float], 
     base = base or next((name for name in ("magnitude", "prune") if name in names), names[0])
     for test, value in first.items():
         console.print(f"\n{test}: original {value:.2f} %, means over calibration seeds\n", highlight=False)
-        console.print(f"| keep | recipe | after surgery | repaired | margin over {base} (95 %) | probes | passes |")
+        columns = (
+            "keep",
+            "recipe",
+            "after surgery",
+            "repaired",
+            f"margin over {base} (95 %)",
+            "probes",
+            "passes",
+        )
+        console.print(f"| {' | '.join(columns)} |")
         console.print("|---|---|---|---|---|---|---|")
         for budget in dict.fromkeys(row["budget"] for row in rows):
             here = [row for row in rows if row["budget"] == budget]
@@ -275,12 +281,18 @@ def show_equal_latency(console: Console, rows: list[dict[str, Any]], first: dict
             for name in names
             for seed in seeds
         }
+        if not all(len(curve) > 1 for curve in points.values()):
+            console.print(f"{test}: too few results for a comparison at equal latency", highlight=False)
+            continue
         low = max(curve[0, 0] for curve in points.values())
         high = min(curve[-1, 0] for curve in points.values())
+        if not low < high:
+            console.print(f"{test}: the recipes have no latency in common", highlight=False)
+            continue
         table = Table(title=f"{test}: accuracy at equal latency (share of the original's)")
         for column in ("latency", *names):
             table.add_column(column, justify="right")
-        for latency in np.linspace(low, high, 5) if low < high else ():
+        for latency in np.linspace(low, high, 5):
             means = [np.mean([np.interp(latency, *points[name, seed].T) for seed in seeds]) for name in names]
             table.add_row(f"{latency:.3f}", *(f"{mean:.2f}" for mean in means))
         console.print(table)

@@ -3,8 +3,8 @@
     python tools/train_cifar.py vgg16 --data cifar10.npz --output vgg16.onnx --epochs 4 --minutes 60
 
 ``--data`` is an .npz file with images as uint8 [N, 32, 32, 3] (``x_train``, ``x_test``) or as JPEG bytes with
-offsets (``jpeg_train``, ``offsets_train``, ...), and labels (``y_train`` or ``labels_train``, ...). Inputs of the
-exported model are ``(x / 255 - mean) / std`` with the ImageNet mean and std, float32 NCHW.
+offsets (``jpeg_train``, ``offsets_train``, ...), and labels (``y_train`` or ``labels_train``, ...). Inputs of
+the exported model are ``(x / 255 - mean) / std`` with the ImageNet mean and std, float32 NCHW.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import io
 import time
 from collections.abc import Callable, Mapping
+from itertools import pairwise
 from pathlib import Path
 
 import click
@@ -31,7 +32,7 @@ def conv_norm(n_in: int, n_out: int, stride: int = 1) -> list[nn.Module]:
 
 
 def vgg16() -> nn.Module:
-    """VGG16 for 32x32 images: 13 convolutions with BatchNormalization and one classifier (14.7 M parameters)."""
+    """VGG16 for 32x32 images: 13 convolutions with BatchNormalization, one classifier (14.7 M parameters)."""
     layers: list[nn.Module] = []
     n_in = 3
     for n_out, repeats in ((64, 2), (128, 2), (256, 3), (512, 3), (512, 3)):
@@ -76,7 +77,7 @@ def mlp() -> nn.Module:
     """Five fully connected layers on the pixels (8.4 M parameters)."""
     sizes = (3072, 1536, 1536, 768, 256)
     layers: list[nn.Module] = [nn.Flatten()]
-    for n_in, n_out in zip(sizes[:-1], sizes[1:], strict=True):
+    for n_in, n_out in pairwise(sizes):
         layers += [nn.Linear(n_in, n_out), nn.BatchNorm1d(n_out), nn.ReLU(), nn.Dropout(0.2)]
     return nn.Sequential(*layers, nn.Linear(sizes[-1], 10))
 
@@ -90,7 +91,7 @@ def read_images(data: Mapping[str, NDArray[np.generic]], part: str) -> tuple[Ten
         pixels, labels = np.asarray(data[f"x_{part}"]), np.asarray(data[f"y_{part}"])
     else:
         raw, offsets = np.asarray(data[f"jpeg_{part}"]).tobytes(), np.asarray(data[f"offsets_{part}"])
-        pairs = zip(offsets[:-1], offsets[1:], strict=True)
+        pairs = pairwise(offsets)
         pixels = np.stack([np.asarray(Image.open(io.BytesIO(raw[a:b])).convert("RGB")) for a, b in pairs])
         labels = np.asarray(data[f"labels_{part}"])
     images = torch.from_numpy(np.ascontiguousarray(pixels.transpose(0, 3, 1, 2)))
@@ -127,7 +128,7 @@ def accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
 @click.option("--data", required=True, type=click.Path(exists=True, path_type=Path))
 @click.option("--output", required=True, type=click.Path(path_type=Path))
 @click.option("--epochs", default=4, help="Length of the schedule.")
-@click.option("--minutes", default=60.0, help="The schedule is shortened to fit, measured on its first steps.")
+@click.option("--minutes", default=60.0, help="The schedule is shortened to fit.")
 @click.option("--batch-size", default=128)
 @click.option("--rate", default=0.1, help="Highest learning rate.")
 @click.option("--bfloat16/--float32", default=False, help="Multiply in bfloat16 (faster where the CPU can).")
