@@ -374,7 +374,9 @@ class Job:
             replacements=candidate.choice.replacements,
             predicted_loss=predicted_losses(self.losses, candidate.choice.decisions),
             weights=candidate.plan_weights(),
-            notes=explain_groups(self.losses, candidate.choice, preset=self.config.preset),
+            notes=explain_groups(
+                self.losses, candidate.choice, method=self.config.method, preset=self.config.preset
+            ),
             layer_notes=self._layer_notes(candidate),
         )
         proto = self._to_proto(candidate, plan=plan)
@@ -488,7 +490,9 @@ class Job:
             plan=plan_summary(
                 prepared,
                 candidate.choice,
-                notes=explain_groups(self.losses, candidate.choice, preset=self.config.preset),
+                notes=explain_groups(
+                    self.losses, candidate.choice, method=self.config.method, preset=self.config.preset
+                ),
                 layer_notes=self._layer_notes(candidate),
                 measured=measured_losses(self.losses, candidate.choice),
             ),

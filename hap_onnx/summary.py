@@ -79,14 +79,18 @@ def plan_words(config: CompressConfig, prepared: PreparedModel) -> dict[str, Any
     return {**{name: words[name] for name in names}, "input_shapes": shapes}
 
 
-def explain_groups(losses: LossModel, choice: Choice, *, preset: str | None = None) -> dict[str, str]:
+def explain_groups(
+    losses: LossModel, choice: Choice, *, method: str = "hap", preset: str | None = None
+) -> dict[str, str]:
     """Say for each group why it was decided so."""
     notes = {}
     for decision, curve in zip(choice.decisions, losses.curves, strict=True):
         width = len(decision.keep)
         what = "the whole branch goes" if width == 0 else f"{decision.size - width} channels go"
         how = "measured" if width in curve.measured else "interpolated between measured widths"
-        if width == decision.size and decision.group in choice.whole:
+        if method == "implant":
+            notes[decision.group] = "whole: the method does not remove channels"
+        elif width == decision.size and decision.group in choice.whole:
             notes[decision.group] = "whole: this plan leaves it alone, and does better than one that does not"
         elif width == decision.size and preset is not None:
             notes[decision.group] = "whole: all its channels are above the threshold"
