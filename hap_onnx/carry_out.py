@@ -148,6 +148,7 @@ def refit_layers(
         kept,
         subset,
         implants=specs,
+        leave=_left_alone(cut),
         batch_size=batch_size,
         seed=seed,
         work_dir=work_dir,
@@ -159,6 +160,20 @@ def refit_layers(
         name: (factors.kind, _to_arrays(nodes[name], factors)) for name, factors in found.factors.items()
     }
     return Compressed(cut.choice, cut.graph, found.weights, implants)
+
+
+def _left_alone(cut: CutModel) -> set[str]:
+    """Nodes that were excluded, unless their weights have lost slices: these have to make up for it."""
+    before = {name: t for name, t in cut.prepared.graph.tensors().items() if isinstance(t, gs.Constant)}
+    untouched = cut.prepared.untouched
+    return {
+        node.name
+        for node in cut.graph.nodes
+        if {node.name, *(tensor.name for tensor in node.inputs)} & untouched
+        and all(
+            before[tensor.name].shape == tensor.shape for tensor in node.inputs if tensor.name in before
+        )
+    }
 
 
 def _to_arrays(node: gs.Node, factors: Factors | FittedImplant) -> Arrays:

@@ -365,7 +365,7 @@ def implant_menu(
         for rank in range(step, most + 1, step):
             table = rank_coefficients(form_of[kind], rank, node, shapes, n_groups=n_groups, n_taps=n_taps)
             cost = lengths @ table
-            if (cost < full).any() and cost[1] <= kinds[kind] * full[1]:
+            if (cost < full).any() and cost[1] <= kinds[kind] * full[1] * (1 + 1e-9):
                 choices.append(ImplantChoice(kind, rank))
                 coefficients.append(table)
                 predicted.append(float(of_rank[rank]))

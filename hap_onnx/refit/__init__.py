@@ -23,7 +23,7 @@ No gradients, no labels.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from types import MappingProxyType
 
@@ -56,6 +56,7 @@ def refit(
     subset: Subset,
     *,
     implants: Mapping[str, ImplantSpec] = _NO_IMPLANTS,
+    leave: Collection[str] = (),
     batch_size: int,
     seed: int,
     ridge: float = 1e-3,
@@ -77,6 +78,7 @@ def refit(
         kept: what is left of the channel axis of the original's tensors; tensors not named are whole.
         implants: the nodes of ``compressed``, there with all of their weight, that become factors. The result
             has the factors, and all layers behind are refitted to them.
+        leave: nodes of ``compressed`` whose weights are not to be touched.
         ridge: pull towards the current weights, relative to the mean diagonal of the Gram matrix.
         n_positions: output positions per sample that are taken at random (more where samples are few).
         n_relu_rounds: how often the targets below a Relu follow the prediction; 0 for plain least squares.
@@ -102,7 +104,7 @@ def refit(
         store = Store(Path(folder), memory_limit_bytes)
         try:
             pair = make_pair(original, compressed, kept, implants, store, device=device)
-            tasks = plan_tasks(pair)
+            tasks = plan_tasks(pair, leave)
             if not tasks:
                 return Refitted({}, {})
             pair.n_batches = read_inputs(pair, original, subset, batch_size)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from hap_onnx.errors import SurgeryError
@@ -60,10 +61,10 @@ class Task:
     release: tuple[Key, ...]
 
 
-def plan_tasks(pair: Pair) -> list[Task]:
+def plan_tasks(pair: Pair, leave: Collection[str] = ()) -> list[Task]:
     """Let each changed step of the compressed model follow its namesake of the original, and plan its fit.
 
-    It ends with the last fit.
+    It ends with the last fit. Nodes of ``leave`` are run as they are.
     """
     changed: list[list[Step]] = [[] for _ in pair.original.steps]
     for when, step in order_steps(pair):
@@ -74,7 +75,9 @@ def plan_tasks(pair: Pair) -> list[Task]:
     for step, followers in zip(pair.original.steps, changed, strict=True):
         order.append((pair.original, step, None))
         for follower in followers:
-            fit = _plan_implant(pair, follower) or _plan_fit(pair, follower)
+            fit: Fit | None = _plan_implant(pair, follower)
+            if fit is None and follower.name not in leave:
+                fit = _plan_fit(pair, follower)
             order.append((pair.compressed, follower, fit))
             end = len(order) if fit is not None else end
     last: dict[Key, int] = {}
