@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import logging
+from collections import Counter
 from collections.abc import Iterable
 from typing import TextIO
 
@@ -134,7 +135,9 @@ def _plan_text(plan: PlanSummary) -> str:
     shrunk = sum(group.kept < group.size for group in plan.groups)
     text = f"{kept} of {size} channels kept, {shrunk} of {_plural(len(plan.groups), 'group')} narrower"
     if plan.implants:
-        text += f", {_plural(len(plan.implants), 'implant')}"
+        counts = Counter(implant.kind for implant in plan.implants)
+        kinds = ", ".join(f"{n} {kind}" for kind, n in sorted(counts.items()))
+        text += f", {_plural(len(plan.implants), 'implant')} ({kinds})"
     if plan.removed_branches:
         text += f", {_plural(len(plan.removed_branches), 'residual branch')} removed"
     return text
