@@ -89,6 +89,8 @@ def compress_to(setting: Setting, budgets: Budgets) -> Compressed:
     Raises BudgetError.
     """
     cut, plain = _plan_fast(setting, budgets, whole=_whole(setting))
+    if setting.preset == "paper" and setting.kinds and not cut.choice.replacements:
+        setting.note("none of the channels that the recipe would make pointwise can be put last: no implants")
     candidates = [recover(setting, cut, plain)]
     if setting.preset is None:
         for stay in _rivals(setting, cut):

@@ -64,12 +64,21 @@ class Compressed:
         return insert_implants(graph, self.implants) if self.implants else graph
 
     def plan_weights(self) -> dict[str, NDArray[np.generic]]:
-        """All initializers that are more than slices of the original's, by the names they end up with."""
-        result = dict(self.weights)
-        nodes = {node.name: node for node in self.graph.nodes}
-        for name, (kind, arrays) in self.implants.items():
-            result.update(zip(_find_form(nodes[name], kind).weight_names, arrays, strict=True))
-        return result
+        """All that is more than slices of the original's initializers: these by name, factors by node."""
+        factors = {
+            key: array
+            for name, (_, arrays) in self.implants.items()
+            for key, array in zip(_factor_keys(name), arrays, strict=True)
+        }
+        taken = sorted(set(factors) & set(self.weights))
+        if taken:
+            raise SurgeryError(f"the initializer '{taken[0]}' has a name that plans keep for implants")
+        return {**self.weights, **factors}
+
+
+def _factor_keys(node: str) -> tuple[str, str]:
+    """Under which keys a plan keeps the factors of an implant: names of initializers may be taken."""
+    return f"implant:{node}:0", f"implant:{node}:1"
 
 
 def _find_form(node: gs.Node, kind: str) -> ImplantForm:
@@ -199,10 +208,11 @@ def from_plan_weights(
         if replacement.node not in nodes:
             raise ModelError(f"the plan replaces '{replacement.node}', which it removes")
         form = _find_form(nodes[replacement.node], replacement.kind)
-        missing = [name for name in form.weight_names if name not in rest]
+        keys = _factor_keys(replacement.node)
+        missing = [key for key in keys if key not in rest]
         if missing:
             raise ModelError(f"the plan lacks the weights '{missing[0]}' of its implant '{replacement.node}'")
-        arrays = tuple(rest.pop(name) for name in form.weight_names)
+        arrays = tuple(rest.pop(key) for key in keys)
         if tuple(array.shape for array in arrays) != form.weight_shapes(replacement.rank):
             raise ModelError(
                 f"the plan's implant '{replacement.node}' has weights of other shapes than rank "

@@ -263,6 +263,12 @@ class Job:
             return offered
         with self.stage("implant speed"):
             found = faster_kinds(self.prepared, offered, lambda model: open_session(model, config))
+        n_without = sum(not kinds for kinds in found.values())
+        if n_without:
+            self.note(
+                f"{n_without} of {len(found)} layers get no implant, since none saves enough time here "
+                "(--allow-slower lets them)"
+            )
         if config.method == "implant" and not any(found.values()):
             raise BudgetError(
                 "no implant of any layer saves time in onnxruntime here; let channels go, too, with "
@@ -353,6 +359,7 @@ class Job:
             candidate.choice,
             self.setting.kinds,
             left={node.name for node in candidate.graph.nodes},
+            method=self.config.method,
             preset=self.config.preset,
         )
 

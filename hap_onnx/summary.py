@@ -110,6 +110,7 @@ def explain_layers(
     kinds: Mapping[str, Mapping[str, float]],
     *,
     left: Collection[str],
+    method: str = "hap",
     preset: str | None = None,
 ) -> dict[str, str]:
     """Say for each contraction why it becomes an implant or stays as it is.
@@ -129,7 +130,7 @@ def explain_layers(
             why = _explain_implant(losses.implants[node.name], replaced[node.name], preset)
         elif node.name not in left:
             why = "gone: its branch is removed"
-        elif not kinds:
+        elif method == "prune":
             why = "as it is: the method does not use implants"
         elif node.name not in losses.implants:
             why = f"as it is: {refusals.get(node.name, 'no kind of implant fits it')}"
