@@ -29,6 +29,7 @@ from hap_onnx.refit import FittedImplant, ImplantSpec, refit
 from hap_onnx.surgery import Kept, kept_positions, remove_channels, with_weights
 
 Arrays = tuple[NDArray[np.generic], ...]
+Ints = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -36,14 +37,20 @@ class CutModel:
     """A model without the channels that a choice removes, its layers still dense.
 
     ``prepared`` may have its channels in another order than the original; ``keep`` has one flag per element
-    of it. ``layers`` holds what is left of each layer that becomes an implant, by node.
+    of it. ``layers`` holds each layer that becomes an implant, by node, and the positions of its weight's
+    output and input axis that are left.
     """
 
     prepared: PreparedModel
     choice: Choice
     keep: NDArray[np.bool_]
     graph: gs.Graph
-    layers: Mapping[str, tuple[ImplantLayer, CutLayer]]
+    layers: Mapping[str, tuple[ImplantLosses, tuple[Ints | None, Ints | None]]]
+
+    def left_of(self, node: str) -> tuple[ImplantLayer, CutLayer]:
+        """What is left of a layer: made when asked for, since a metric may have hundreds of megabytes."""
+        losses, positions = self.layers[node]
+        return losses.layer, cut_layer(losses, *positions)
 
 
 @dataclass(frozen=True)
@@ -100,7 +107,7 @@ def cut_model(prepared: PreparedModel, choice: Choice, implants: Mapping[str, Im
     layers = {}
     for replacement in choice.replacements:
         losses = implants[replacement.node]
-        layers[replacement.node] = (losses.layer, cut_layer(losses, *slots.of_layer(losses.layer)))
+        layers[replacement.node] = (losses, slots.of_layer(losses.layer))
     return CutModel(arranged, choice, keep, graph, layers)
 
 
@@ -117,7 +124,7 @@ def compress_layers(cut: CutModel) -> Compressed:
     weights: dict[str, NDArray[np.generic]] = {}
     implants: dict[str, tuple[str, Arrays]] = {}
     for replacement in cut.choice.replacements:
-        layer, left = cut.layers[replacement.node]
+        layer, left = cut.left_of(replacement.node)
         form = layer.kind(replacement.kind)
         factors = factorise(
             left.weight, left.metric, kind=form.kind, rank=replacement.rank, taps=form.taps, tap=form.tap
@@ -148,7 +155,7 @@ def refit_layers(
     }
     specs = {}
     for replacement in cut.choice.replacements:
-        layer, left = cut.layers[replacement.node]
+        layer, left = cut.left_of(replacement.node)
         form = layer.kind(replacement.kind)
         specs[layer.node] = ImplantSpec(form.kind, replacement.rank, form.taps, form.tap, left.metric)
     found = refit(

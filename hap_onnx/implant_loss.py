@@ -196,9 +196,9 @@ def cut_layer(losses: ImplantLosses, outputs: Ints | None = None, inputs: Ints |
         mean = None if mean is None else mean[:, features]
         moments = moments[:, features] if moments.ndim == 2 else moments[:, features][:, :, features]
     if mean is not None:
-        noise = ROUNDING * moments.diagonal(dim1=1, dim2=2).mean(1)[:, None, None]
-        moments = moments - mean[:, :, None] * mean[:, None, :]
-        moments = moments + noise * torch.eye(moments.shape[1], dtype=moments.dtype)
+        noise = ROUNDING * moments.diagonal(dim1=1, dim2=2).mean(1, keepdim=True)
+        moments = torch.baddbmm(moments, mean[:, :, None], mean[:, None, :], alpha=-1)
+        moments.diagonal(dim1=1, dim2=2).add_(noise)
     return CutLayer(weight, make_metric(moments, gradients), mean)
 
 

@@ -94,9 +94,10 @@ def _damp(statistic: Tensor, damping: float) -> Tensor:
     if statistic.ndim == 2:
         mean = statistic.mean(1, keepdim=True)
         return statistic + torch.where(mean > 0, damping * mean, NEGLIGIBLE)
-    mean = statistic.diagonal(dim1=1, dim2=2).mean(1)[:, None, None]
-    identity = torch.eye(statistic.shape[1], dtype=statistic.dtype, device=statistic.device)
-    return (statistic + statistic.mT) / 2 + torch.where(mean > 0, damping * mean, NEGLIGIBLE) * identity
+    mean = statistic.diagonal(dim1=1, dim2=2).mean(1, keepdim=True)
+    result = (statistic + statistic.mT).div_(2)  # in place from here on: it may be hundreds of megabytes
+    result.diagonal(dim1=1, dim2=2).add_(torch.where(mean > 0, damping * mean, NEGLIGIBLE))
+    return result
 
 
 def _times_inputs(matrix: Tensor, inputs: Tensor) -> Tensor:

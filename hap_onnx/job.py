@@ -311,16 +311,24 @@ class Job:
             return sketch(self.setting, budgets) if self._only_sketch else compress_to(self.setting, budgets)
 
     def _compress_within(self, max_bytes: int, budgets: dict[str, float | None]) -> Compressed:
-        """Compress to a file size: implants add nodes and names, so plan with what is left after those."""
-        for _ in range(MAX_RESIZES):
+        """Compress to a file size: implants add nodes and names, so plan with what is left after those.
+
+        Plans alone are quick and come first; the best candidate may have more nodes than the first plan.
+        """
+
+        def plan(budgets: Mapping[str, float | None]) -> Compressed:
             with self.stage("compress"):
-                plan = sketch(self.setting, budgets)
-            excess = self._count_bytes(self._to_proto(plan)) + SPARE_BYTES - max_bytes
-            if excess <= 0:
-                break
-            # At least one byte per parameter, so this is never too little.
-            budgets = {**budgets, "params": max((budgets["params"] or 0.0) - excess, 1.0)}
-        return self._compress_to(budgets)
+                return sketch(self.setting, budgets)
+
+        for compress in (plan, self._compress_to):
+            for _ in range(MAX_RESIZES):
+                candidate = compress(budgets)
+                excess = self._count_bytes(self._to_proto(candidate)) + SPARE_BYTES - max_bytes
+                if excess <= 0:
+                    break
+                # At least one byte per parameter, so this is never too little.
+                budgets = {**budgets, "params": max((budgets["params"] or 0.0) - excess, 1.0)}
+        return candidate
 
     def _count_bytes(self, proto: ModelProto) -> int:
         return count_saved_bytes(proto, self.output, external_data=self.source.external_data)
