@@ -46,10 +46,10 @@ class Job:
         return {node.name: node for node in self.prepared.graph.nodes}
 
     @property
-    def kinds(self) -> dict[str, tuple[str, ...]]:
-        """All kinds of implants for all layers that may have one."""
+    def kinds(self) -> dict[str, dict[str, float]]:
+        """All kinds of implants for all layers that may have one, at any share of the layer."""
         return {
-            name: tuple(form.kind for form in losses.layer.forms)
+            name: {form.kind: 1.0 for form in losses.layer.forms}
             for name, losses in self.losses.implants.items()
         }
 

@@ -12,6 +12,7 @@ from hap_onnx.report import (
     ImplantUsed,
     InspectReport,
     LayerChosen,
+    MeasuredLoss,
     ModelFacts,
     PlanSummary,
     Prunable,
@@ -31,7 +32,7 @@ def compress_report(**changes):
         "quality": QUALITY, "fidelity": FIDELITY,
         "plan": PlanSummary(
             (GroupKept("a", 16, 8, "half is copies"), GroupKept("b", 32, 32)),
-            (ImplantUsed("c", "lowrank", 4, 0.25, 0.5),),
+            (ImplantUsed("c", "lowrank", 4, 0.25, 0.5, (MeasuredLoss("spatial", 0.125, 0.25),)),),
             ("add_3",),
             (LayerChosen("c", "lowrank", "it fits"),),
         ),

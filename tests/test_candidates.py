@@ -2,36 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from planning import Job, make_job, real_totals, run_twin, widths_of
 from sample_models import residual_cnn
 from topologies import TOPOLOGIES
 
 from hap_onnx import candidates
 from hap_onnx.calibration import Subset
-from hap_onnx.candidates import Setting, compress_to, distance, recover, sketch
-from hap_onnx.carry_out import CutModel, compress_layers, cut_model
+from hap_onnx.candidates import Setting, all_kinds, compress_to, distance, recover, sketch
+from hap_onnx.carry_out import Compressed, CutModel, compress_layers, cut_model
 from hap_onnx.choose import Choice
 from hap_onnx.errors import BudgetError
 from hap_onnx.events import Event
 from hap_onnx.paper import choose_by_threshold
 from hap_onnx.twin import build_twin
 from hap_onnx.validate import LatencyComparison
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    n_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(n_threads)
 
 
 @cache
@@ -93,20 +83,26 @@ def test_pruning_alone_uses_no_implants() -> None:
 @pytest.mark.parametrize("recovery", ["none", "refit"])
 def test_held_out_samples_decide(monkeypatch: pytest.MonkeyPatch, recovery: str) -> None:
     one = job()
-    tried: list[Any] = []
+    tried: list[tuple[float, Compressed]] = []
     real = candidates.recover
 
-    def remember(of: Setting, cut: CutModel) -> Any:
-        tried.append(real(of, cut))
+    def remember(of: Setting, cut: CutModel, plain: Compressed) -> tuple[float, Compressed]:
+        assert cut.choice is plain.choice
+        tried.append(real(of, cut, plain))
         return tried[-1]
 
     monkeypatch.setattr(candidates, "recover", remember)
     of = setting(one, recover=recovery)
     found = compress_to(of, one.budgets(macs=0.6))
-    distances = [distance(of, candidate.finished()) for candidate in tried]
+    distances = [distance(of, candidate.finished()) for _, candidate in tried]
+    assert distances == [known for known, _ in tried]
     assert len(tried) >= 2
     assert distance(of, found.finished()) == min(distances)
-    assert any(widths_of(candidate.choice) == list(one.losses.cost.sizes) for candidate in tried)
+    assert any(widths_of(candidate.choice) == list(one.losses.cost.sizes) for _, candidate in tried)
+    groups = {group.name for group in one.prepared.coupling.groups}
+    assert [candidate.choice.whole for _, candidate in tried] == [set(), groups]
+    for _, candidate in tried:  # what a plan was not free to narrow is whole
+        assert not {d.group for d in candidate.choice.decisions if len(d.drop)} & candidate.choice.whole
 
 
 def test_a_rival_that_is_out_of_reach_is_left_out() -> None:
@@ -120,16 +116,63 @@ def test_a_refit_that_does_not_help_is_dropped(monkeypatch: pytest.MonkeyPatch) 
     of = setting(one, on_event=events.append)
     choice = sketch(of, one.budgets(macs=0.6)).choice
     cut = cut_model(one.prepared, choice, one.losses.implants)
-    refitted, plain = recover(of, cut), compress_layers(cut)
-    assert distance(of, refitted.finished()) < distance(of, plain.finished())
+    plain = compress_layers(cut)
+    after, refitted = recover(of, cut, plain)
+    assert after == distance(of, refitted.finished()) < distance(of, plain.finished())
     assert not events or all(event.kind != "warning" for event in events)
     spoilt = replace(refitted, weights={name: 100 * array for name, array in refitted.weights.items()})
     monkeypatch.setattr(candidates, "refit_layers", lambda *args, **options: spoilt)
-    dropped = recover(of, cut)
-    assert distance(of, dropped.finished()) == distance(of, plain.finished())
+    before, dropped = recover(of, cut, plain)
+    assert dropped is plain
+    assert before == distance(of, plain.finished())
     assert [event.message for event in events if event.kind == "warning"] == [
         "refit did not help on held-out samples and was dropped"
     ]
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_outputs_that_are_no_numbers_are_infinitely_far(
+    monkeypatch: pytest.MonkeyPatch, value: float
+) -> None:
+    one = job()
+    of = setting(one, recover="none")
+    real, calls = candidates.output_distance, list[float]()
+    monkeypatch.setattr(candidates, "output_distance", lambda *args: value)
+    assert distance(of, one.prepared.graph) == np.inf
+
+    def spoil_the_first(*args: Any) -> float:
+        calls.append(value if not calls else real(*args))
+        return calls[-1]
+
+    first = sketch(of, one.budgets(macs=0.6)).choice
+    monkeypatch.setattr(candidates, "output_distance", spoil_the_first)
+    found = compress_to(of, one.budgets(macs=0.6))
+    assert len(calls) > 1
+    assert widths_of(found.choice) != widths_of(first)
+
+
+def test_a_refit_without_numbers_is_dropped_and_one_that_gives_numbers_is_kept(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    one = job()
+    of = setting(one)
+    choice = sketch(of, one.budgets(macs=0.6)).choice
+    cut = cut_model(one.prepared, choice, one.losses.implants)
+    plain, other = compress_layers(cut), compress_layers(cut)
+    monkeypatch.setattr(candidates, "refit_layers", lambda *args, **options: other)
+    for distances, kept in (([1.0, np.inf], plain), ([np.inf, 1.0], other), ([1.0, 0.5], other)):
+        rest = list(distances)
+        monkeypatch.setattr(candidates, "distance", lambda of, graph, rest=rest: rest.pop(0))
+        found, model = recover(of, cut, plain)
+        assert model is kept
+        assert found == min(distances)
+
+
+def test_where_speed_does_not_count_all_kinds_may_be_used_at_any_rank() -> None:
+    one = job()
+    assert all_kinds(one.losses) == one.kinds
+    assert set(one.kinds["make_a1"].items()) == {("lowrank", 1), ("spatial", 1), ("pointwise", 1)}
+    assert set(one.kinds["make_y"]) == {"lowrank", "spatial"}
 
 
 def test_slow_plans_are_planned_again_with_wider_steps() -> None:

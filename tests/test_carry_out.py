@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache
 
@@ -32,14 +31,6 @@ from tools.first_divergence import compare_tensors
 NAMES = """residual option_a_shortcut concat dense_block squeeze_and_excitation depthwise_multiplied
     grouped_wide grouped_narrow shuffle_net_units flatten_to_gemm_flatten other_rank_conv1d other_rank_conv3d
     gemm_residual matmul_of_sequences channels_last fixed_batch siamese two_inputs_two_outputs""".split()
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    n_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(n_threads)
 
 
 @cache
@@ -148,7 +139,7 @@ def test_a_plan_that_does_not_fit_the_model_is_refused() -> None:
     weights = compress_layers(cut_model(one.prepared, choice, one.losses.implants)).plan_weights()
     relu = next(node.name for node in one.prepared.graph.nodes if node.op == "Relu")
     lacking = dict(weights)
-    lacking.pop(next(name for name in weights if name.endswith("_hap_second")))
+    lacking.pop(next(name for name in weights if name.endswith(":1")))
     for broken, given, message in (
         (with_replacement(choice, node="make_nothing"), weights, "'make_nothing', which the model does not"),
         (with_replacement(choice, rank=choice.replacements[0].rank + 1), weights, "other shapes than rank"),
@@ -183,3 +174,19 @@ def test_a_cut_that_is_not_exact_is_refused(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(carry_out, "try_cut", lambda prepared, keep: "the output 'y' differs by 1")
     with pytest.raises(SurgeryError, match="the planned cut is not exact: the output 'y' differs by 1"):
         cut_model(one.prepared, Choice(first_choice(one, "lowrank").decisions), {})
+
+
+def test_factors_and_initializers_of_the_same_name_stay_apart() -> None:
+    one = job("residual")
+    choice = first_choice(one, "lowrank")
+    compressed = compress_layers(cut_model(one.prepared, choice, one.losses.implants))
+    node = choice.replacements[0].node
+    clash = f"{one.losses.implants[node].layer.weight}_hap_first"
+    with_clash = replace(compressed, weights={**compressed.weights, clash: np.ones(3, np.float32)})
+    kept = with_clash.plan_weights()
+    assert np.array_equal(kept[clash], np.ones(3))
+    again = from_plan_weights(one.prepared, choice, kept)
+    assert again.implants.keys() == compressed.implants.keys()
+    for name, (kind, arrays) in again.implants.items():
+        assert kind == compressed.implants[name][0]
+        assert all(map(np.array_equal, arrays, compressed.implants[name][1]))

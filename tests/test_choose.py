@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from functools import cache
 
 import numpy as np
 import pytest
-import torch
 from planning import (
     Job,
     check_carried_out,
@@ -32,6 +30,7 @@ from hap_onnx.choose import (
     residual_groups,
 )
 from hap_onnx.errors import BudgetError
+from hap_onnx.implant_loss import rank_coefficients
 from hap_onnx.plan import GroupDecision
 from tests.helpers import make_coupling
 
@@ -39,14 +38,6 @@ NAMES = """residual concat dense_block squeeze_and_excitation depthwise_plain gr
     gemm_residual flatten_to_gemm_flatten fixed_batch""".split()
 
 WIDE = ("make_c0", "make_c1")  # where implants are needed to save anything
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    n_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(n_threads)
 
 
 @cache
@@ -116,7 +107,7 @@ def test_both_means_together_lose_no_more_than_either() -> None:
 def test_an_implant_is_priced_at_the_widths_of_the_plan() -> None:
     """Predicted losses of lowrank are exactly those of the tail of the spectrum of what is left."""
     one = job("16 16 16")
-    kinds = dict.fromkeys(one.kinds, ("lowrank",))
+    kinds = {name: {"lowrank": 1.0} for name in one.kinds}
     choice = choose(one.prepared, one.losses, one.budgets(macs=0.3), align=1, kinds=kinds, whole=WIDE)
     assert choice.replacements
     assert widths_of(choice) != list(one.losses.cost.sizes)
@@ -170,13 +161,44 @@ def test_ranks_and_widths_are_aligned(align: int | str) -> None:
 def test_kinds_that_are_not_allowed_are_not_used() -> None:
     one = job("residual")
     for allowed in (("lowrank",), ("spatial",), ("pointwise",), ()):
-        kinds = {name: tuple(set(has) & set(allowed)) for name, has in one.kinds.items()}
+        kinds = {name: {kind: 1.0 for kind in allowed if kind in has} for name, has in one.kinds.items()}
         choice = choose(one.prepared, one.losses, one.budgets(macs=0.5), align=1, kinds=kinds)
         assert {replacement.kind for replacement in choice.replacements} <= set(allowed)
     only_one = {"make_a2": one.kinds["make_a2"]}
     choice = choose(one.prepared, one.losses, one.budgets(macs=0.9), align=1, kinds=only_one,
                     whole={group.name for group in one.prepared.coupling.groups})  # fmt: skip
     assert [replacement.node for replacement in choice.replacements] == ["make_a2"]
+
+
+@pytest.mark.parametrize("share", [0.75, 0.5, 0.3])
+@pytest.mark.parametrize("method", ["implant", "hap"])
+def test_no_implant_has_more_than_its_share_of_the_macs(method: str, share: float) -> None:
+    """The share is that of what the plan leaves of the layer."""
+    one = job("16 16 16")
+    kinds = {name: dict.fromkeys(has, share) for name, has in one.kinds.items()}
+    whole = {group.name for group in one.prepared.coupling.groups} if method == "implant" else set(WIDE)
+    terms = {entry.node: entry for entry in one.losses.cost.layers}
+    n_replaced = 0
+    for ratio in (0.9, 0.7, 0.5, 0.3):
+        try:
+            choice = choose(one.prepared, one.losses, one.budgets(macs=ratio), align=1, whole=whole,
+                            kinds=kinds)  # fmt: skip
+        except BudgetError:
+            continue
+        assert choice.whole == whole
+        keep = keep_mask(one.prepared, choice.decisions)
+        for replacement in choice.replacements:
+            outputs, inputs = left_of(one, replacement.node, keep)
+            layer = one.losses.implants[replacement.node].layer
+            table = rank_coefficients(
+                layer.kind(replacement.kind), replacement.rank, one.nodes[replacement.node],
+                one.prepared.shapes, n_groups=1, n_taps=9,
+            )  # fmt: skip
+            lengths = np.array([len(inputs) * len(outputs), len(inputs), len(outputs), 1])
+            before, after = ((lengths @ costs)[1] for costs in (terms[replacement.node].dense, table))
+            assert after <= share * before
+            n_replaced += 1
+    assert n_replaced
 
 
 @pytest.mark.parametrize(
@@ -241,7 +263,7 @@ def test_residual_groups_have_several_producers() -> None:
 def test_without_pointwise_channels_nothing_moves() -> None:
     one = job("residual")
     choice = choose(one.prepared, one.losses, one.budgets(macs=0.5), align=1,
-                    kinds=dict.fromkeys(one.kinds, ("lowrank", "spatial")))  # fmt: skip
+                    kinds={name: {"lowrank": 1.0, "spatial": 1.0} for name in one.kinds})  # fmt: skip
     prepared, keep, order = arrange(one.prepared, choice)
     assert prepared is one.prepared
     assert order is None

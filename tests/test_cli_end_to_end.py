@@ -247,7 +247,7 @@ def test_methods_with_implants_and_their_plans(folder: Folder, options: tuple[st
         entry["node"] for entry in json.loads((folder / "plan.json").read_text())["implants"]
     ]
     for entry in plan["implants"]:
-        assert sorted(entry) == ["expected_loss", "kind", "node", "predicted_loss", "rank"]
+        assert sorted(entry) == ["expected_loss", "kind", "measured", "node", "predicted_loss", "rank"]
     assert bool(plan["implants"]) or "hap" in options
     assert folder.files == ["calib.npz", "net.onnx", "plan.json", "plan.safetensors"]
     folder.run("apply", "net.onnx", "plan.json", "-o", "applied.onnx")
@@ -263,6 +263,8 @@ def test_methods_that_cannot_be(folder: Folder) -> None:
         assert f"Invalid value for '{arguments[0]}'" in error
     paper = ("--preset", "paper", "--align", "4")
     folder.check_refused("calib.npz", *BUDGET, *paper, code=2, says=["leave --align away"])
+    paper = ("--preset", "paper", "--method", "implant")
+    folder.check_refused("calib.npz", *BUDGET, *paper, code=2, says=["leave --method implant away"])
     arguments = ("--method", "implant", "--keep-macs", "0.001", "--allow-slower")
     folder.check_refused("calib.npz", *arguments, code=3, says=["macs", "the least is"])
     arguments = ("--preset", "paper", "--probes", "4", "--keep-macs", "0.0001", "--allow-slower")

@@ -142,6 +142,10 @@ def test_methods_and_the_preset():
     assert CompressConfig(preset="paper", sensitivity="magnitude").ranking == "magnitude"
     with pytest.raises(UsageError, match="--preset paper has widths of its own: leave --align away"):
         CompressConfig(preset="paper", align=8)
+    with pytest.raises(UsageError, match="--preset paper prunes: leave --method implant away"):
+        CompressConfig(preset="paper", method="implant")
+    for method in ("prune", "hap"):
+        assert CompressConfig(preset="paper", method=method).method == method
 
 
 def test_checked_options_are_complete():

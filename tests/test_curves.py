@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import numpy as np
 import onnx
 import pytest
@@ -19,14 +17,6 @@ from tests.helpers import make_model, node, rand
 from tests.test_curvature import Case, conv_net, make_case
 
 SCALES = {"y": 0.5}
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    n_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(n_threads)
 
 
 def by_number(group: ChannelGroup) -> GroupRanking:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -31,14 +30,6 @@ from hap_onnx.implants import factorise, predict_loss
 from hap_onnx.model_io import load_model
 from hap_onnx.prepare import prepare
 from tests.helpers import rand
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    n_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(n_threads)
 
 
 def windows() -> dict[str, Net]:
@@ -98,6 +89,7 @@ def names_of(net: Net, *outputs: str, **options: Any) -> dict[str, tuple[str, ..
 
 
 ALL = ("lowrank", "spatial", "pointwise")
+ANY = dict.fromkeys(ALL, 1.0)
 
 
 def test_pointwise_is_offered_where_channels_can_move() -> None:
@@ -117,8 +109,7 @@ def test_pointwise_is_offered_where_channels_can_move() -> None:
 
 
 def names_of_topology(name: str) -> dict[str, tuple[str, ...]]:
-    one = job(name)
-    return one.kinds
+    return {node: tuple(kinds) for node, kinds in job(name).kinds.items()}
 
 
 def test_weights_and_biases_that_are_not_the_layers_own_stay() -> None:
@@ -314,7 +305,7 @@ def test_options_cost_what_the_built_models_cost(name: str) -> None:
     one = job(name)
     losses = one.losses.implants["make_b"]
     terms = next(terms for terms in one.losses.cost.layers if terms.node == "make_b")
-    menu = implant_menu(losses, terms, one.nodes["make_b"], one.prepared.shapes, kinds=ALL, align=3)
+    menu = implant_menu(losses, terms, one.nodes["make_b"], one.prepared.shapes, kinds=ANY, align=3)
     assert menu.choices[0].kind == ""
     assert (menu.losses[0], menu.predicted[0]) == (0, 0)
     np.testing.assert_array_equal(menu.coefficients[0], terms.dense)
@@ -345,7 +336,7 @@ def test_menus_follow_what_is_left_of_a_layer() -> None:
 
     def ranks(kind: str, outputs: int, inputs: int, align: int | str = "auto") -> list[int]:
         menu = implant_menu(
-            losses, terms, one.nodes["make_b"], one.prepared.shapes, kinds=[kind], align=align,
+            losses, terms, one.nodes["make_b"], one.prepared.shapes, kinds={kind: 1.0}, align=align,
             outputs=np.arange(outputs), inputs=np.arange(inputs),
         )  # fmt: skip
         return [choice.rank for choice in menu.choices[1:]]
@@ -361,13 +352,48 @@ def test_menus_follow_what_is_left_of_a_layer() -> None:
     assert ranks("fancy", 10, 12) == []
 
 
+@pytest.mark.parametrize("name", ["plain", "strided", "grouped", "gemm"])
+def test_menus_hold_what_is_within_the_share_of_each_kind(name: str) -> None:
+    one = job(name)
+    losses = one.losses.implants["make_b"]
+    terms = next(terms for terms in one.losses.cost.layers if terms.node == "make_b")
+    g, n_outputs, n_features = losses.weight.shape
+    n_in, n_out = n_features // losses.layer.form.n_taps, g * n_outputs
+    for left, read in ((n_out, n_in), (n_out - g, n_in - 1)):
+        outputs = np.concatenate([group * n_outputs + np.arange(left // g) for group in range(g)])
+        lengths = np.array([left * read, read, left, 1])
+
+        def shares(
+            kinds: dict[str, float], outputs: np.ndarray = outputs, lengths: np.ndarray = lengths,
+            read: int = read,
+        ) -> dict[tuple[str, int], float]:  # fmt: skip
+            menu = implant_menu(losses, terms, one.nodes["make_b"], one.prepared.shapes, kinds=kinds, align=1,
+                                outputs=outputs, inputs=np.arange(read))  # fmt: skip
+            macs = menu.coefficients @ np.array([[0], [1]])
+            costs = np.einsum("l,nl->n", lengths, macs[:, :, 0])
+            assert costs[0] == lengths @ terms.dense[:, 1]
+            keys = ((choice.kind, choice.rank) for choice in menu.choices[1:])
+            return dict(zip(keys, costs[1:] / costs[0], strict=True))
+
+        kinds = {form.kind: 1.0 for form in losses.layer.forms}
+        every = shares(kinds)
+        assert every
+        for limits in (dict.fromkeys(kinds, 0.5), dict(zip(kinds, (0.75, 0.4, 0.9), strict=False))):
+            wanted = {key: share for key, share in every.items() if share <= limits[key[0]]}
+            assert shares(limits) == wanted
+            assert 0 < len(wanted) < len(every)
+        exactly = sorted(share for (kind, _), share in every.items() if kind == "lowrank")[1]
+        assert len(shares({"lowrank": exactly})) == 2  # the limit itself is allowed
+        assert not shares({"lowrank": 0.0})
+
+
 def test_spatial_factors_need_all_of_the_covariance() -> None:
     one = job("plain")
     losses = one.losses.implants["make_b"]
     inputs = losses.curvature.inputs.diagonal(dim1=1, dim2=2)
     diagonal = replace(losses, curvature=replace(losses.curvature, inputs=inputs))
     terms = next(terms for terms in one.losses.cost.layers if terms.node == "make_b")
-    menu = implant_menu(diagonal, terms, one.nodes["make_b"], one.prepared.shapes, kinds=ALL, align=1)
+    menu = implant_menu(diagonal, terms, one.nodes["make_b"], one.prepared.shapes, kinds=ANY, align=1)
     assert {choice.kind for choice in menu.choices} == {"", "lowrank", "pointwise"}
     measured = measure(one, make_b=diagonal.curvature)["make_b"]
     assert len(measured.predicted) == 2

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from math import prod
 
 import numpy as np
@@ -27,14 +26,6 @@ from hap_onnx.implants import (
 from hap_onnx.separable import Alternation, Problem, find_start
 
 EXACT = {"rtol": 1e-9, "atol": 1e-9}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    n_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(n_threads)
 
 
 def rand(*shape: int, seed: int = 0) -> Tensor:

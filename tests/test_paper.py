@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from functools import cache
 from math import ceil
 
 import numpy as np
 import pytest
-import torch
 from planning import Job, check_carried_out, make_job, priced_totals, real_totals, widths_of
 from topologies import TOPOLOGIES, Net
 
@@ -17,14 +15,6 @@ from hap_onnx.choose import Choice
 from hap_onnx.errors import BudgetError
 from hap_onnx.paper import choose_by_threshold
 from hap_onnx.plan import GroupDecision, NodeReplacement
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    n_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(n_threads)
 
 
 @cache

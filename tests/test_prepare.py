@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -22,14 +21,6 @@ from tests.helpers import make_model, node, rand
 
 FLOAT = np.dtype(np.float32)
 PROBE = {"x": rand(4, 3, 8, 8)}
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    n_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(n_threads)
 
 
 def prepared(model: onnx.ModelProto | None = None, **options: Any) -> PreparedModel:

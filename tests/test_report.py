@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -28,8 +29,9 @@ def test_the_keys_of_a_compress_report_are_the_contract():
     assert list(plain["plan"]) == ["groups", "implants", "removed_branches", "layers"]
     assert plain["plan"]["groups"][0] == {"name": "a", "size": 16, "kept": 8, "why": "half is copies"}
     assert plain["plan"]["implants"] == [
-        {"node": "c", "kind": "lowrank", "rank": 4, "predicted_loss": 0.25, "expected_loss": 0.5}
-    ]
+        {"node": "c", "kind": "lowrank", "rank": 4, "predicted_loss": 0.25, "expected_loss": 0.5,
+         "measured": [{"kind": "spatial", "predicted": 0.125, "measured": 0.25}]}
+    ]  # fmt: skip
     assert plain["plan"]["layers"] == [{"node": "c", "choice": "lowrank", "why": "it fits"}]
     assert plain["plan"]["removed_branches"] == ["add_3"]
     assert plain["frozen"] == [{"node": "Gemm_1", "reason": "feeds a graph output"}]
@@ -70,7 +72,16 @@ def test_the_table_shows_both_models_and_the_change():
     text = " ".join(text.split())
     assert "-0.82 points (-1.50 to -0.10) on 1017 held-out samples" in text
     assert "keep-macs 50.0 %, reached 49.4 %; max-bytes 2.00 MB, reached 1.64 MB" in text
-    assert "1 implant, 1 residual branch removed" in text
+    assert "1 implant (1 lowrank), 1 residual branch removed" in text
+
+
+def test_the_table_counts_the_kinds_of_implants():
+    plan = compress_report().plan
+    kinds = ["spatial", "lowrank", "spatial"]
+    used = tuple(replace(plan.implants[0], node=f"n{index}", kind=kind) for index, kind in enumerate(kinds))
+    text = render_report(compress_report(plan=replace(plan, implants=used)), io.StringIO())
+    assert "3 implants (1 lowrank, 2 spatial)" in " ".join(text.split())
+    assert "implant" not in render_report(compress_report(plan=replace(plan, implants=())), io.StringIO())
 
 
 def test_a_dry_run_has_no_quality_and_says_that_nothing_was_written():

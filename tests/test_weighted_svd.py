@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
-import torch
 from click.testing import CliRunner
 
 from hap_onnx.calibration import Dataset, InputSpec, Subset, open_dataset, split_dataset
@@ -19,14 +17,6 @@ from tests.helpers import make_model, node, rand
 from tools.weighted_svd import Comparison, compare_layers, find_layers, main, summarise
 
 N_IN, N_OUT, N_SAMPLES = 12, 8, 200
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    n_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(n_threads)
 
 
 def _gemm() -> onnx.ModelProto:
