@@ -348,7 +348,8 @@ def implant_menu(
     """List the implants of a layer that are cheaper than what the plan leaves of it, with their losses.
 
     ``kinds``: those that may be used, each with the largest share of the layer's multiply-accumulates that it
-    may have. Ranks are multiples of ``align``; ``auto`` is as for widths.
+    may have. Ranks are multiples of ``align``; ``auto`` is as for widths, and of 8 where a share below 1 says
+    that time counts.
     """
     form_of = {form.kind: form for form in losses.layer.forms if form.kind in kinds}
     every = _losses_of_ranks(losses, form_of, outputs, inputs)
@@ -356,12 +357,12 @@ def implant_menu(
     n_in = n_features // n_taps if inputs is None else len(inputs)
     n_out = n_groups * n_outputs if outputs is None else len(outputs)
     n_least = min(n_out // n_groups, n_in)
-    step = _rank_step(n_least) if isinstance(align, str) else align
     lengths = np.array([n_in * n_out, n_in, n_out, 1])
     full = lengths @ terms.dense  # [2]: params, macs
     choices, coefficients, predicted = [ImplantChoice("", 0)], [np.array(terms.dense)], [0.0]
     for kind, of_rank in every.items():
         most = len(of_rank) - 1 if kind != "pointwise" else n_out - 1  # something stays as it is
+        step = align if isinstance(align, int) else _rank_step(n_least, is_timed=kinds[kind] < 1)
         for rank in range(step, most + 1, step):
             table = rank_coefficients(form_of[kind], rank, node, shapes, n_groups=n_groups, n_taps=n_taps)
             cost = lengths @ table
@@ -390,7 +391,10 @@ def _losses_of_ranks(
     return {kind: losses.known[kind, left, read] for kind in usable}
 
 
-def _rank_step(size: int) -> int:
+def _rank_step(size: int, *, is_timed: bool) -> int:
+    """Steps of ranks; where time counts, those with which onnxruntime keeps its blocks of 8 channels."""
+    if is_timed and size >= 8:
+        return 8
     return 8 if size >= 64 else 4 if size >= 16 else 2 if size >= 8 else 1
 
 

@@ -25,7 +25,7 @@ WORTH = 0.5
 """How much of the multiply-accumulates saved must be saved in time."""
 N_CHAINED = 4
 SECONDS = 0.2
-_ROUND = 4
+_ROUND = 8
 
 Open = Callable[[ModelProto], Session]
 Shape = tuple[int, ...]
@@ -85,7 +85,7 @@ def _find_share(
 
 
 def _rank_for(node: gs.Node, form: ImplantForm, x: Shape, y: Shape, share: float) -> tuple[int, float]:
-    """The rank with about this share of multiply-accumulates, a multiple of 4 if it can be, and its share.
+    """The rank with about this share of multiply-accumulates, a multiple of 8 if it can be, and its share.
 
     Costs are linear in the rank, so two ranks tell all. Pointwise channels save, so there more is less.
     """

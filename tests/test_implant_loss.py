@@ -418,3 +418,18 @@ def test_sole_group() -> None:
     assert group.name == "make_a1"
     assert sole_group(one.prepared.coupling, layers["make_a2"]) is None
     assert sole_group(one.prepared.coupling, layers["make_y"]) is None
+
+
+@pytest.mark.parametrize(("share", "step"), [(1.0, 4), (0.9, 8)])
+def test_ranks_come_in_eights_where_time_counts(share: float, step: int) -> None:
+    net = Net()
+    x = net.relu(net.conv("x", 3, 32, out="a"))
+    model = net.model(net.conv(x, 32, 32, out="b"))
+    one = make_job(model)
+    terms = next(entry for entry in one.losses.cost.layers if entry.node == "make_b")
+    menu = implant_menu(
+        one.losses.implants["make_b"], terms, one.nodes["make_b"], one.prepared.shapes,
+        kinds={"spatial": share}, align="auto",
+    )  # fmt: skip
+    ranks = [choice.rank for choice in menu.choices[1:]]
+    assert ranks == list(range(step, max(ranks) + 1, step))

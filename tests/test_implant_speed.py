@@ -95,7 +95,7 @@ def test_the_first_share_that_saves_half_as_much_time_as_macs_is_kept(
             assert len(compared) == n_timed
 
 
-@pytest.mark.parametrize(("ratio", "keeps"), [(0.5, True), (0.87, True), (1.0, False), (1.5, False)])
+@pytest.mark.parametrize(("ratio", "keeps"), [(0.5, True), (0.7, True), (1.0, False), (1.5, False)])
 def test_each_kind_of_layer_is_timed_once(monkeypatch: pytest.MonkeyPatch, ratio: float, keeps: bool) -> None:
     one, opened = make_net(n_samples=20), []
     compared = time_as(monkeypatch, ratio)
@@ -122,15 +122,14 @@ def test_layers_are_timed_in_chains_where_that_fits(monkeypatch: pytest.MonkeyPa
     assert [len(model.graph.node) for model in opened] == [1, 2] * 2
 
 
-def test_ranks_are_multiples_of_four_where_there_are_as_many(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ranks_are_multiples_of_eight_where_there_are_as_many(monkeypatch: pytest.MonkeyPatch) -> None:
     one, opened = make_net(n_samples=20), []
     time_as(monkeypatch, 1.0)
     faster_kinds(one.prepared, {"make_b": ("lowrank", "spatial", "pointwise")}, open_session(opened))
     for replaced in opened[1::2]:
         shapes = [list(tensor.dims) for tensor in replaced.graph.initializer if len(tensor.dims) == 4]
-        narrow = [n for shape in shapes for n in shape[:2] if n != 32]
-        assert narrow
-        assert not any(n % 4 for n in narrow)
+        assert shapes
+        assert not any(n % 8 for shape in shapes for n in shape[:2])
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32])
