@@ -348,8 +348,8 @@ def implant_menu(
     """List the implants of a layer that are cheaper than what the plan leaves of it, with their losses.
 
     ``kinds``: those that may be used, each with the largest share of the layer's multiply-accumulates that it
-    may have. Ranks are multiples of ``align``; ``auto`` is as for widths, and of 8 where a share below 1 says
-    that time counts.
+    may have. Ranks are multiples of ``align``; ``auto`` is as for widths, and of 8 from
+    32 channels on where a share below 1 says that time counts.
     """
     form_of = {form.kind: form for form in losses.layer.forms if form.kind in kinds}
     every = _losses_of_ranks(losses, form_of, outputs, inputs)
@@ -393,7 +393,7 @@ def _losses_of_ranks(
 
 def _rank_step(size: int, *, is_timed: bool) -> int:
     """Steps of ranks; where time counts, those with which onnxruntime keeps its blocks of 8 channels."""
-    if is_timed and size >= 8:
+    if is_timed and size >= 32:
         return 8
     return 8 if size >= 64 else 4 if size >= 16 else 2 if size >= 8 else 1
 

@@ -25,7 +25,6 @@ WORTH = 0.5
 """How much of the multiply-accumulates saved must be saved in time."""
 N_CHAINED = 4
 SECONDS = 0.2
-_ROUND = 8
 
 Open = Callable[[ModelProto], Session]
 Shape = tuple[int, ...]
@@ -85,7 +84,7 @@ def _find_share(
 
 
 def _rank_for(node: gs.Node, form: ImplantForm, x: Shape, y: Shape, share: float) -> tuple[int, float]:
-    """The rank with about this share of multiply-accumulates, a multiple of 8 if it can be, and its share.
+    """The rank with about this share of multiply-accumulates, if it can be a multiple of 4 or 8; its share.
 
     Costs are linear in the rank, so two ranks tell all. Pointwise channels save, so there more is less.
     """
@@ -100,7 +99,8 @@ def _rank_for(node: gs.Node, form: ImplantForm, x: Shape, y: Shape, share: float
     dense = prod(node.inputs[1].shape) * form.n_second(y)
     slope = macs(2) - macs(1)
     rank = round((share * dense - macs(1)) / slope) + 1
-    rank = max(round(rank / _ROUND) * _ROUND if rank >= _ROUND else rank, 1)
+    unit = 8 if min(node.inputs[1].shape[:2]) >= 32 else 4  # as the planner will ask for
+    rank = max(round(rank / unit) * unit if rank >= unit else rank, 1)
     if form.kind == "pointwise":
         rank = min(rank, n_outputs - 1)
     return rank, macs(rank) / dense
