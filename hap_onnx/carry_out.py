@@ -8,7 +8,7 @@ by then and lets the layers behind make up for the rest. Factors become nodes la
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +19,7 @@ from hap_onnx.calibration import Subset
 from hap_onnx.choose import Choice, Slots, arrange, keep_mask
 from hap_onnx.errors import ModelError, SurgeryError
 from hap_onnx.events import OnEvent, ignore_event
-from hap_onnx.grafting import insert_implants
+from hap_onnx.grafting import implant_weights, insert_implants
 from hap_onnx.implant_loss import CutLayer, ImplantLayer, ImplantLosses, bias_shift, cut_layer
 from hap_onnx.implants import Factors, factorise
 from hap_onnx.ops.implant import ImplantForm, implant_forms
@@ -69,6 +69,19 @@ class Compressed:
         """Return the graph with its weights and implants in place."""
         graph = with_weights(self.graph, self.weights)
         return insert_implants(graph, self.implants) if self.implants else graph
+
+    def with_trained(self, values: Mapping[str, NDArray[np.generic]]) -> Compressed:
+        """Return it with other values for initializers of its finished graph."""
+        rest = dict(values)
+        names = implant_weights(with_weights(self.graph, self.weights), self.implants)
+        implants = {
+            node: (
+                kind,
+                tuple(rest.pop(name, array) for name, array in zip(names[node], arrays, strict=True)),
+            )
+            for node, (kind, arrays) in self.implants.items()
+        }
+        return replace(self, weights={**self.weights, **rest}, implants=implants)
 
     def plan_weights(self) -> dict[str, NDArray[np.generic]]:
         """All that is more than slices of the original's initializers: these by name, factors by node."""
@@ -164,7 +177,7 @@ def refit_layers(
         kept,
         subset,
         implants=specs,
-        leave=_left_alone(cut),
+        leave=left_alone(cut.prepared.graph, cut.graph, cut.prepared.untouched),
         batch_size=batch_size,
         seed=seed,
         work_dir=work_dir,
@@ -178,17 +191,14 @@ def refit_layers(
     return Compressed(cut.choice, cut.graph, found.weights, implants)
 
 
-def _left_alone(cut: CutModel) -> set[str]:
+def left_alone(original: gs.Graph, compressed: gs.Graph, untouched: frozenset[str]) -> set[str]:
     """Nodes that were excluded, unless their weights have lost slices: these have to make up for it."""
-    before = {name: t for name, t in cut.prepared.graph.tensors().items() if isinstance(t, gs.Constant)}
-    untouched = cut.prepared.untouched
+    before = {name: t for name, t in original.tensors().items() if isinstance(t, gs.Constant)}
     return {
         node.name
-        for node in cut.graph.nodes
+        for node in compressed.nodes
         if {node.name, *(tensor.name for tensor in node.inputs)} & untouched
-        and all(
-            before[tensor.name].shape == tensor.shape for tensor in node.inputs if tensor.name in before
-        )
+        and all(before[tensor.name].shape == tensor.shape for tensor in node.inputs if tensor.name in before)
     }
 
 

@@ -105,6 +105,7 @@ class Session:
 
     verbose: int = 0
     quiet: bool = False
+    hint: str = ""  # what to do after an interruption
     signals: Signals = field(default_factory=Signals)
 
     def load_pipeline(self) -> Any:
@@ -153,7 +154,7 @@ def main(args: Sequence[str] | None = None) -> int:
             try:
                 return _run(args, session)
             except Stop as stop:  # caught inside, where a second signal is still ours
-                _complain(session, f"{stop.word}; nothing was written")
+                _complain(session, f"{stop.word}; nothing was written{session.hint}")
                 return stop.exit_code
     except KeyboardInterrupt:
         return 130
@@ -339,6 +340,8 @@ def compress(session: Session, model: Path, data: Path | None, config: Path | No
     inputs = {"MODEL": model, "--data": data, "--val": wanted.val}
     check_outputs(files_of(wanted, output=output), inputs=inputs)
     words = {name: value for name, value in given.items() if name != "json"}
+    if wanted.work_dir is not None:
+        session.hint = f" at {output}; the same command goes on from {wanted.work_dir}"
     pipeline = session.load_pipeline()
     try:
         with session.events() as on_event:

@@ -28,11 +28,13 @@ METRICS = ("auto", "accuracy", "agreement", "r2")
 METHODS = ("hap", "prune", "implant")
 PRESETS = ("paper",)
 SENSITIVITIES = ("auto", "obs", "hutchinson", "gauss-newton", "gate", "magnitude", "random")
-RECOVERIES = ("none", "refit")
+RECOVERIES = ("none", "refit", "distill")
+AUGMENTATIONS = ("auto", "none")
 PREPROCESSES = ("imagenet", "unit", "signed", "raw")
 DEVICES = ("auto", "cpu", "cuda")
 
 DEFAULT_MAX_DROP = 0.01
+DEFAULT_EPOCHS = 20
 
 # ---------------------------------------------------------------- checks: (option name, value) -> value
 
@@ -263,8 +265,21 @@ class CompressConfig:
         section="Method", metavar="N",
     )  # fmt: skip
     recover: str = _choice(
-        "refit", RECOVERIES, "What repairs the model after pruning: refit solves for the weights of "
-        "the layers behind pruned channels, in closed form and without labels.", section="Method",
+        "refit", RECOVERIES, "What repairs the model: refit solves for the weights behind what was taken "
+        "away, in closed form; distill then also trains the model to do what the original does. No labels "
+        "are needed.", section="Method",
+    )  # fmt: skip
+    epochs: int | None = _option(
+        None, _whole(1), "Train for N passes over the data; implies --recover distill. "
+        f"Default there: {DEFAULT_EPOCHS}.", section="Method", metavar="N",
+    )  # fmt: skip
+    rounds: int = _option(
+        1, _whole(1), "Compress in N steps, with recovery and new sensitivities in between. Needs a budget.",
+        section="Method", metavar="N",
+    )  # fmt: skip
+    augment: str = _choice(
+        "auto", AUGMENTATIONS, "Whether training may flip and shift images; auto: what the original hardly "
+        "notices.", section="Method",
     )  # fmt: skip
     align: int | str = _option(
         "auto", _check_align, "Keep channels in multiples of N; auto: of 8 in wide layers, finer in narrow.",
@@ -314,7 +329,8 @@ class CompressConfig:
         section="Output", metavar="FILE.json", is_path=True,
     )  # fmt: skip
     work_dir: Path | None = _option(
-        None, _check_path, "Where large intermediate results go. Default: a temporary folder.",
+        None, _check_path, "Where large intermediate results go, and what an interrupted job has finished: "
+        "the same command goes on from there. Default: a temporary folder.",
         section="Output", metavar="DIR", is_path=True,
     )  # fmt: skip
     dry_run: bool = _switch("Stop after the plan: report it and write no model.", section="Output")
@@ -335,6 +351,12 @@ class CompressConfig:
                 "--max-drop none without a budget leaves nothing to aim at: give --keep-params, --keep-macs "
                 "or --max-bytes, or a largest drop"
             )
+        if self.epochs is not None:
+            if self.recover == "none":
+                raise UsageError("--epochs trains the model, --recover none forbids it: leave one away")
+            object.__setattr__(self, "recover", "distill")
+        if self.rounds > 1 and not self.has_budget:
+            raise UsageError("--rounds needs a budget: give --keep-params, --keep-macs or --max-bytes")
         if self.preset is not None and self.align != "auto":
             raise UsageError(f"--preset {self.preset} has widths of its own: leave --align away")
         if self.preset is not None and self.method == "implant":
@@ -344,6 +366,11 @@ class CompressConfig:
     def ranking(self) -> str:
         """The sensitivity that ranks channels: that of the preset, unless another is named."""
         return "hutchinson" if self.preset == "paper" and self.sensitivity == "auto" else self.sensitivity
+
+    @property
+    def n_epochs(self) -> int:
+        """How long to train where training was asked for."""
+        return self.epochs or DEFAULT_EPOCHS
 
     @property
     def has_budget(self) -> bool:

@@ -16,8 +16,8 @@ _log = logging.getLogger(__name__)
 class Event:
     """One step of a stage.
 
-    ``kind`` is ``start`` (``total`` may be known), ``advance`` (by ``amount``), ``end``, or
-    ``note`` and ``warning`` (``message`` is for the user).
+    ``kind`` is ``start`` (``total`` may be known), ``advance`` (by ``amount``; a ``message`` says how things
+    stand), ``end``, or ``note`` and ``warning`` (``message`` is for the user).
     """
 
     stage: str

@@ -46,6 +46,19 @@ def insert_implants(graph: gs.Graph, implants: Mapping[str, tuple[str, Sequence[
     Raises:
         SurgeryError: there is no such node, or it cannot have such an implant or weights of such shapes.
     """
+    return _graft(graph, implants)[0]
+
+
+def implant_weights(
+    graph: gs.Graph, implants: Mapping[str, tuple[str, Sequence[np.ndarray]]]
+) -> dict[str, tuple[str, ...]]:
+    """Return the names that ``insert_implants`` gives to the initializers of each implant, by its node."""
+    return _graft(graph, implants)[1]
+
+
+def _graft(
+    graph: gs.Graph, implants: Mapping[str, tuple[str, Sequence[np.ndarray]]]
+) -> tuple[gs.Graph, dict[str, tuple[str, ...]]]:
     result = graph.copy()
     by_name = {node.name: node for node in result.nodes}
     outer = result.tensors()
@@ -53,6 +66,7 @@ def insert_implants(graph: gs.Graph, implants: Mapping[str, tuple[str, Sequence[
     pinned |= {tensor.name for tensor in result.outputs}
     taken = _Names(result)
     places: dict[int, list[gs.Node]] = {}
+    names: dict[str, tuple[str, ...]] = {}
     for name, (kind, weights) in implants.items():
         if name not in by_name:
             raise SurgeryError(f"there is no node '{name}' for an implant")
@@ -66,8 +80,9 @@ def insert_implants(graph: gs.Graph, implants: Mapping[str, tuple[str, Sequence[
         ]
         places[id(node)] = form.build(node, constants, _activation(node, by_name, pinned))
         taken.make_unique(places[id(node)])
+        names[name] = tuple(constant.name for constant in constants)
     _place(result, places)
-    return result.cleanup(remove_unused_graph_inputs=False)
+    return result.cleanup(remove_unused_graph_inputs=False), names
 
 
 def _find_form(node: gs.Node, kind: str) -> ImplantForm:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import logging
-import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,31 +12,17 @@ import numpy as np
 import torch
 from onnx import ModelProto
 
-import hap_onnx
 from hap_onnx import report as reports
 from hap_onnx.calibration import Splits, Subset, split_dataset
-from hap_onnx.candidates import Setting, all_kinds, compress_to, sketch
+from hap_onnx.candidates import Budgets
 from hap_onnx.carry_out import Compressed
-from hap_onnx.choose import predicted_losses
-from hap_onnx.config import (
-    CompressConfig,
-    files_of,
-    flag_of,
-    rejected_path,
-)
+from hap_onnx.config import CompressConfig, files_of, flag_of, rejected_path
 from hap_onnx.curvature import output_scales, to_tensors
-from hap_onnx.decide import build_loss_model
-from hap_onnx.errors import (
-    BudgetError,
-    CalibrationError,
-    GateError,
-    ModelError,
-    TargetError,
-)
+from hap_onnx.errors import BudgetError, CalibrationError, GateError, ModelError, TargetError
 from hap_onnx.events import Event, OnEvent
 from hap_onnx.implant_loss import find_implant_layers
-from hap_onnx.implant_speed import faster_kinds
 from hap_onnx.machine import (
+    Stopwatch,
     check_loads,
     compare_speed,
     make_folder,
@@ -53,23 +37,21 @@ from hap_onnx.machine import (
 from hap_onnx.metrics import Metric, Quality, check_chance_level, choose_metric
 from hap_onnx.model_io import load_model, save_model
 from hap_onnx.plan import CompressionPlan, save_plan
-from hap_onnx.prepare import prepare
+from hap_onnx.prepare import PreparedModel, prepare
+from hap_onnx.rounds import Candidate, Round, Workshop
 from hap_onnx.saving import count_saved_bytes
 from hap_onnx.summary import (
-    explain_groups,
-    explain_layers,
     facts_after,
     facts_before,
     frozen_nodes,
     installed_versions,
     judge_quality,
-    measured_losses,
     plan_summary,
-    plan_words,
     reached_budgets,
+    recovery_summary,
     write_report,
 )
-from hap_onnx.targets import SPARE_BYTES, params_within, search_smallest, whole_choice
+from hap_onnx.targets import SPARE_BYTES, params_within, search_smallest
 from hap_onnx.twin import Twin, build_twin
 from hap_onnx.validate import (
     LatencyComparison,
@@ -79,6 +61,7 @@ from hap_onnx.validate import (
     compare_outputs,
     run_outputs,
 )
+from hap_onnx.work_folder import WorkFolder, job_key
 
 _log = logging.getLogger(__name__)
 
@@ -101,9 +84,9 @@ class Job:
         on_event: OnEvent,
     ) -> None:
         self.config, self.output, self.on_event = config, output, on_event
-        self.seconds: dict[str, float] = {}
+        self.clock = Stopwatch()
         self.label = str(model) if isinstance(model, (str, Path)) else "model in memory"
-        with self.stage("load"):
+        with self.clock.stage("load"):
             self.source = load_model(model)
             protect_weights(self.source, files_of(config, output=output))
             if config.work_dir is not None:
@@ -111,7 +94,7 @@ class Job:
             self.session = open_session(self.source.proto, config)
             self.splits = self._open_data(data)
             self.batch_size = whole_batch_size(config.batch_size, self.session)
-        with self.stage("prepare"):
+        with self.clock.stage("prepare"):
             self._check_original()
             probe = next(iter(self.splits.calibrate.batches(max(2, self.session.fixed_batch or 2)))).inputs
             self.prepared = prepare(
@@ -122,14 +105,21 @@ class Job:
                 device=pick_device(config.device),
             )
             self._check_twin()
-
-    @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+        key = job_key(
+            config, self.splits, self.source.sha256, installed_versions(), threads=torch.get_num_threads()
+        )
+        self.shop = Workshop(
+            config=config,
+            splits=self.splits,
+            scales=self.scales,
+            scores=self.metric.output,
+            batch_size=self.batch_size,
+            time=self._time,
+            work=WorkFolder(config.work_dir, key),
+            clock=self.clock,
+            on_event=on_event,
+        )
+        self.rounds = [Round(self.shop, self.prepared)]
 
     def note(self, text: str, *, kind: str = "note") -> None:
         self.on_event(Event("compress", "warning" if kind == "warning" else "note", text))
@@ -215,138 +205,102 @@ class Job:
                 "no channel of the model can be removed: "
                 + "; ".join(f"'{entry.node}': {entry.reason}" for entry in self.prepared.coupling.frozen[:3])
             )
-        with self.stage("sensitivity"):
-            self.losses = build_loss_model(
-                self.prepared,
-                self.splits.calibrate,
-                sensitivity=config.ranking,
-                scales=self.scales,
-                batch_size=self.batch_size,
-                n_probes=config.probes,
-                seed=config.seed,
-                with_implants=config.method != "prune",
-                on_event=self.on_event,
-            )
-        self.setting = self._setting()
-        if config.max_bytes is not None:
-            candidate = self._compress_within(config.max_bytes, self._budgets())
-        elif config.has_budget:
-            candidate = self._compress_to(self._budgets())
-        else:
-            candidate = self._search()
-        return self._finish(candidate)
+        found = self._compress_in_rounds(self._budgets()) if config.has_budget else self._search()
+        return self._finish(found)
 
     def _budgets(self) -> dict[str, float | None]:
         config, prepared = self.config, self.prepared
         largest = None
         if config.max_bytes is not None:
-            proto = self._to_proto(Compressed(whole_choice(prepared), prepared.graph))
+            proto = write_proto(prepared.graph, self.source, None)
             n_bytes = self._count_bytes(proto)
             largest = params_within(
                 config.max_bytes, prepared, n_bytes, external_data=self.source.external_data
             )
         by_ratio = None if config.keep_params is None else config.keep_params * prepared.n_params
         limits = [limit for limit in (by_ratio, largest) if limit is not None]
-        n_macs = self.losses.cost.macs(self.losses.cost.sizes)
+        n_macs = self.rounds[0].sizes()["macs"]
         return {
             "params": min(limits, default=None),
             "macs": None if config.keep_macs is None else config.keep_macs * n_macs,
         }
-
-    def _kinds(self) -> dict[str, dict[str, float]]:
-        """Which implants each layer may become: with the speed gate on, only those that are faster there."""
-        config = self.config
-        if config.method == "prune":
-            return {}
-        offered = all_kinds(self.losses)
-        if config.allow_slower or config.preset is not None:  # a preset is taken as it is; the gate decides
-            return offered
-        with self.stage("implant speed"):
-            found = faster_kinds(self.prepared, offered, lambda model: open_session(model, config))
-        n_without = sum(not kinds for kinds in found.values())
-        if n_without:
-            self.note(
-                f"{n_without} of {len(found)} layers get no implant, since none saves enough time here "
-                "(--allow-slower lets them)"
-            )
-        if config.method == "implant" and not any(found.values()):
-            raise BudgetError(
-                "no implant of any layer saves time in onnxruntime here; let channels go, too, with "
-                "--method hap, or pass --allow-slower"
-            )
-        return found
 
     @property
     def _only_sketch(self) -> bool:
         """A dry run ends with the plan, but a plan that is saved holds all that the real run would do."""
         return self.config.dry_run and self.config.save_plan is None
 
-    def _setting(self) -> Setting:
-        config = self.config
+    def _compress_in_rounds(self, budgets: dict[str, float | None]) -> Candidate:
+        """Approach the budgets in equal ratios, each round starting from the result of the one before."""
+        n_rounds, full = self.config.rounds, self.rounds[0].sizes()
+        for done in range(1, n_rounds):
+            share = done / n_rounds
+            now = {
+                name: None if limit is None else full[name] ** (1 - share) * limit**share
+                for name, limit in budgets.items()
+            }
+            candidate = self._repair(now)
+            self.note(f"round {done} of {n_rounds} is done")
+            self.rounds.append(self._next_round(candidate))
+        if self.config.max_bytes is not None:
+            budgets = self._fit_bytes(self.config.max_bytes, budgets)
+        return self._repair(budgets)
 
-        def time_it(candidate: Compressed) -> LatencyComparison:
-            return self._time(open_session(self._to_proto(candidate), config))
+    def _next_round(self, candidate: Candidate) -> Round:
+        source = load_model(self._to_proto(candidate))
+        prepared = prepare(
+            source,
+            self.prepared.probe,
+            exclude=self.config.exclude,
+            only=self.config.only,
+            must_match=False,  # what a pattern named may be gone
+            device=pick_device(self.config.device),
+        )
+        plan = candidate.plan
+        return Round(self.shop, prepared, (*plan.earlier, replace(plan, earlier=())))
 
-        return Setting(
-            prepared=self.prepared,
-            losses=self.losses,
-            method=config.method,
-            preset=config.preset,
-            kinds=self._kinds(),
-            calibrate=self.splits.calibrate,
-            choose=self.splits.choose,
-            scales=self.scales,
-            batch_size=self.batch_size,
-            seed=config.seed,
-            align=config.align,
-            recover=config.recover,
-            work_dir=config.work_dir,
-            device=pick_device(config.device),
-            time=None if config.allow_slower else time_it,
-            on_event=self.on_event,
+    def _repair(self, budgets: Budgets) -> Candidate:
+        """Compress to budgets in the round that is on, refit and train, as far as was asked for."""
+        here = self.rounds[-1]
+        if self._only_sketch:
+            return here.sketch(budgets)
+        candidate = here.compress_to(budgets)
+        return (
+            here.train(candidate, budgets, self.prepared) if self.config.recover == "distill" else candidate
         )
 
-    def _compress_to(self, budgets: Mapping[str, float | None]) -> Compressed:
-        with self.stage("compress"):
-            return sketch(self.setting, budgets) if self._only_sketch else compress_to(self.setting, budgets)
-
-    def _compress_within(self, max_bytes: int, budgets: dict[str, float | None]) -> Compressed:
-        """Compress to a file size: implants add nodes and names, so plan with what is left after those.
+    def _fit_bytes(self, max_bytes: int, budgets: dict[str, float | None]) -> dict[str, float | None]:
+        """Lower the budget of parameters until the file is small enough: implants add nodes and names.
 
         Plans alone are quick and come first; the best candidate may have more nodes than the first plan.
         """
-
-        def plan(budgets: Mapping[str, float | None]) -> Compressed:
-            with self.stage("compress"):
-                return sketch(self.setting, budgets)
-
-        for compress in (plan, self._compress_to):
+        here = self.rounds[-1]
+        compress = [here.sketch] if self._only_sketch else [here.sketch, here.compress_to]
+        for make in compress:
             for _ in range(MAX_RESIZES):
-                candidate = compress(budgets)
-                excess = self._count_bytes(self._to_proto(candidate)) + SPARE_BYTES - max_bytes
+                excess = self._count_bytes(self._to_proto(make(budgets))) + SPARE_BYTES - max_bytes
                 if excess <= 0:
                     break
                 # At least one byte per parameter, so this is never too little.
                 budgets = {**budgets, "params": max((budgets["params"] or 0.0) - excess, 1.0)}
-        return candidate
+        return budgets
 
     def _count_bytes(self, proto: ModelProto) -> int:
         return count_saved_bytes(proto, self.output, external_data=self.source.external_data)
 
-    def _search(self) -> Compressed:
+    def _search(self) -> Candidate:
         """Find the smallest model whose drop on the choose part, plus a margin, is within the limit."""
-        limit, part, cost = self.config.drop_limit, self.splits.choose, self.losses.cost
+        limit, part = self.config.drop_limit, self.splits.choose
         assert limit is not None
-        full = {"params": float(self.prepared.n_params), "macs": float(cost.macs(cost.sizes))}
         reference = run_outputs(self.session, part, batch_size=self.batch_size)
 
-        def measure(candidate: Compressed) -> Quality:
+        def measure(candidate: Candidate) -> Quality:
             session = open_session(self._to_proto(candidate), self.config)
             return self.metric.measure(
                 reference, run_outputs(session, part, batch_size=self.batch_size), part.labels
             )
 
-        found = search_smallest(full, self._compress_to, measure, limit=limit, note=self.note)
+        found = search_smallest(self.rounds[0].sizes(), self._repair, measure, limit=limit, note=self.note)
         if found.accepted is not None:
             return found.accepted
         error = BudgetError(
@@ -360,46 +314,26 @@ class Job:
 
     # --- the result ---
 
-    def _layer_notes(self, candidate: Compressed) -> dict[str, str]:
-        return explain_layers(
-            self.prepared,
-            self.losses,
-            candidate.choice,
-            self.setting.kinds,
-            left={node.name for node in candidate.graph.nodes},
-            method=self.config.method,
-            preset=self.config.preset,
-        )
+    def _to_proto(self, candidate: Candidate, *, plan: CompressionPlan | None = None) -> ModelProto:
+        return write_proto(candidate.compressed.finished(), self.rounds[-1].prepared.source, plan)
 
-    def _to_proto(self, candidate: Compressed, *, plan: CompressionPlan | None = None) -> ModelProto:
-        return write_proto(candidate.finished(), self.source, plan)
+    def _time(self, candidate: Compressed, prepared: PreparedModel) -> LatencyComparison:
+        proto = write_proto(candidate.finished(), prepared.source, None)
+        return self._time_session(open_session(proto, self.config))
 
-    def _time(self, session: Session) -> LatencyComparison:
-        with self.stage("latency"):
+    def _time_session(self, session: Session) -> LatencyComparison:
+        with self.clock.stage("latency"):
             inputs = next(iter(self.splits.calibrate.batches(self.session.fixed_batch or 1))).inputs
             return compare_speed(self.session, session, inputs)
 
-    def _finish(self, candidate: Compressed) -> reports.CompressReport:
-        config = self.config
-        plan = CompressionPlan(
-            model_sha256=self.source.sha256,
-            version=hap_onnx.__version__,
-            config=plan_words(config, self.prepared),
-            decisions=candidate.choice.decisions,
-            replacements=candidate.choice.replacements,
-            predicted_loss=predicted_losses(self.losses, candidate.choice.decisions),
-            weights=candidate.plan_weights(),
-            notes=explain_groups(
-                self.losses, candidate.choice, method=self.config.method, preset=self.config.preset
-            ),
-            layer_notes=self._layer_notes(candidate),
-        )
+    def _finish(self, candidate: Candidate) -> reports.CompressReport:
+        config, plan = self.config, candidate.plan
         proto = self._to_proto(candidate, plan=plan)
         if config.dry_run:
             report = self._report(candidate, proto)
             self._save_side_files(plan, report)
             return report
-        with self.stage("validate"):
+        with self.clock.stage("validate"):
             remark = check_model(proto, reference=self.source.proto)
             if remark:
                 self.note(remark, kind="warning")
@@ -408,21 +342,21 @@ class Job:
             before = run_outputs(self.session, part, batch_size=self.batch_size)
             after = run_outputs(session, part, batch_size=self.batch_size)
             check_finite(after, label="the compressed model")
-            self._check_result(candidate, session)
+            self._check_result(candidate.compressed, session)
             measured = self._metric_for(before, part).measure(before, after, part.labels)
             quality = judge_quality(measured, config.drop_limit)
             fidelity = compare_outputs(before, after)
-        timing = self._time(session)
+        timing = self._time_session(session)
         report = self._report(candidate, proto, quality=quality, fidelity=fidelity, timing=timing)
         self._gate(report, proto, timing)
-        with self.stage("write"):
+        with self.clock.stage("write"):
             save_model(
                 proto,
                 self.output,
                 external_data=self.source.external_data,
                 check=lambda path: check_loads(path, config),
             )
-        report = replace(report, output=str(self.output), seconds=dict(self.seconds))
+        report = replace(report, output=str(self.output), seconds=dict(self.clock.seconds))
         self._save_side_files(plan, report)
         if config.drop_limit is None and quality.drop > LARGE_DROP:
             self.note(
@@ -476,7 +410,7 @@ class Job:
 
     def _report(
         self,
-        candidate: Compressed,
+        candidate: Candidate,
         proto: ModelProto,
         *,
         quality: reports.Quality | None = None,
@@ -486,7 +420,7 @@ class Job:
         prepared, config = self.prepared, self.config
         before = facts_before(prepared)
         n_bytes = self._count_bytes(proto)
-        after = facts_after(candidate.finished(), prepared, n_bytes=n_bytes)
+        after = facts_after(candidate.compressed.finished(), prepared, n_bytes=n_bytes)
         if timing is not None and quality is not None:
             before = replace(before, latency_ms=timing.before_ms, metric=quality.before)
             after = replace(after, latency_ms=timing.after_ms, metric=quality.after)
@@ -502,20 +436,13 @@ class Job:
             after=after,
             quality=quality,
             fidelity=fidelity,
-            plan=plan_summary(
-                prepared,
-                candidate.choice,
-                notes=explain_groups(
-                    self.losses, candidate.choice, method=self.config.method, preset=self.config.preset
-                ),
-                layer_notes=self._layer_notes(candidate),
-                measured=measured_losses(self.losses, candidate.choice),
-            ),
+            plan=plan_summary([one.prepared for one in self.rounds], candidate.plan),
             frozen=frozen_nodes(prepared),
             budget=reports.Budget(asked=asked, reached=reached_budgets(before, after)),
-            seconds=dict(self.seconds),
+            seconds=dict(self.clock.seconds),
             seed=config.seed,
             versions=installed_versions(),
+            recovery=recovery_summary(candidate.plan),
         )
 
     def _save_side_files(self, plan: CompressionPlan, report: reports.CompressReport) -> None:

@@ -15,7 +15,7 @@ from onnx import ModelProto
 
 from hap_onnx import report as reports
 from hap_onnx.calibration import Subset, open_dataset
-from hap_onnx.carry_out import from_plan_weights
+from hap_onnx.carry_out import Compressed, from_plan_weights
 from hap_onnx.choose import Choice
 from hap_onnx.config import (
     CompressConfig,
@@ -36,9 +36,9 @@ from hap_onnx.job import Job
 from hap_onnx.machine import check_loads, compare_speed, protect_weights, use_threads, write_proto
 from hap_onnx.measure import model_size
 from hap_onnx.metrics import check_chance_level, choose_metric
-from hap_onnx.model_io import load_model, normalise, save_model
-from hap_onnx.plan import load_plan
-from hap_onnx.prepare import make_probe, prepare
+from hap_onnx.model_io import SourceModel, load_model, normalise, save_model
+from hap_onnx.plan import CompressionPlan, load_plan
+from hap_onnx.prepare import PreparedModel, make_probe, prepare
 from hap_onnx.saving import count_saved_bytes
 from hap_onnx.summary import (
     facts_after,
@@ -49,6 +49,7 @@ from hap_onnx.summary import (
     judge_quality,
     plan_summary,
     reached_budgets,
+    recovery_summary,
     write_report,
 )
 from hap_onnx.twin import Twin, build_twin, probe_shapes
@@ -168,19 +169,14 @@ def apply_plan(
     source = load_model(model)
     protect_weights(source, files)
     saved = load_plan(plan)
-    saved.check_model(source.sha256)
-    session = make_session(source.proto, providers="cpu")
-    words = saved.config
-    sizes = {name: tuple(shape) for name, shape in dict(words.get("input_shapes", {})).items()}
-    prepared = prepare(
-        source,
-        make_probe(session.inputs, sizes=sizes),
-        exclude=tuple(words.get("exclude", ())),
-        only=tuple(words.get("only", ())),
-    )
-    choice = Choice(saved.decisions_for(prepared.coupling), saved.replacements)
-    candidate = from_plan_weights(prepared, choice, saved.weights)
-    proto = write_proto(candidate.finished(), source, saved)
+    rounds: list[PreparedModel] = []
+    part = source
+    for round_plan in (*saved.earlier, saved):
+        prepared, candidate = _carry_out(part, round_plan, is_first=not rounds)
+        rounds.append(prepared)
+        proto = write_proto(candidate.finished(), part, saved if round_plan is saved else None)
+        part = part if round_plan is saved else load_model(proto)
+    prepared = rounds[0]
     check_model(proto, reference=source.proto)
     save_model(proto, target, external_data=source.external_data, check=lambda path: check_loads(path, None))
     before = facts_before(prepared)
@@ -193,16 +189,36 @@ def apply_plan(
         after=after,
         quality=None,
         fidelity=None,
-        plan=plan_summary(prepared, choice, notes=saved.notes, layer_notes=saved.layer_notes),
+        plan=plan_summary(rounds, saved),
         frozen=frozen_nodes(prepared),
         budget=reports.Budget(reached=reached_budgets(before, after)),
         seconds={"apply": time.perf_counter() - start},
-        seed=int(words.get("seed", 0)),
+        seed=int(saved.config.get("seed", 0)),
         versions=installed_versions(),
+        recovery=recovery_summary(saved),
     )
     if report is not None:
         write_report(Path(report), result)
     return result
+
+
+def _carry_out(
+    source: SourceModel, plan: CompressionPlan, *, is_first: bool
+) -> tuple[PreparedModel, Compressed]:
+    """Carry out one round of a plan on the model that it was made for; raises ModelError for any other."""
+    plan.check_model(source.sha256)
+    session = make_session(source.proto, providers="cpu")
+    words = plan.config
+    sizes = {name: tuple(shape) for name, shape in dict(words.get("input_shapes", {})).items()}
+    prepared = prepare(
+        source,
+        make_probe(session.inputs, sizes=sizes),
+        exclude=tuple(words.get("exclude", ())),
+        only=tuple(words.get("only", ())),
+        must_match=is_first,
+    )
+    choice = Choice(plan.decisions_for(prepared.coupling), plan.replacements)
+    return prepared, from_plan_weights(prepared, choice, plan.weights)
 
 
 def validate(

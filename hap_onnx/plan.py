@@ -11,7 +11,7 @@ import json
 import os
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -81,6 +81,7 @@ class NodeReplacement:
         channels: for pointwise, which: positions of the output channels of the original node, ascending.
         predicted_loss: what the curvature of the layer says, at the widths of the plan.
         expected_loss: that, corrected by what was measured on the layer.
+        measured: the kind, the predicted and the measured loss of each implant of the layer that was tried.
     """
 
     node: str
@@ -89,11 +90,13 @@ class NodeReplacement:
     channels: Ints = field(default_factory=lambda: np.zeros(0, np.int64))
     predicted_loss: float = 0.0
     expected_loss: float = 0.0
+    measured: tuple[tuple[str, float, float], ...] = ()
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS or self.rank < 1:
             raise ValueError(f"{self.node}: no implant is of kind {self.kind!r} and rank {self.rank}")
-        if not np.isfinite([self.predicted_loss, self.expected_loss]).all():
+        losses = [loss for _, *pair in self.measured for loss in pair]
+        if not np.isfinite([self.predicted_loss, self.expected_loss, *losses]).all():
             raise ValueError(f"{self.node}: losses must be finite")
         channels = np.array(self.channels, np.int64)
         n_wanted = self.rank if self.kind == "pointwise" else 0
@@ -117,6 +120,9 @@ class CompressionPlan:
         weights: initializers that are more than slices of the original's (refitted), by name, read-only.
         notes: why, by group.
         layer_notes: why, by contraction, replaced or not.
+        training: how the weights were trained, JSON-ready; empty where they were not.
+        earlier: the plans of the rounds before, first round first. Each belongs to the model that the one
+            before it makes, the first to the original; this plan then belongs to what the last of them makes.
 
     Raises ValueError for values that cannot be written to a plan file.
     """
@@ -130,8 +136,12 @@ class CompressionPlan:
     notes: Mapping[str, str] = field(default_factory=dict)
     replacements: tuple[NodeReplacement, ...] = ()
     layer_notes: Mapping[str, str] = field(default_factory=dict)
+    training: Mapping[str, Any] = field(default_factory=dict)
+    earlier: tuple[CompressionPlan, ...] = ()
 
     def __post_init__(self) -> None:
+        if any(plan.earlier for plan in self.earlier):
+            raise ValueError("the rounds of a plan are one list")
         groups = [decision.group for decision in self.decisions]
         if len(set(groups)) != len(groups):
             raise ValueError("a group is decided twice")
@@ -151,6 +161,8 @@ class CompressionPlan:
             "weights": weights,
             "notes": dict(self.notes),
             "layer_notes": dict(self.layer_notes),
+            "training": json.loads(json.dumps(dict(self.training), allow_nan=False)),
+            "earlier": tuple(self.earlier),
         }
         for name, value in frozen.items():
             object.__setattr__(self, name, MappingProxyType(value) if isinstance(value, dict) else value)
@@ -198,7 +210,7 @@ def _frozen_copy(name: str, array: np.ndarray) -> np.ndarray:
 def plan_hash(plan: CompressionPlan) -> str:
     """Return 16 hex digits that tell plans apart: equal plans have equal ones."""
     content = hashlib.sha256()
-    for name, array in plan.weights.items():
+    for name, array in _all_weights(plan).items():
         for part in (name.encode(), str((array.dtype.name, array.shape)).encode(), array.tobytes()):
             content.update(len(part).to_bytes(8, "little") + part)
     text = json.dumps(_to_document(plan, content.hexdigest()), sort_keys=True)
@@ -218,7 +230,8 @@ def save_plan(plan: CompressionPlan, path: str | Path) -> None:
         raise UsageError(f"{path} is the name of the plan's weights: give the plan one that ends in .json")
     temporary = [target.with_name(f".{target.name}.{os.getpid()}.tmp") for target in (weights_path, path)]
     try:
-        safetensors.numpy.save_file({n: _as_storable(a) for n, a in plan.weights.items()}, temporary[0])
+        stored = {name: _as_storable(array) for name, array in _all_weights(plan).items()}
+        safetensors.numpy.save_file(stored, temporary[0])
         document = _to_document(plan, _hash_file(temporary[0]))
         text = json.dumps(document, sort_keys=True, indent=1, allow_nan=False) + "\n"
         temporary[1].write_text(text, encoding="utf-8")
@@ -257,29 +270,45 @@ def load_plan(path: str | Path) -> CompressionPlan:
         )
     try:
         _check_types(document)
-        groups, implants = document["groups"], document.get("implants", [])
-        decisions = tuple(
-            GroupDecision.from_keep(entry["name"], _checked_size(entry), _from_runs(entry))
-            for entry in groups
-        )
         weights = _load_weights(plan_weights_path(path), document["weights"])
-        return CompressionPlan(
-            model_sha256=document["model_sha256"],
-            version=document["hap_onnx"],
-            config=document["config"],
-            decisions=decisions,
-            predicted_loss={e["name"]: e["predicted_loss"] for e in groups if "predicted_loss" in e},
-            weights=weights,
-            notes={e["name"]: e["note"] for e in groups if "note" in e},
-            replacements=tuple(_load_replacement(entry) for entry in implants),
-            layer_notes=document.get("layers", {}),
-        )
+        earlier = []
+        for index, entry in enumerate(document.get("earlier", [])):
+            _check_types(entry)
+            prefix = _prefix(index)
+            names = [name for name in weights if name.startswith(prefix)]
+            earlier.append(_from_document(entry, {name[len(prefix) :]: weights.pop(name) for name in names}))
+        return replace(_from_document(document, weights), earlier=tuple(earlier))
     except (ValueError, KeyError, OverflowError) as error:
         what = f"{error} is missing" if isinstance(error, KeyError) else str(error)
         raise ModelError(f"the plan {path} is damaged: {what}") from error
 
 
+def _prefix(index: int) -> str:
+    """How the names of an earlier round's weights begin in the file."""
+    return f"earlier:{index}:"
+
+
+def _all_weights(plan: CompressionPlan) -> dict[str, np.ndarray]:
+    """The weights of all rounds, those of earlier ones under names of their own."""
+    weights = dict(plan.weights)
+    for index, part in enumerate(plan.earlier):
+        weights.update({_prefix(index) + name: array for name, array in part.weights.items()})
+    return weights
+
+
 def _to_document(plan: CompressionPlan, weights_sha256: str) -> dict[str, Any]:
+    tensors = {
+        name: f"{array.dtype.name}[{','.join(map(str, array.shape))}]"
+        for name, array in _all_weights(plan).items()
+    }
+    document = _describe(plan)
+    if plan.earlier:
+        document["earlier"] = [_describe(part) for part in plan.earlier]
+    return {**document, "weights": {"sha256": weights_sha256, "tensors": tensors}}
+
+
+def _describe(plan: CompressionPlan) -> dict[str, Any]:
+    """One round of a plan, without its weights."""
     groups = []
     for decision in plan.decisions:
         entry: dict[str, Any] = {
@@ -304,9 +333,10 @@ def _to_document(plan: CompressionPlan, weights_sha256: str) -> dict[str, Any]:
         }
         if len(replacement.channels):
             entry["channels"] = _to_runs(replacement.channels)
+        if replacement.measured:
+            entry["measured"] = [list(measured) for measured in replacement.measured]
         implants.append(entry)
-    tensors = {name: f"{a.dtype.name}[{','.join(map(str, a.shape))}]" for name, a in plan.weights.items()}
-    return {
+    document = {
         "schema": PLAN_SCHEMA,
         "hap_onnx": plan.version,
         "model_sha256": plan.model_sha256,
@@ -314,17 +344,41 @@ def _to_document(plan: CompressionPlan, weights_sha256: str) -> dict[str, Any]:
         "groups": groups,
         "implants": implants,
         "layers": dict(plan.layer_notes),
-        "weights": {"sha256": weights_sha256, "tensors": tensors},
     }
+    if plan.training:
+        document["training"] = dict(plan.training)
+    return document
+
+
+def _from_document(document: Mapping[str, Any], weights: Mapping[str, np.ndarray]) -> CompressionPlan:
+    groups = document["groups"]
+    return CompressionPlan(
+        model_sha256=document["model_sha256"],
+        version=document["hap_onnx"],
+        config=document["config"],
+        decisions=tuple(
+            GroupDecision.from_keep(entry["name"], _checked_size(entry), _from_runs(entry))
+            for entry in groups
+        ),
+        predicted_loss={e["name"]: e["predicted_loss"] for e in groups if "predicted_loss" in e},
+        weights=weights,
+        notes={e["name"]: e["note"] for e in groups if "note" in e},
+        replacements=tuple(_load_replacement(entry) for entry in document.get("implants", [])),
+        layer_notes=document.get("layers", {}),
+        training=document.get("training", {}),
+    )
 
 
 _TYPES: Mapping[str, type] = MappingProxyType(
-    {"hap_onnx": str, "model_sha256": str, "config": dict, "groups": list, "weights": dict}
+    {"hap_onnx": str, "model_sha256": str, "config": dict, "groups": list}
 )
 _GROUP_TYPES: Mapping[str, type] = MappingProxyType({"name": str, "size": int, "width": int, "keep": str})
 
 
-def _check_types(document: Mapping[str, Any]) -> None:
+def _check_types(document: Any) -> None:
+    """Raise ValueError or KeyError unless a round has what it must have."""
+    if not isinstance(document, dict):
+        raise ValueError("an entry of 'earlier' is no object")
     for name, expected in _TYPES.items():
         if not isinstance(document[name], expected):
             raise ValueError(f"'{name}' is no {expected.__name__}")
@@ -346,9 +400,9 @@ def _check_types(document: Mapping[str, Any]) -> None:
     notes = document.get("layers", {})
     if not isinstance(notes, dict) or not all(isinstance(note, str) for note in notes.values()):
         raise ValueError("'layers' does not map names to texts")
-    weights = document["weights"]
-    if not isinstance(weights["sha256"], str) or not isinstance(weights["tensors"], dict):
-        raise ValueError("'weights' needs a 'sha256' and its 'tensors'")
+    for name, kind in (("training", dict), ("earlier", list)):
+        if not isinstance(document.get(name, kind()), kind):
+            raise ValueError(f"'{name}' is no {kind.__name__}")
 
 
 _IMPLANT_TYPES: Mapping[str, type | tuple[type, ...]] = MappingProxyType(
@@ -364,8 +418,20 @@ def _check_implant(entry: Any) -> None:
             raise ValueError(f"'{name}' of an implant has the wrong type")
     if not isinstance(entry.get("channels", ""), str):
         raise ValueError(f"'channels' of the implant '{entry['node']}' is no text")
+    measured = entry.get("measured", [])
+    if not isinstance(measured, list) or not all(_is_measured(item) for item in measured):
+        raise ValueError(f"'measured' of the implant '{entry['node']}' is no list of a kind and two losses")
     if not 0 < entry["rank"] <= _MAX_SIZE:
         raise ValueError(f"the implant '{entry['node']}' has rank {entry['rank']}")
+
+
+def _is_measured(item: Any) -> bool:
+    return (
+        isinstance(item, list)
+        and len(item) == 3
+        and isinstance(item[0], str)
+        and all(isinstance(loss, (int, float)) and not isinstance(loss, bool) for loss in item[1:])
+    )
 
 
 def _load_replacement(entry: Mapping[str, Any]) -> NodeReplacement:
@@ -378,6 +444,7 @@ def _load_replacement(entry: Mapping[str, Any]) -> NodeReplacement:
         channels=np.array(channels, np.int64),
         predicted_loss=float(entry["predicted_loss"]),
         expected_loss=float(entry["expected_loss"]),
+        measured=tuple((kind, float(one), float(two)) for kind, one, two in entry.get("measured", [])),
     )
 
 
@@ -431,7 +498,11 @@ def _as_storable(array: np.ndarray) -> np.ndarray:
     return array if array.dtype.name in _STORED_AS_THEY_ARE else array.view(f"u{array.dtype.itemsize}")
 
 
-def _load_weights(path: Path, entry: Mapping[str, Any]) -> dict[str, np.ndarray]:
+def _load_weights(path: Path, entry: Any) -> dict[str, np.ndarray]:
+    if not isinstance(entry, dict) or not isinstance(entry["sha256"], str):
+        raise ValueError("'weights' needs a 'sha256'")
+    if not isinstance(entry["tensors"], dict):
+        raise ValueError("'weights' needs its 'tensors'")
     try:
         digest = _hash_file(path)
         if digest != entry["sha256"]:

@@ -86,6 +86,7 @@ def prepare(
     *,
     exclude: Sequence[str] = (),
     only: Sequence[str] = (),
+    must_match: bool = True,
     device: str = "cpu",
 ) -> PreparedModel:
     """Normalise a model, build its twin, couple its channels and prove on trial cuts that it can be cut.
@@ -93,6 +94,7 @@ def prepare(
     Args:
         probe: a few samples; the first two are used, or the batch that the model declares.
         exclude, only: patterns for names of nodes or initializers.
+        must_match: whether a pattern that matches nothing is an error.
 
     Raises:
         ModelError: the model cannot be run.
@@ -111,11 +113,11 @@ def prepare(
         one = probe_shapes(twin, to_tensors(first, twin))
     except (ModelError, CalibrationError):
         one = shapes  # a batch that is fixed at two or more
-    reasons = _excluded(graph, exclude, "excluded by --exclude")
+    reasons = _excluded(graph, exclude, "excluded by --exclude", must_match)
     coupling = find_groups(graph, shapes, exclude=reasons)
     if only:
-        coupling = freeze_groups(coupling, _outside(graph, coupling, only))
-        wanted = set(_excluded(graph, only, ""))
+        wanted = set(_excluded(graph, only, "", must_match))
+        coupling = freeze_groups(coupling, _outside(graph, coupling, wanted))
         reasons |= dict.fromkeys(
             (
                 node.name
@@ -142,12 +144,12 @@ def _names_of(graph: gs.Graph) -> dict[str, None]:
     return names
 
 
-def _excluded(graph: gs.Graph, patterns: Iterable[str], reason: str) -> dict[str, str]:
+def _excluded(graph: gs.Graph, patterns: Iterable[str], reason: str, must_match: bool) -> dict[str, str]:
     names = _names_of(graph)
     found: dict[str, str] = {}
     for pattern in patterns:
         matches = fnmatch.filter(names, pattern)
-        if not matches:
+        if not matches and must_match:
             raise UsageError(
                 f"'{pattern}' matches no node and no initializer; 'hap-onnx inspect' lists their names"
             )
@@ -155,9 +157,8 @@ def _excluded(graph: gs.Graph, patterns: Iterable[str], reason: str) -> dict[str
     return found
 
 
-def _outside(graph: gs.Graph, coupling: Coupling, patterns: Sequence[str]) -> dict[str, str]:
-    """Groups in which no producer matches ``--only``, with the reason why they are frozen."""
-    matches = set(_excluded(graph, patterns, ""))
+def _outside(graph: gs.Graph, coupling: Coupling, matches: set[str]) -> dict[str, str]:
+    """Groups in which no producer is among ``matches``, with the reason why they are frozen."""
     weights = {node.name: {tensor.name for tensor in node.inputs} for node in graph.nodes}
     return {
         group.name: "not among what --only names"

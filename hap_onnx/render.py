@@ -6,13 +6,21 @@ import io
 import json
 import logging
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TextIO
 
 from rich.console import Console, Group, RenderableType
 from rich.logging import RichHandler
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 from rich.text import Text
 
@@ -26,6 +34,7 @@ from hap_onnx.report import (
     PlanSummary,
     Quality,
     Report,
+    RoundRecovered,
     ValidateReport,
 )
 
@@ -69,6 +78,7 @@ def _compress_lines(report: CompressReport) -> list[Text]:
     lines = [Text(f"budget: {_budget_text(report)}")] if report.budget.asked else []
     lines += _quality_lines(report.quality) + _fidelity_lines(report.fidelity)
     lines.append(Text(f"plan: {_plan_text(report.plan)}"))
+    lines += _recovery_lines(report.recovery)
     if report.frozen:
         lines.append(Text(f"frozen: {_plural(len(report.frozen), 'node')}; 'hap-onnx inspect' says why"))
     total = sum(report.seconds.values())
@@ -118,6 +128,19 @@ def _fidelity_lines(fidelity: Fidelity | None) -> list[Text]:
     if fidelity.max_abs_error is not None:
         parts.append(f"largest error {fidelity.max_abs_error:.3g}")
     return [Text("against the original: " + ", ".join(parts))] if parts else []
+
+
+def _recovery_lines(rounds: Sequence[RoundRecovered]) -> list[Text]:
+    """One line for each round with training."""
+    lines = []
+    for number, one in enumerate(rounds, start=1):
+        if one.start_score is None or one.best_score is None:
+            continue
+        text = "training" + (f" in round {number}" if len(rounds) > 1 else "")
+        text += f": distance to the original {one.start_score:.3g} -> {one.best_score:.3g}"
+        text += f", best after {one.best_epoch:g} of {_plural(one.epochs or 0, 'epoch')}"
+        lines.append(Text(text + (f", {_plural(one.rollbacks, 'rollback')}" if one.rollbacks else "")))
+    return lines
 
 
 def _budget_text(report: CompressReport) -> str:
@@ -251,7 +274,9 @@ class EventPrinter:
         self._quiet = quiet
         self._console = Console(file=stream, highlight=False, soft_wrap=True)
         columns = (
-            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+            TextColumn("{task.description}"), BarColumn(bar_width=12), MofNCompleteColumn(),
+            TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
+            TextColumn("{task.fields[words]}"),
         )  # fmt: skip
         hidden = quiet or not self._console.is_terminal
         self._progress = Progress(*columns, console=self._console, transient=True, disable=hidden)
@@ -272,7 +297,10 @@ class EventPrinter:
         if event.kind == "start":
             self._start(event)
         elif event.kind == "advance" and event.stage in self._tasks:
-            self._progress.advance(self._tasks[event.stage], event.amount)
+            task = self._tasks[event.stage]
+            self._progress.advance(task, event.amount)
+            if event.message:
+                self._progress.update(task, words=escape(event.message))
         elif event.kind == "end" and event.stage in self._tasks:
             self._progress.stop_task(self._tasks[event.stage])
         elif event.kind == "warning":
@@ -283,6 +311,8 @@ class EventPrinter:
     def _start(self, event: Event) -> None:
         """Begin a stage, or begin it again: some stages run once per round."""
         if event.stage in self._tasks:
-            self._progress.reset(self._tasks[event.stage], total=event.total)
+            self._progress.reset(self._tasks[event.stage], total=event.total, words="")
         else:
-            self._tasks[event.stage] = self._progress.add_task(escape(event.stage), total=event.total)
+            self._tasks[event.stage] = self._progress.add_task(
+                escape(event.stage), total=event.total, words=""
+            )

@@ -116,6 +116,27 @@ class PlanSummary:
     layers: tuple[LayerChosen, ...] = ()
 
 
+TRAINING_FACTS = ("epochs", "best_epoch", "start_score", "best_score", "rollbacks", "augmentations")
+
+
+@dataclass(frozen=True)
+class RoundRecovered:
+    """How the result of one round was repaired: ``method`` is none, refit or distill.
+
+    The rest is None without training. Scores are distances to the original (and to labels) on samples set
+    aside, before training and at best; ``best_epoch`` says when that was, 0 for before; ``rollbacks`` how
+    often training failed and was taken up again with half the rate.
+    """
+
+    method: str
+    epochs: int | None = None
+    best_epoch: float | None = None
+    start_score: float | None = None
+    best_score: float | None = None
+    rollbacks: int | None = None
+    augmentations: tuple[str, ...] | None = None
+
+
 @dataclass(frozen=True)
 class FrozenNode:
     """A node whose channels cannot be removed, and why, in words for a user."""
@@ -139,7 +160,8 @@ class Budget:
 class CompressReport:
     """The result of ``compress``, and of ``apply`` (there without quality and fidelity).
 
-    ``output`` is None when no model was written (a dry run); ``seconds`` is per stage.
+    ``output`` is None when no model was written (a dry run); ``seconds`` is per stage; ``recovery`` has one
+    entry per round.
     """
 
     model: str
@@ -154,6 +176,7 @@ class CompressReport:
     seconds: Mapping[str, float]
     seed: int
     versions: Mapping[str, str]
+    recovery: tuple[RoundRecovered, ...] = ()
     schema: str = COMPRESS_SCHEMA
 
     def to_dict(self) -> dict[str, Any]:

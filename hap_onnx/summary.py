@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import os
 import platform
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -29,7 +29,7 @@ from hap_onnx.errors import ValidationError
 from hap_onnx.implant_loss import ImplantLosses, explain_refusals
 from hap_onnx.measure import model_size, node_macs
 from hap_onnx.ops.linear import linear_form
-from hap_onnx.plan import NodeReplacement
+from hap_onnx.plan import CompressionPlan, NodeReplacement
 from hap_onnx.prepare import PreparedModel
 from hap_onnx.twin import build_twin, probe_shapes
 
@@ -73,7 +73,8 @@ def plan_words(config: CompressConfig, prepared: PreparedModel) -> dict[str, Any
     words = config.to_dict()
     names = (
         "keep_params", "keep_macs", "max_bytes", "max_drop", "metric", "method", "preset", "sensitivity",
-        "probes", "recover", "align", "exclude", "only", "max_samples", "batch_size", "seed",
+        "probes", "recover", "epochs", "rounds", "augment", "align", "exclude", "only", "max_samples",
+        "batch_size", "seed",
     )  # fmt: skip
     shapes = {name: list(values.shape) for name, values in prepared.probe.items()}
     return {**{name: words[name] for name in names}, "input_shapes": shapes}
@@ -157,48 +158,85 @@ def _explain_implant(losses: ImplantLosses, one: NodeReplacement, preset: str | 
     )
 
 
-def measured_losses(losses: LossModel, choice: Choice) -> dict[str, tuple[reports.MeasuredLoss, ...]]:
-    """What was measured on each layer that becomes an implant, beside what had been predicted."""
-    found = {}
-    for replacement in choice.replacements:
+def with_measured(losses: LossModel, replacements: Iterable[NodeReplacement]) -> tuple[NodeReplacement, ...]:
+    """Add to each implant what was measured on its layer, beside what had been predicted."""
+    found = []
+    for replacement in replacements:
         layer = losses.implants[replacement.node]
         pairs = zip(layer.predicted.tolist(), layer.ratios.tolist(), strict=True)
-        found[replacement.node] = tuple(
-            reports.MeasuredLoss(layer.measured_kind, predicted, predicted * ratio)
-            for predicted, ratio in pairs
-        )
-    return found
+        measured = tuple((layer.measured_kind, loss, loss * ratio) for loss, ratio in pairs)
+        found.append(replace(replacement, measured=measured))
+    return tuple(found)
 
 
-def plan_summary(
-    prepared: PreparedModel,
-    choice: Choice,
-    *,
-    notes: Mapping[str, str],
-    layer_notes: Mapping[str, str],
-    measured: Mapping[str, tuple[reports.MeasuredLoss, ...]] = MappingProxyType({}),
-) -> reports.PlanSummary:
-    """What a plan does, for the report; ``notes`` say why, by group, ``layer_notes`` by node."""
+def plan_summary(rounds: Sequence[PreparedModel], plan: CompressionPlan) -> reports.PlanSummary:
+    """What a plan does, for the report; ``rounds`` are the models that its rounds started from.
+
+    With several rounds, groups and layers are those of the original, as they are in the end; groups that a
+    later round has found, such as the ranks of implants, follow.
+    """
+    parts = [
+        _round_summary(prepared, part) for prepared, part in zip(rounds, (*plan.earlier, plan), strict=True)
+    ]
+    groups: dict[str, reports.GroupKept] = {}
+    implants: dict[str, reports.ImplantUsed] = {}
+    layers: dict[str, reports.LayerChosen] = {}
+    for part in parts:
+        for group in part.groups:
+            before = groups.get(group.name)
+            if before is not None and before.kept == group.size:
+                group = replace(group, size=before.size)
+            groups[group.name] = group
+        implants.update({implant.node: implant for implant in part.implants})
+        for layer in part.layers:
+            # A layer that has become an implant is no dense layer in later rounds.
+            if layer.choice != "dense" or layer.node not in implants:
+                layers[layer.node] = layer
+    return reports.PlanSummary(
+        groups=tuple(groups.values()),
+        implants=tuple(implants.values()),
+        removed_branches=tuple(node for part in parts for node in part.removed_branches),
+        layers=tuple(layers.values()),
+    )
+
+
+def _round_summary(prepared: PreparedModel, plan: CompressionPlan) -> reports.PlanSummary:
     groups = {group.name: group for group in prepared.coupling.groups}
-    kind_of = {replacement.node: replacement.kind for replacement in choice.replacements}
+    kind_of = {replacement.node: replacement.kind for replacement in plan.replacements}
     return reports.PlanSummary(
         groups=tuple(
-            reports.GroupKept(d.group, d.size, len(d.keep), notes.get(d.group)) for d in choice.decisions
+            reports.GroupKept(d.group, d.size, len(d.keep), plan.notes.get(d.group)) for d in plan.decisions
         ),
         implants=tuple(
             reports.ImplantUsed(
-                r.node, r.kind, r.rank, r.predicted_loss, r.expected_loss, measured.get(r.node, ())
+                r.node,
+                r.kind,
+                r.rank,
+                r.predicted_loss,
+                r.expected_loss,
+                tuple(reports.MeasuredLoss(*measured) for measured in r.measured),
             )
-            for r in choice.replacements
+            for r in plan.replacements
         ),
         removed_branches=tuple(
-            node for d in choice.decisions if not len(d.keep) for node in groups[d.group].consumers
+            node for d in plan.decisions if not len(d.keep) for node in groups[d.group].consumers
         ),
         layers=tuple(
-            reports.LayerChosen(node.name, kind_of.get(node.name, "dense"), layer_notes[node.name])
+            reports.LayerChosen(node.name, kind_of.get(node.name, "dense"), plan.layer_notes[node.name])
             for node in prepared.graph.nodes
-            if node.name in layer_notes
+            if node.name in plan.layer_notes
         ),
+    )
+
+
+def recovery_summary(plan: CompressionPlan) -> tuple[reports.RoundRecovered, ...]:
+    """How each round was repaired, for the report."""
+    return tuple(
+        reports.RoundRecovered(
+            method=str(part.config.get("recover", "refit")),
+            **{name: part.training.get(name) for name in reports.TRAINING_FACTS},
+        )
+        for part in (*plan.earlier, plan)
     )
 
 

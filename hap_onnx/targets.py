@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 import onnx_graphsurgeon as gs
 
 from hap_onnx.candidates import Budgets
-from hap_onnx.carry_out import Compressed
-from hap_onnx.choose import Choice
 from hap_onnx.errors import BudgetError
 from hap_onnx.measure import is_float_type
 from hap_onnx.metrics import Quality
-from hap_onnx.plan import GroupDecision
 from hap_onnx.prepare import PreparedModel
 from hap_onnx.saving import ALIGNMENT
+
+T = TypeVar("T")  # a candidate
 
 SEARCH_RATIOS = tuple(twentieths / 20 for twentieths in range(19, 1, -1))
 """Sizes, as fractions of the original, among which the smallest within ``max_drop`` is searched."""
@@ -23,14 +23,6 @@ SEARCH_MARGIN = 1.28
 """The search wants the drop plus so many standard errors below the limit: 90 % one-sided."""
 SPARE_BYTES = 256
 """What ``--max-bytes`` leaves for the entry in the model's metadata."""
-
-
-def whole_choice(prepared: PreparedModel) -> Choice:
-    """The plan that changes nothing."""
-    groups = prepared.coupling.groups
-    return Choice(
-        tuple(GroupDecision.from_keep(group.name, group.size, range(group.size)) for group in groups)
-    )
 
 
 def params_within(max_bytes: int, prepared: PreparedModel, n_bytes: int, *, external_data: bool) -> float:
@@ -53,27 +45,27 @@ def params_within(max_bytes: int, prepared: PreparedModel, n_bytes: int, *, exte
 
 
 @dataclass(frozen=True)
-class Found:
+class Found(Generic[T]):
     """The smallest model that was accepted, and the last that was refused; None where there was none."""
 
-    accepted: Compressed | None
-    refused: Compressed | None
+    accepted: T | None
+    refused: T | None
 
 
 def search_smallest(
     full: Mapping[str, float],
-    compress_to: Callable[[Budgets], Compressed],
-    measure: Callable[[Compressed], Quality],
+    compress_to: Callable[[Budgets], T],
+    measure: Callable[[T], Quality],
     *,
     limit: float,
     note: Callable[[str], None],
-) -> Found:
+) -> Found[T]:
     """Bisect the sizes for the smallest model whose drop, plus a margin for chance, is within ``limit``.
 
     ``full`` holds the costs of the whole model, ``measure`` the quality on samples set aside for choices.
     """
-    accepted: Compressed | None = None
-    refused: Compressed | None = None
+    accepted: T | None = None
+    refused: T | None = None
     low, high = 0, len(SEARCH_RATIOS)  # ratios before `low` are accepted, from `high` on refused
     while low < high:
         middle = (low + high) // 2

@@ -17,7 +17,7 @@ the model once per written batch and joins the outputs (``Twin.batch_limit``).
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from logging import getLogger
 from types import MappingProxyType
@@ -272,6 +272,8 @@ class Twin(nn.Module):
         """Give floats the twin's type and device."""
         if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
             return tensor
+        if torch.is_autocast_enabled(tensor.device.type):
+            return tensor  # torch chooses the type of each result
         return tensor.to(device=self.device, dtype=self.dtype)
 
     def _value(self, name: str, values: Mapping[str, Tensor]) -> Tensor:
@@ -539,6 +541,18 @@ def probe_shapes(twin: Twin, inputs: Mapping[str, Tensor]) -> dict[str, tuple[in
     with torch.no_grad():
         twin(inputs, on_write=note)
     return shapes
+
+
+def run_captured(twin: Twin, inputs: Mapping[str, Tensor], names: Collection[str]) -> dict[str, Tensor]:
+    """Run the twin; returns its outputs and the tensors inside that ``names`` asks for."""
+    found: dict[str, Tensor] = {}
+
+    def capture(step: Step, index: int, tensor: Tensor) -> Tensor:
+        if step.outputs[index] in names:
+            found[step.outputs[index]] = tensor
+        return tensor
+
+    return {**twin(inputs, on_write=capture if names else None), **found}
 
 
 # --- from the graph ---

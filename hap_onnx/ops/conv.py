@@ -13,13 +13,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hap_onnx.ops.linear import LinearForm
-from hap_onnx.ops.registry import bias_op, edit_op, flow_op, linear_op, macs_op, run_op
+from hap_onnx.ops.registry import bias_op, edit_op, flow_op, learn_inputs, linear_op, macs_op, run_op
 from hap_onnx.ops.rules import bind_bias, constant_bias, constant_input, freeze_other_axis
 from hap_onnx.ops.window import pad_spatial, per_axis, resolve_pads
 
 if TYPE_CHECKING:
     from hap_onnx.channels import Flow
     from hap_onnx.surgery import Cut
+
+learn_inputs("Conv", "ConvTranspose", inputs=(1, 2))
 
 _CONV = (F.conv1d, F.conv2d, F.conv3d)
 _CONV_TRANSPOSE = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hap_onnx.ops.arguments import is_float, together
-from hap_onnx.ops.registry import find_flow, flow_op, keep_constant, run_op
+from hap_onnx.ops.registry import find_flow, flow_op, keep_constant, learn_inputs, run_op
 
 if TYPE_CHECKING:
     from hap_onnx.channels import Flow
@@ -230,6 +230,9 @@ def BitShift(a: Tensor, b: Tensor, *, direction: str) -> Tensor:
     """Shift the bits of a by b."""
     a, b = together(a, b)
     return torch.bitwise_left_shift(a, b) if direction == "LEFT" else torch.bitwise_right_shift(a, b)
+
+
+learn_inputs("PRelu", inputs=(1,))
 
 
 @run_op("PRelu")

@@ -14,11 +14,14 @@ from torch import Tensor
 from hap_onnx.ops.arguments import together
 from hap_onnx.ops.implant import ImplantForm, build_factors, factor_names
 from hap_onnx.ops.linear import LinearForm
-from hap_onnx.ops.registry import bias_op, flow_op, implant_op, linear_op, macs_op, run_op
+from hap_onnx.ops.registry import bias_op, flow_op, implant_op, learn_inputs, linear_op, macs_op, run_op
 from hap_onnx.ops.rules import bind_bias, constant_bias, constant_input, freeze_other_axis
 
 if TYPE_CHECKING:
     from hap_onnx.channels import Flow
+
+learn_inputs("Gemm", inputs=(1, 2))
+learn_inputs("MatMul", "Einsum", inputs=(0, 1))
 
 # --- Gemm ---
 

@@ -11,11 +11,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hap_onnx.ops.arguments import as_ints, normalise_axis
-from hap_onnx.ops.registry import flow_op, keep_constant, run_op
+from hap_onnx.ops.registry import flow_op, keep_constant, learn_inputs, run_op
 from hap_onnx.ops.rules import freeze_other_axis
 
 if TYPE_CHECKING:
     from hap_onnx.channels import Flow
+
+learn_inputs("BatchNormalization", "InstanceNormalization", "GroupNormalization", inputs=(1, 2))
+learn_inputs("LayerNormalization", inputs=(1, 2))
+learn_inputs("RMSNormalization", "SimplifiedLayerNormalization", inputs=(1,))
 
 
 def _standardise(x: Tensor, axes: list[int], epsilon: float) -> tuple[Tensor, Tensor, Tensor]:

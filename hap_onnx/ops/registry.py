@@ -16,7 +16,8 @@ side by side in the module of its family:
 * ``@macs_op("Conv")``: multiply-accumulates of one node from its input and output shapes.
 * ``@implant_op("Conv")``: the cheaper nodes that can take its place (see ``hap_onnx.ops.implant``).
 
-``keep_constant("Relu")`` marks operators that turn one number per channel into one number per channel.
+``keep_constant("Relu")`` marks operators that turn one number per channel into one number per channel;
+``learn_inputs("Conv", inputs=(1, 2))`` says where an operator has what training changes.
 
 No other part of hap-onnx branches on the name of an operator.
 """
@@ -37,6 +38,7 @@ _BIAS: dict[Key, Callable[..., Any]] = {}
 _MACS: dict[Key, Callable[..., Any]] = {}
 _IMPLANTS: dict[Key, Callable[..., Any]] = {}
 _KEEPS_CONSTANT: set[Key] = set()
+_LEARNED: dict[Key, tuple[int, ...]] = {}
 
 
 def _key(op_type: str, domain: str) -> Key:
@@ -151,3 +153,14 @@ def keep_constant(*op_types: str, domain: str = "") -> None:
 def keeps_constant(op_type: str, *, domain: str = "") -> bool:
     """Say whether an operator maps one number per channel to one number per channel."""
     return _key(op_type, domain) in _KEEPS_CONSTANT
+
+
+def learn_inputs(*op_types: str, inputs: tuple[int, ...], domain: str = "") -> None:
+    """Say at which inputs operators have weights, biases and scales: what training may change."""
+    for op_type in op_types:
+        _LEARNED[_key(op_type, domain)] = inputs
+
+
+def learned_inputs(op_type: str, *, domain: str = "") -> tuple[int, ...]:
+    """Return the inputs of an operator that may hold weights, biases and scales."""
+    return _LEARNED.get(_key(op_type, domain), ())

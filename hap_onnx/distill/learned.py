@@ -1,0 +1,55 @@
+"""Which initializers of a graph training may change."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from hap_onnx.measure import is_float_type
+from hap_onnx.ops.elementwise import is_addition
+from hap_onnx.ops.registry import find_macs, learned_inputs
+from hap_onnx.surgery import CONSTANT_SUFFIX
+
+
+def find_learned(graph: gs.Graph, *, leave: Collection[str] = ()) -> tuple[str, ...]:
+    """Return the float initializers that hold weights, biases or scales, in graph order.
+
+    Other constants (bounds, anchors, masks, tables, running statistics) mean something by themselves and
+    stay. A bias may also be a vector that is added to what a contraction gives.
+
+    Args:
+        leave: names of nodes whose initializers are not to be touched.
+    """
+    found: dict[str, None] = {}
+    kept: set[str] = set()
+    for node in graph.nodes:
+        names = {
+            tensor.name: None
+            for index, tensor in enumerate(node.inputs)
+            if isinstance(tensor, gs.Constant)
+            and is_float_type(np.dtype(tensor.values.dtype))
+            and (index in learned_inputs(node.op, domain=node.domain or "") or _is_added_bias(node, tensor))
+        }
+        if node.name in leave:
+            kept.update(names)
+        else:
+            found.update(names)
+    return tuple(name for name in found if name not in kept)
+
+
+def _is_added_bias(node: gs.Node, constant: gs.Constant) -> bool:
+    """Whether a node adds a vector along one axis to the output of a contraction."""
+    if not is_addition(node.op, domain=node.domain or ""):
+        return False
+    if sum(size > 1 for size in constant.shape) != 1:
+        return False
+    if constant.name.endswith(CONSTANT_SUFFIX):  # what is left of a branch that was removed
+        return True
+    producers = [tensor.inputs[0] for tensor in node.inputs if tensor is not constant and tensor.inputs]
+    return any(
+        find_macs(producer.op, domain=producer.domain or "") is not None
+        and any(isinstance(tensor, gs.Constant) for tensor in producer.inputs)
+        for producer in producers
+    )
