@@ -1,6 +1,6 @@
 """Train a network of our own on CIFAR-10 and export it to ONNX, for benchmarks that need wide layers.
 
-    python tools/train_cifar.py vgg16 --data cifar10.npz --output vgg16.onnx --epochs 4 --minutes 60
+    python -m tools.train_cifar vgg16 --data cifar10.npz --output vgg16.onnx --epochs 4 --minutes 60
 
 ``--data`` is an .npz file with images as uint8 [N, 32, 32, 3] (``x_train``, ``x_test``) or as JPEG bytes with
 offsets (``jpeg_train``, ``offsets_train``, ...), and labels (``y_train`` or ``labels_train``, ...). Inputs of
@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import io
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from itertools import pairwise
 from pathlib import Path
 
@@ -23,66 +23,9 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor, nn
 
+from tools.networks import CIFAR_NETWORKS
+
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-
-
-def conv_norm(n_in: int, n_out: int, stride: int = 1) -> list[nn.Module]:
-    conv = nn.Conv2d(n_in, n_out, 3, stride=stride, padding=1, bias=False)
-    return [conv, nn.BatchNorm2d(n_out), nn.ReLU(inplace=True)]
-
-
-def vgg16() -> nn.Module:
-    """VGG16 for 32x32 images: 13 convolutions with BatchNormalization, one classifier (14.7 M parameters)."""
-    layers: list[nn.Module] = []
-    n_in = 3
-    for n_out, repeats in ((64, 2), (128, 2), (256, 3), (512, 3), (512, 3)):
-        for _ in range(repeats):
-            layers += conv_norm(n_in, n_out)
-            n_in = n_out
-        layers.append(nn.MaxPool2d(2))
-    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(512, 10))
-
-
-class WideBlock(nn.Module):
-    """Pre-activation block of a wide residual network."""
-
-    def __init__(self, n_in: int, n_out: int, stride: int) -> None:
-        super().__init__()
-        self.norm1, self.norm2 = nn.BatchNorm2d(n_in), nn.BatchNorm2d(n_out)
-        self.conv1 = nn.Conv2d(n_in, n_out, 3, stride=stride, padding=1, bias=False)
-        self.conv2 = nn.Conv2d(n_out, n_out, 3, padding=1, bias=False)
-        same = n_in == n_out and stride == 1
-        self.shortcut = None if same else nn.Conv2d(n_in, n_out, 1, stride=stride, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        h = F.relu(self.norm1(x))
-        residual = x if self.shortcut is None else self.shortcut(h)
-        result: Tensor = self.conv2(F.relu(self.norm2(self.conv1(h)))) + residual
-        return result
-
-
-def wide_resnet32() -> nn.Module:
-    """WideResNet32, four times as wide as ResNet32 (7.4 M parameters)."""
-    layers: list[nn.Module] = [nn.Conv2d(3, 16, 3, padding=1, bias=False)]
-    n_in = 16
-    for n_out, stride in ((64, 1), (128, 2), (256, 2)):
-        for index in range(5):
-            layers.append(WideBlock(n_in, n_out, stride if index == 0 else 1))
-            n_in = n_out
-    head = [nn.BatchNorm2d(n_in), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(n_in, 10)]
-    return nn.Sequential(*layers, *head)
-
-
-def mlp() -> nn.Module:
-    """Five fully connected layers on the pixels (8.4 M parameters)."""
-    sizes = (3072, 1536, 1536, 768, 256)
-    layers: list[nn.Module] = [nn.Flatten()]
-    for n_in, n_out in pairwise(sizes):
-        layers += [nn.Linear(n_in, n_out), nn.BatchNorm1d(n_out), nn.ReLU(), nn.Dropout(0.2)]
-    return nn.Sequential(*layers, nn.Linear(sizes[-1], 10))
-
-
-NETWORKS: Mapping[str, Callable[[], nn.Module]] = {"vgg16": vgg16, "wrn32": wide_resnet32, "mlp": mlp}
 
 
 def read_images(data: Mapping[str, NDArray[np.generic]], part: str) -> tuple[Tensor, Tensor]:
@@ -124,9 +67,10 @@ def accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
 
 
 @click.command(help=__doc__)
-@click.argument("network", type=click.Choice(sorted(NETWORKS)))
+@click.argument("network", type=click.Choice(sorted(CIFAR_NETWORKS)))
 @click.option("--data", required=True, type=click.Path(exists=True, path_type=Path))
 @click.option("--output", required=True, type=click.Path(path_type=Path))
+@click.option("--width", default=1.0, help="Channels relative to the full network.")
 @click.option("--epochs", default=4, help="Length of the schedule.")
 @click.option("--minutes", default=60.0, help="The schedule is shortened to fit.")
 @click.option("--batch-size", default=128)
@@ -138,6 +82,7 @@ def main(
     network: str,
     data: Path,
     output: Path,
+    width: float,
     epochs: int,
     minutes: float,
     batch_size: int,
@@ -151,7 +96,7 @@ def main(
     with np.load(data, allow_pickle=False) as arrays:
         images, labels = read_images(arrays, "train")
         test_images, test_labels = read_images(arrays, "test")
-    model = NETWORKS[network]().to(memory_format=torch.channels_last)
+    model = CIFAR_NETWORKS[network](width).to(memory_format=torch.channels_last)
     n_params = sum(parameter.numel() for parameter in model.parameters())
     click.echo(f"{network}: {n_params / 1e6:.1f} M parameters, {len(labels)} training images")
     decayed = [parameter for parameter in model.parameters() if parameter.ndim > 1]

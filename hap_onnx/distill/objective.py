@@ -9,7 +9,7 @@ what is added to all scores of a sample, nor serve embeddings, which look like c
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -18,11 +18,14 @@ from torch import Tensor
 from hap_onnx.ops.elementwise import is_addition
 from hap_onnx.twin import Twin, probe_shapes, run_captured
 
-TEMPERATURE = 4.0
-N_HIDDEN = 4
+TEMPERATURE = 3.0
+"""Of the softened distributions, in standard deviations of the original's logits."""
+N_HIDDEN = 9
 """How many tensors inside are compared, besides the outputs."""
-HIDDEN_SHARE = 0.3
+HIDDEN_SHARE = 0.5
+"""Weight of the tensors inside, on average, against that of the outputs."""
 LABEL_SHARE = 0.5
+"""Weight of the labels against the original's scores."""
 _TINY = 1e-8
 
 Tensors = Mapping[str, Tensor]
@@ -30,10 +33,14 @@ Tensors = Mapping[str, Tensor]
 
 @dataclass(frozen=True)
 class Scores:
-    """The output that holds class scores [N, C]; ``as_probabilities``: its rows sum to one already."""
+    """The output that holds class scores [N, C].
+
+    ``as_probabilities``: its rows sum to one already; ``scale``: standard deviation of a sample's logits.
+    """
 
     output: str
     as_probabilities: bool
+    scale: float
 
     def logits(self, scores: Tensor) -> Tensor:
         """Return numbers whose softmax are the class probabilities."""
@@ -80,7 +87,9 @@ class Objective:
         if self.scores is None or labels is None:
             return loss
         logits = self.scores.logits(ours[self.scores.output].float())
-        return (1 - self.label_share) * loss + self.label_share * F.cross_entropy(logits, labels)
+        # The distance is relative to the variance of the logits; gradients only balance if both are.
+        entropy = F.cross_entropy(logits, labels) / self.scores.scale**2
+        return (1 - self.label_share) * loss + self.label_share * entropy
 
     def _distance(self, ours: Tensors, theirs: Tensors) -> Tensor:
         n_samples = len(theirs[self.outputs[0]])
@@ -91,8 +100,10 @@ class Objective:
         if self.scores is None:
             return loss
         pair = (self.scores.logits(found[self.scores.output].float()) for found in (ours, theirs))
-        soft, target = (F.log_softmax(logits / TEMPERATURE, dim=1) for logits in pair)
+        temperature = TEMPERATURE * self.scores.scale
+        soft, target = (F.log_softmax(logits / temperature, dim=1) for logits in pair)
         divergence = F.kl_div(soft, target, log_target=True, reduction="batchmean")
+        # Nearly half the mean squared error of the logits, relative to their variance: of the distance's size.
         return loss + TEMPERATURE**2 * divergence
 
 
@@ -100,7 +111,9 @@ def find_scores(name: str, scores: Tensor) -> Scores:
     """Say what kind of class scores the original gives: the output ``name``, [N, C]."""
     sums = scores.float().sum(1)
     is_distribution = bool((scores >= 0).all() and ((sums - 1).abs() < 1e-3).all())
-    return Scores(name, as_probabilities=is_distribution)
+    raw = Scores(name, as_probabilities=is_distribution, scale=1.0)
+    deviation = float(raw.logits(scores.float()).std(1, correction=0).square().mean().sqrt())
+    return replace(raw, scale=max(deviation, _TINY))
 
 
 def find_hidden(teacher: Twin, student: Twin, inputs: Mapping[str, Tensor]) -> dict[str, float]:
