@@ -318,7 +318,7 @@ PAUSED_JOB = textwrap.dedent(
     """
     import sys, time
     import hap_onnx.cli as cli
-    from hap_onnx import job, machine, saving
+    from hap_onnx import machine, rounds, saving
 
     stage = sys.argv.pop(1)
     machine.LATENCY_SECONDS = 0.1
@@ -330,7 +330,7 @@ PAUSED_JOB = textwrap.dedent(
     if stage == "write":
         saving.os.replace = pause
     else:
-        setattr(job, stage, pause)
+        setattr(rounds, stage, pause)
     sys.exit(cli.main())
     """
 )

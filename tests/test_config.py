@@ -9,6 +9,7 @@ import pytest
 
 from hap_onnx.config import (
     COMMAND_OPTIONS,
+    DEFAULT_EPOCHS,
     CompressConfig,
     check_options,
     check_outputs,
@@ -56,7 +57,9 @@ def test_no_budget_and_no_gate_leaves_nothing_to_aim_at():
         ("max_bytes", 10**400), ("max_drop", -0.01), ("max_drop", "all"), ("max_drop", float("inf")),
         ("metric", "acuracy"), ("metric", "module:"), ("metric", 3), ("method", "implants"),
         ("preset", "papers"), ("preset", 1),
-        ("sensitivity", "hessian"), ("probes", 0), ("recover", "distill"), ("align", 0), ("align", "big"),
+        ("sensitivity", "hessian"), ("probes", 0), ("recover", "finetune"), ("epochs", 0),
+        ("epochs", 1.5), ("epochs", True), ("rounds", 0), ("rounds", "many"), ("augment", "flip"),
+        ("align", 0), ("align", "big"),
         ("align", 2.5), ("exclude", [1]), ("exclude", [""]), ("exclude", 5), ("preprocess", "imagnet"),
         ("preprocess", "x.json"), ("device", "gpu"), ("providers", ""), ("providers", [1]), ("seed", -1),
         ("seed", None), ("batch_size", 0), ("max_samples", 0), ("threads", 0), ("report", ""), ("output", 3),
@@ -126,7 +129,7 @@ def test_unknown_words_are_refused_with_the_nearest_right_one():
         CompressConfig(sensitivity="hutchison")
 
 
-@pytest.mark.parametrize("word", ["keep_latency", "epochs", "rounds", "sweep", "then", "html"])
+@pytest.mark.parametrize("word", ["keep_latency", "sweep", "then", "html"])
 def test_options_of_later_releases_are_not_accepted(word):
     with pytest.raises(UsageError, match="no option"):
         CompressConfig.from_options({word: 1})
@@ -146,6 +149,29 @@ def test_methods_and_the_preset():
         CompressConfig(preset="paper", method="implant")
     for method in ("prune", "hap"):
         assert CompressConfig(preset="paper", method=method).method == method
+
+
+def test_epochs_mean_training():
+    assert CompressConfig().recover == "refit"
+    assert (
+        CompressConfig(epochs=3).recover == CompressConfig(epochs="3", recover="refit").recover == "distill"
+    )
+    assert CompressConfig(epochs=3).n_epochs == 3
+    assert CompressConfig(recover="distill").epochs is None
+    assert CompressConfig(recover="distill").n_epochs == DEFAULT_EPOCHS
+    assert CompressConfig(epochs=3, recover="distill") == CompressConfig(epochs=3)
+    with pytest.raises(UsageError, match="--epochs trains the model, --recover none forbids it"):
+        CompressConfig(epochs=3, recover="none")
+
+
+def test_rounds_need_something_to_approach():
+    assert CompressConfig().rounds == 1
+    for budget in ({"keep_macs": 0.5}, {"keep_params": 0.5}, {"max_bytes": 1000}):
+        assert CompressConfig(**budget, rounds=3).rounds == 3
+    with pytest.raises(UsageError, match="--rounds needs a budget"):
+        CompressConfig(rounds=2)
+    with pytest.raises(UsageError, match="--rounds needs a budget"):
+        CompressConfig(rounds=2, max_drop=0.1)
 
 
 def test_checked_options_are_complete():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +37,8 @@ from hap_onnx.errors import (
     ValidationError,
 )
 from hap_onnx.events import Event
+from hap_onnx.model_io import load_model
+from hap_onnx.plan import load_plan
 from hap_onnx.report import CompressReport
 from hap_onnx.validate import LatencyComparison, Session
 from tests.helpers import make_model, node, rand
@@ -450,8 +451,8 @@ def test_methods_with_implants_for_every_kind_of_model(
     written = (tmp_path / "net.hap.onnx").read_bytes()
     applied = apply_plan(path, plan)
     assert (tmp_path / "net.hap.onnx").read_bytes() == written
-    without = tuple(replace(entry, measured=()) for entry in report.plan.implants)
-    assert applied.plan == replace(report.plan, implants=without)  # a plan holds no measurements
+    assert applied.plan == report.plan
+    assert applied.recovery == report.recovery
     assert (applied.after.params, applied.after.macs) == (report.after.params, report.after.macs)
 
 
@@ -736,7 +737,7 @@ def test_a_model_that_keeps_its_normalisation_comes_back_sound(tmp_path: Path) -
 KEYS = {
     "": [
         "schema", "model", "output", "before", "after", "quality", "fidelity", "plan", "frozen", "budget",
-        "seconds", "seed", "versions",
+        "seconds", "seed", "versions", "recovery",
     ],
     "before": ["params", "macs", "bytes", "latency_ms", "metric"],
     "after": ["params", "macs", "bytes", "latency_ms", "metric"],
@@ -756,6 +757,10 @@ def test_the_report_file_has_the_keys_of_the_contract(
     assert plain == json.loads(json.dumps(report.to_dict()))
     for name, keys in KEYS.items():
         assert list(plain[name] if name else plain) == keys
+    facts = dict.fromkeys(
+        ("epochs", "best_epoch", "start_score", "best_score", "rollbacks", "augmentations"), None
+    )
+    assert plain["recovery"] == [{"method": "refit", **facts}]
     assert plain["model"] == str(model)
     assert plain["seed"] == 7
     assert plain["quality"]["metric"] == "accuracy"
@@ -922,11 +927,14 @@ def test_labels_of_val_alone_are_checked_and_explained(
 def test_a_working_folder_is_made(tmp_path: Path, data: dict[str, np.ndarray]) -> None:
     model, folder = write(tmp_path), tmp_path / "deep" / "work"
     compress(model, data, keep_macs=0.5, work_dir=folder, **FAST)
-    assert files_in(folder) == []
+    (job_folder,) = folder.iterdir()  # the plan of what was finished is kept, and nothing else
+    weights, plan = sorted(job_folder.iterdir(), key=lambda path: -len(path.suffix))
+    assert (plan.suffix, weights) == (".json", plan.with_suffix(".safetensors"))
+    assert load_plan(plan).model_sha256 == load_model(model).sha256
     np.savez_compressed(tmp_path / "x.npz", **data)  # is unpacked there
     deeper = folder / "two"
     compress(model, tmp_path / "x.npz", keep_macs=0.5, work_dir=deeper, dry_run=True, **FAST)
-    assert deeper.is_dir()
+    assert files_in(deeper) == []  # a sketch is nothing to go on from
     with pytest.raises(ValidationError, match="--work-dir"):
         compress(model, data, keep_macs=0.5, work_dir=model / "inside", **FAST)
 

@@ -14,10 +14,18 @@ from topologies import TOPOLOGIES, Net
 
 from hap_onnx.carry_out import compress_layers, cut_model
 from hap_onnx.choose import Choice, choose
+from hap_onnx.model_io import load_model, to_proto
 from hap_onnx.paper import choose_by_threshold
-from hap_onnx.plan import GroupDecision, NodeReplacement
+from hap_onnx.plan import CompressionPlan, GroupDecision, NodeReplacement
+from hap_onnx.prepare import prepare
 from hap_onnx.report import MeasuredLoss
-from hap_onnx.summary import explain_groups, explain_layers, measured_losses, plan_summary
+from hap_onnx.summary import (
+    explain_groups,
+    explain_layers,
+    plan_summary,
+    recovery_summary,
+    with_measured,
+)
 
 UNUSED = "as it is: the method does not use implants"
 COSTLY = "as it is: an implant that is cheaper loses more per cost than what was done elsewhere"
@@ -36,6 +44,20 @@ def make_choice(one: Job, widths: Mapping[str, int], *replacements: NodeReplacem
         for group in one.prepared.coupling.groups
     )
     return Choice(tuple(decisions), replacements, **facts)
+
+
+def make_plan(choice: Choice, **facts: Any) -> CompressionPlan:
+    """Return a plan with a choice; the summary reads no more of the rest than ``facts``."""
+    return CompressionPlan(
+        **{
+            "model_sha256": "",
+            "version": "",
+            "config": {},
+            "decisions": choice.decisions,
+            "replacements": choice.replacements,
+            **facts,
+        }
+    )
 
 
 def layers_of(one: Job, choice: Choice, kinds: Mapping[str, Any], **options: Any) -> dict[str, str]:
@@ -125,7 +147,7 @@ def test_an_implant_whose_layer_was_not_measured_says_so() -> None:
     left = {"make_a", "make_y"}
     notes = explain_layers(one.prepared, losses, choice, one.kinds, left=left)
     assert notes["make_y"].endswith("predicted loss 0.25, expected 0.25 (not measured)")
-    assert measured_losses(losses, choice) == {"make_y": ()}
+    assert with_measured(losses, choice.replacements)[0].measured == ()
 
 
 def test_the_cause_that_comes_first_is_told() -> None:
@@ -206,43 +228,103 @@ def test_layers_of_the_papers_recipe_are_explained_by_the_threshold() -> None:
 def test_measured_losses_stand_beside_what_was_predicted_there() -> None:
     one = job()
     choice = make_choice(one, {}, implant("make_a2"), implant("make_b2"))
-    measured = measured_losses(one.losses, choice)
-    assert set(measured) == {"make_a2", "make_b2"}
-    for name, entries in measured.items():
-        losses = one.losses.implants[name]
-        assert len(entries) == 2
-        for entry, predicted, ratio in zip(entries, losses.predicted, losses.ratios, strict=True):
-            assert entry.kind == "spatial"
-            assert entry.predicted == predicted
-            assert entry.measured == pytest.approx(predicted * ratio)
+    found = with_measured(one.losses, choice.replacements)
+    assert [replacement.node for replacement in found] == ["make_a2", "make_b2"]
+    for replacement in found:
+        losses = one.losses.implants[replacement.node]
+        same = (replacement.kind, replacement.rank, replacement.predicted_loss, replacement.expected_loss)
+        assert same == ("lowrank", 3, 0.25, 0.5)
+        assert len(replacement.measured) == 2
+        for entry, predicted, ratio in zip(
+            replacement.measured, losses.predicted, losses.ratios, strict=True
+        ):
+            kind, first, second = entry
+            assert kind == "spatial"
+            assert first == predicted
+            assert second == pytest.approx(predicted * ratio)
             # What the planner expects of an implant as bad as this one is what was measured.
-            assert losses.correct(np.array([predicted]))[0] == pytest.approx(entry.measured)
+            assert losses.correct(np.array([predicted]))[0] == pytest.approx(second)
 
 
 def test_a_summary_tells_of_groups_implants_and_branches() -> None:
     one = job()
-    choice = make_choice(one, {"make_a1": 4, "make_b1": 0}, implant("make_a2"))
-    measured = {"make_a2": (MeasuredLoss("spatial", 0.125, 0.25),)}
+    measured = (("spatial", 0.125, 0.25),)
+    used = replace(implant("make_a2"), measured=measured)
+    choice = make_choice(one, {"make_a1": 4, "make_b1": 0}, used)
     notes = layers_of(one, choice, one.kinds)
-    plan = plan_summary(
-        one.prepared, choice, notes={"make_a1": "because"}, layer_notes=notes, measured=measured
-    )
+    plan = plan_summary([one.prepared], make_plan(choice, notes={"make_a1": "because"}, layer_notes=notes))
     assert [(entry.name, entry.size, entry.kept, entry.why) for entry in plan.groups] == [
         ("make_stem", 8, 8, None), ("make_a1", 6, 4, "because"), ("make_b1", 6, 0, None),
     ]  # fmt: skip
-    (used,) = plan.implants
-    assert (used.node, used.kind, used.rank, used.predicted_loss, used.expected_loss) == (
+    (told,) = plan.implants
+    assert (told.node, told.kind, told.rank, told.predicted_loss, told.expected_loss) == (
         "make_a2", "lowrank", 3, 0.25, 0.5,
     )  # fmt: skip
-    assert used.measured == measured["make_a2"]
+    assert told.measured == (MeasuredLoss("spatial", 0.125, 0.25),)
     assert plan.removed_branches == ("make_b2",)
     assert {entry.node: entry.choice for entry in plan.layers} == {
         **dict.fromkeys(notes, "dense"), "make_a2": "lowrank",
     }  # fmt: skip
     assert {entry.node: entry.why for entry in plan.layers} == notes
-    bare = plan_summary(one.prepared, choice, notes={}, layer_notes={})
+    bare = plan_summary([one.prepared], make_plan(make_choice(one, {}, implant())))
     assert bare.implants[0].measured == ()
     assert bare.layers == ()
+
+
+def test_rounds_are_summed_up_as_what_became_of_the_original() -> None:
+    """Round 1 narrows a1 from 6 to 4 and replaces a2; round 2 narrows a1 to 3, the implant and removes b1."""
+    one = job()
+    first = make_choice(one, {"make_a1": 4}, implant("make_a2"))
+    cut = compress_layers(cut_model(one.prepared, first, one.losses.implants))
+    proto = to_proto(cut.finished(), one.prepared.source)
+    second = prepare(load_model(proto), one.prepared.probe)
+    sizes = {group.name: group.size for group in second.coupling.groups}
+    (rank_group,) = set(sizes) - {"make_stem", "make_a1", "make_b1"}
+    assert sizes == {"make_stem": 8, "make_a1": 4, "make_b1": 6, rank_group: 3}
+    widths = {"make_a1": 3, "make_b1": 0, rank_group: 2}
+    decisions = tuple(
+        GroupDecision.from_keep(name, size, range(widths.get(name, size))) for name, size in sizes.items()
+    )
+    notes = layers_of(one, first, one.kinds)
+    later = {node.name: "later" for node in second.graph.nodes if node.op == "Conv"}
+    plan = CompressionPlan(
+        "",
+        "",
+        {},
+        decisions,
+        layer_notes=later,
+        notes={"make_a1": "again"},
+        earlier=(make_plan(first, layer_notes=notes, notes={"make_a1": "once", "make_stem": "whole"}),),
+    )
+    found = plan_summary([one.prepared, second], plan)
+    assert [(entry.name, entry.size, entry.kept, entry.why) for entry in found.groups] == [
+        ("make_stem", 8, 8, None), ("make_a1", 6, 3, "again"), ("make_b1", 6, 0, None),
+        (rank_group, 3, 2, None),
+    ]  # fmt: skip
+    assert [(used.node, used.kind, used.rank) for used in found.implants] == [("make_a2", "lowrank", 3)]
+    assert found.removed_branches == ("make_b2",)
+    choices = {entry.node: entry for entry in found.layers}
+    assert choices["make_a2"].choice == "lowrank"
+    assert choices["make_a2"].why == notes["make_a2"]  # the later round knows its factors only
+    assert {name for name, entry in choices.items() if entry.why == "later"} == set(later) - {"make_a2"}
+    assert set(choices) == set(notes) | set(later)
+
+
+def test_every_round_tells_how_it_was_repaired() -> None:
+    one = job()
+    facts = {
+        "epochs": 4, "best_epoch": 2.5, "start_score": 0.5, "best_score": 0.25, "rollbacks": 1,
+        "augmentations": ["flip"],
+    }  # fmt: skip
+    choice = make_choice(one, {})
+    first = make_plan(choice, config={"recover": "refit"})
+    plan = make_plan(choice, config={"recover": "distill"}, training=facts, earlier=(first,))
+    assert [(entry.method, entry.epochs) for entry in recovery_summary(plan)] == [
+        ("refit", None), ("distill", 4),
+    ]  # fmt: skip
+    entry = recovery_summary(plan)[1]
+    assert {name: getattr(entry, name) for name in facts} == facts
+    assert recovery_summary(make_plan(choice))[0].method == "refit"  # of plans that do not say
 
 
 @pytest.mark.parametrize("method", ["prune", "implant", "hap"])

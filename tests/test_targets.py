@@ -12,8 +12,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sample_models import images, residual_cnn
 
-from hap_onnx.carry_out import Compressed
-from hap_onnx.choose import keep_mask
 from hap_onnx.errors import BudgetError
 from hap_onnx.metrics import Quality
 from hap_onnx.model_io import load_model
@@ -24,23 +22,12 @@ from hap_onnx.targets import (
     Found,
     params_within,
     search_smallest,
-    whole_choice,
 )
 
 
 @cache
 def prepared(dtype: type = np.float32) -> PreparedModel:
     return prepare(load_model(residual_cnn(dtype=dtype)), {"x": images(2).astype(dtype)})
-
-
-def test_the_whole_choice_changes_nothing() -> None:
-    choice = whole_choice(prepared())
-    assert [(d.group, d.size, len(d.keep)) for d in choice.decisions] == [
-        (group.name, group.size, group.size) for group in prepared().coupling.groups
-    ]
-    assert keep_mask(prepared(), choice.decisions).all()
-    assert not choice.replacements
-    assert not choice.whole
 
 
 # ---------------------------------------------------------------- bytes
@@ -80,7 +67,7 @@ class Trial:
         self.asked: list[float] = []
         self.notes: list[str] = []
 
-    def compress_to(self, budgets: Any) -> Any:
+    def compress_to(self, budgets: Any) -> float:
         ratios = {budgets[name] / size for name, size in FULL.items()}
         assert set(budgets) == set(FULL)
         assert max(ratios) == pytest.approx(min(ratios))
@@ -95,7 +82,7 @@ class Trial:
         interval = None if half is None else (drop - half, drop + half)
         return Quality("accuracy", 1.0, 1.0 - drop, interval, 40)
 
-    def search(self, limit: float) -> Found:
+    def search(self, limit: float) -> Found[float]:
         return search_smallest(FULL, self.compress_to, self.measure, limit=limit, note=self.notes.append)
 
 
@@ -147,9 +134,3 @@ def test_each_size_that_was_tried_is_told() -> None:
     assert trial.asked[0] == 0.5
     assert trial.notes[0] == "at 50% of the size: accuracy drops by 0.0125 (+-0.0100), accepted"
     assert trial.notes[1].endswith("accuracy drops by 0.3000 (+-0.0100), refused")
-
-
-def test_the_graph_of_the_whole_choice_is_that_of_the_model() -> None:
-    one = Compressed(whole_choice(prepared()), prepared().graph)
-    assert [node.name for node in one.finished().nodes] == [node.name for node in prepared().graph.nodes]
-    assert not one.plan_weights()
