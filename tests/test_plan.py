@@ -71,6 +71,26 @@ def make_plan(**changes: object) -> CompressionPlan:
     return replace(plan, **changes)
 
 
+MEASURED = (("spatial", 0.125, 0.25), ("lowrank", 1e-9, 3.0))
+
+
+def make_rounds() -> CompressionPlan:
+    """A plan of three rounds, the last two of which were trained; weights have the same names in each."""
+    first = make_plan(replacements=(NodeReplacement("c", "lowrank", 2, measured=MEASURED),))
+    second = make_plan(
+        model_sha256="cd" * 32,
+        weights={"w": np.zeros(2, np.float16), "earlier:0:w": np.ones(3)},
+        training={"epochs": 3, "best_epoch": 1.5, "augmentations": ["flip"]},
+        replacements=(),
+    )
+    return make_plan(
+        model_sha256="ef" * 32,
+        training={"epochs": 3, "rollbacks": 1},
+        earlier=(first, second),
+        replacements=(NodeReplacement("b", "spatial", 7, measured=MEASURED[:1]),),
+    )
+
+
 @pytest.mark.parametrize(
     ("kind", "rank", "channels"),
     [
@@ -97,8 +117,13 @@ def test_a_replacement_cannot_be_changed_and_has_finite_losses() -> None:
     assert replacement.channels.tolist() == [1, 4]
     with pytest.raises(ValueError, match="read-only"):
         replacement.channels[0] = 2
-    with pytest.raises(ValueError, match="finite"):
-        NodeReplacement("conv1", "lowrank", 2, expected_loss=float("nan"))
+    for losses in (
+        {"expected_loss": float("nan")},
+        {"measured": (("spatial", float("inf"), 1.0),)},
+        {"measured": (("spatial", 1.0, 1.0), ("spatial", 1.0, float("nan")))},
+    ):
+        with pytest.raises(ValueError, match="finite"):
+            NodeReplacement("conv1", "lowrank", 2, **losses)
 
 
 def test_decisions_come_in_the_order_of_the_groups() -> None:
@@ -134,6 +159,8 @@ def test_a_plan_refuses_what_its_file_could_not_hold() -> None:
         {"replacements": (NodeReplacement("a", "lowrank", 1), NodeReplacement("a", "spatial", 2))},
         {"config": {"x": float("inf")}},
         {"weights": {"w": np.array(["text"])}},
+        {"training": {"best_score": float("nan")}},
+        {"earlier": (make_plan(earlier=(make_plan(),)),)},
         {"decisions": (GroupDecision.from_keep("a", 1, [0]),) * 2, "predicted_loss": {}, "notes": {}},
     ):
         with pytest.raises(ValueError, match=r".+"):
@@ -144,18 +171,21 @@ def test_a_plan_refuses_what_its_file_could_not_hold() -> None:
 
 
 def check_equal(plan: CompressionPlan, other: CompressionPlan) -> None:
-    for name in ("model_sha256", "version", "config", "predicted_loss", "notes", "layer_notes"):
+    for name in ("model_sha256", "version", "config", "predicted_loss", "notes", "layer_notes", "training"):
         assert getattr(plan, name) == getattr(other, name)
     assert [(d.group, d.keep.tolist(), d.drop.tolist()) for d in plan.decisions] == [
         (d.group, d.keep.tolist(), d.drop.tolist()) for d in other.decisions
     ]
     assert [
-        (r.node, r.kind, r.rank, r.channels.tolist(), r.predicted_loss, r.expected_loss)
+        (r.node, r.kind, r.rank, r.channels.tolist(), r.predicted_loss, r.expected_loss, r.measured)
         for r in plan.replacements
     ] == [
-        (r.node, r.kind, r.rank, r.channels.tolist(), r.predicted_loss, r.expected_loss)
+        (r.node, r.kind, r.rank, r.channels.tolist(), r.predicted_loss, r.expected_loss, r.measured)
         for r in other.replacements
     ]
+    assert len(plan.earlier) == len(other.earlier)
+    for mine, theirs in zip(plan.earlier, other.earlier, strict=True):
+        check_equal(mine, theirs)
     assert list(plan.weights) == list(other.weights)
     for name, array in plan.weights.items():
         same = other.weights[name]
@@ -192,11 +222,23 @@ def replacements(draw: st.DrawFn) -> NodeReplacement:
         np.array(channels if kind == "pointwise" else [], np.int64),
         draw(losses),
         draw(losses),
+        tuple(draw(st.lists(st.tuples(st.text(max_size=6), losses, losses), max_size=2))),
     )
 
 
+_JSON = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**53), 2**53)
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.text(max_size=3), inner, max_size=2),
+    max_leaves=4,
+)
+
+
 @st.composite
-def plans(draw: st.DrawFn) -> CompressionPlan:
+def plans(draw: st.DrawFn, *, most_earlier: int = 2) -> CompressionPlan:
     keeps = draw(
         st.dictionaries(st.text(max_size=6), st.lists(st.booleans(), min_size=1, max_size=40), max_size=4)
     )
@@ -221,6 +263,8 @@ def plans(draw: st.DrawFn) -> CompressionPlan:
         notes=dict(zip(names, notes, strict=False)),
         replacements=tuple(draw(st.lists(replacements(), max_size=3, unique_by=lambda r: r.node))),
         layer_notes=draw(st.dictionaries(st.text(max_size=6), st.text(max_size=20), max_size=3)),
+        training=draw(st.dictionaries(st.text(max_size=5), _JSON, max_size=2)),
+        earlier=tuple(draw(st.lists(plans(most_earlier=0), max_size=most_earlier))),
     )
 
 
@@ -235,6 +279,33 @@ def test_a_plan_survives_its_file(plan: CompressionPlan, tmp_path_factory: pytes
     assert again.read_bytes() == path.read_bytes()
     assert again.with_suffix(".safetensors").read_bytes() == path.with_suffix(".safetensors").read_bytes()
     assert len(list(path.parent.iterdir())) == 4
+
+
+def test_rounds_survive_their_file_with_weights_of_the_same_names(tmp_path: Path) -> None:
+    plan = make_rounds()
+    save_plan(plan, tmp_path / "p.json")
+    found = load_plan(tmp_path / "p.json")
+    check_equal(plan, found)
+    assert found.earlier[0].replacements[0].measured == MEASURED
+    assert found.earlier[1].training["augmentations"] == ["flip"]
+    assert [sorted(part.weights) for part in (*found.earlier, found)] == [
+        ["b", "w"],
+        ["earlier:0:w", "w"],
+        ["b", "w"],
+    ]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["p.json", "p.safetensors"]
+
+
+def test_what_a_plan_lacks_is_not_in_its_file(tmp_path: Path) -> None:
+    save_plan(make_plan(), tmp_path / "p.json")
+    document = json.loads((tmp_path / "p.json").read_text("utf-8"))
+    assert {"training", "earlier"}.isdisjoint(document)
+    save_plan(make_rounds(), tmp_path / "p.json")
+    document = json.loads((tmp_path / "p.json").read_text("utf-8"))
+    assert document["training"] == {"epochs": 3, "rollbacks": 1}
+    assert document["implants"][0]["measured"] == [["spatial", 0.125, 0.25]]
+    assert [len(entry["implants"]) for entry in document["earlier"]] == [1, 0]
+    assert "training" not in document["earlier"][0]
 
 
 def test_a_plan_file_is_for_people_too(tmp_path: Path) -> None:
@@ -282,6 +353,27 @@ def test_plan_hash_sees_every_part() -> None:
         make_plan(weights={"w": np.arange(6, dtype=np.float32).reshape(2, 3), "b": np.array(4.0)}),
         make_plan(decisions=(GroupDecision.from_keep("a", 6, [0, 1, 2, 4]), plan.decisions[1])),
     ]
+    rounds = make_rounds()
+    first, second = rounds.earlier
+    (implant,) = rounds.replacements
+    others += [
+        make_plan(training={"epochs": 3}),
+        make_plan(training={"epochs": 4}),
+        make_plan(earlier=(first,)),
+        rounds,
+        replace(rounds, training={}),
+        replace(rounds, earlier=(second, first)),
+        replace(rounds, earlier=(first,)),
+        replace(rounds, earlier=(first, replace(second, training={"epochs": 3}))),
+        replace(rounds, earlier=(replace(first, version="0.2.0"), second)),
+        replace(rounds, earlier=(replace(first, model_sha256="01" * 32), second)),
+        replace(rounds, earlier=(first, replace(second, weights={}))),
+        replace(rounds, earlier=(first, replace(second, weights={"w": np.ones(2, np.float16)}))),
+        replace(rounds, replacements=(replace(implant, measured=()),)),
+        replace(rounds, replacements=(replace(implant, measured=(("lowrank", 0.125, 0.25),)),)),
+        replace(rounds, replacements=(replace(implant, measured=(("spatial", 0.125, 0.5),)),)),
+        replace(rounds, replacements=(replace(implant, measured=MEASURED),)),
+    ]
     assert len({plan_hash(other) for other in (plan, *others)}) == 1 + len(others)
 
 
@@ -303,7 +395,11 @@ def test_loading_says_what_is_missing_or_damaged(tmp_path: Path) -> None:
             load_plan(path)
 
 
-OPTIONAL = [("groups", 0, "predicted_loss"), ("implants",), ("layers",), ("layers", "a")]
+OPTIONAL = [
+    ("groups", 0, "predicted_loss"), ("implants",), ("layers",), ("layers", "a"), ("training",),
+    ("implants", 0, "measured"), ("earlier",), ("earlier", 0, "implants"), ("earlier", 1, "training"),
+    ("earlier", 0, "implants", 0, "measured"), ("training", "epochs"),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -357,6 +453,58 @@ OPTIONAL = [("groups", 0, "predicted_loss"), ("implants",), ("layers",), ("layer
 def test_loading_refuses_values_that_make_no_sense(tmp_path: Path, where: tuple, value: object) -> None:
     path = tmp_path / "p.json"
     save_plan(make_plan(), path)
+    document = json.loads(path.read_text("utf-8"))
+    inner = document
+    for key in where[:-1]:
+        inner = inner[key]
+    inner[where[-1]] = value
+    path.write_text(json.dumps(document))
+    with pytest.raises(ModelError, match=r"p\.json is damaged"):
+        load_plan(path)
+    if isinstance(inner, dict):
+        del inner[where[-1]]
+        path.write_text(json.dumps(document))
+        if where not in OPTIONAL:
+            with pytest.raises(ModelError, match=r"p\.json is damaged"):
+                load_plan(path)
+
+
+@pytest.mark.parametrize(
+    ("where", "value"),
+    [
+        (("training",), []),
+        (("training",), "epochs"),
+        (("implants", 0, "measured"), {}),
+        (("implants", 0, "measured"), "spatial"),
+        (("implants", 0, "measured", 0), "spatial"),
+        (("implants", 0, "measured", 0), ["spatial", 0.5]),
+        (("implants", 0, "measured", 0), ["spatial", 0.5, 0.5, 0.5]),
+        (("implants", 0, "measured", 0, 0), 3),
+        (("implants", 0, "measured", 0, 1), "much"),
+        (("implants", 0, "measured", 0, 2), True),
+        (("implants", 0, "measured", 0, 2), None),
+        (("implants", 0, "measured", 0, 2), 10**400),
+        (("earlier",), {}),
+        (("earlier",), "first"),
+        (("earlier", 0), "first"),
+        (("earlier", 0), None),
+        (("earlier", 0, "groups"), {}),
+        (("earlier", 0, "groups", 0, "keep"), "0-2,9"),
+        (("earlier", 0, "groups", 0, "width"), 5),
+        (("earlier", 0, "model_sha256"), None),
+        (("earlier", 0, "config"), []),
+        (("earlier", 0, "implants"), {}),
+        (("earlier", 0, "implants", 0, "rank"), 0),
+        (("earlier", 0, "implants", 0, "measured"), "spatial"),
+        (("earlier", 1, "training"), []),
+        (("weights", "tensors"), {}),
+        (("weights", "tensors", "earlier:0:w"), "float32[3,2]"),
+        (("weights", "tensors", "earlier:1:earlier:0:w"), 3),
+    ],
+)
+def test_loading_refuses_damaged_rounds(tmp_path: Path, where: tuple, value: object) -> None:
+    path = tmp_path / "p.json"
+    save_plan(make_rounds(), path)
     document = json.loads(path.read_text("utf-8"))
     inner = document
     for key in where[:-1]:
