@@ -6,8 +6,11 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import pytest
 from onnx import helper
 
+from hap_onnx import implant_speed, machine
+from hap_onnx.validate import LatencyComparison
 from tests.helpers import make_model, node, rand
 from tools.first_divergence import run_onnxruntime
 
@@ -78,9 +81,20 @@ def images(n: int = 120, *, seed: int = 3) -> np.ndarray:
     return rand(n, *SHAPE, seed=seed) + 1.5 * rand(n, 3, 1, 1, seed=seed + 1)
 
 
-def with_labels(x: np.ndarray) -> dict[str, np.ndarray]:
+def with_labels(x: np.ndarray, model: onnx.ModelProto | None = None) -> dict[str, np.ndarray]:
     """Label images as the network classifies them."""
-    return {"x": x, "labels": run_onnxruntime(residual_cnn(), {"x": x})["scores"].argmax(1)}
+    return {"x": x, "labels": run_onnxruntime(model or residual_cnn(), {"x": x})["scores"].argmax(1)}
+
+
+def timing(ratio: float) -> LatencyComparison:
+    """Return what measuring a model gives that takes ``ratio`` times as long as the original."""
+    return LatencyComparison(1.0, ratio, ratio, ratio - 0.01, ratio + 0.01, 11, 1, "CPUExecutionProvider", 1)
+
+
+def fix_speed(patch: pytest.MonkeyPatch) -> None:
+    """Time nothing, where time is not the question: results are as fast as the original, and implants pay."""
+    patch.setattr(machine, "measure_latency", lambda *args, **options: timing(1.0))
+    patch.setattr(implant_speed, "measure_latency", lambda *args, **options: timing(0.5))
 
 
 def write(folder: Path, model: onnx.ModelProto | None = None, *, external: bool = False) -> Path:

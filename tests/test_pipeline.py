@@ -13,7 +13,7 @@ import onnxruntime as ort
 import pytest
 import torch
 from onnx import numpy_helper
-from sample_models import images, residual_cnn, with_labels, write
+from sample_models import fix_speed, images, residual_cnn, timing, with_labels, write
 
 import hap_onnx
 from hap_onnx import (
@@ -47,15 +47,9 @@ from tools.first_divergence import run_onnxruntime
 FAST: dict[str, Any] = {"threads": 1, "batch_size": 64}
 
 
-def timing(ratio: float) -> LatencyComparison:
-    return LatencyComparison(1.0, ratio, ratio, ratio - 0.01, ratio + 0.01, 11, 1, "CPUExecutionProvider", 1)
-
-
 @pytest.fixture(autouse=True)
 def _no_timing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Time is not what these tests are about: results are as fast as the original, and implants pay."""
-    monkeypatch.setattr(machine, "measure_latency", lambda *args, **options: timing(1.0))
-    monkeypatch.setattr(implant_speed, "measure_latency", lambda *args, **options: timing(0.5))
+    fix_speed(monkeypatch)
 
 
 @pytest.fixture(scope="module")

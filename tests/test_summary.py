@@ -323,7 +323,9 @@ def test_every_round_tells_how_it_was_repaired() -> None:
         ("refit", None), ("distill", 4),
     ]  # fmt: skip
     entry = recovery_summary(plan)[1]
-    assert {name: getattr(entry, name) for name in facts} == facts
+    assert entry.augmentations is not None
+    found = {name: getattr(entry, name) for name in facts}
+    assert {**found, "augmentations": [*entry.augmentations]} == facts
     assert recovery_summary(make_plan(choice))[0].method == "refit"  # of plans that do not say
 
 
