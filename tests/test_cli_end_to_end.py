@@ -366,3 +366,98 @@ def test_a_signal_in_the_middle_leaves_nothing(
     assert process.returncode == code
     assert error == f"hap-onnx: {word}; nothing was written\n"
     assert folder.files == before
+
+
+# Runs the real job and stops in training: at the n-th update, or while a state is half-written.
+PAUSED_TRAINING = textwrap.dedent(
+    """
+    import os, sys, time
+    import hap_onnx.cli as cli
+    from hap_onnx import machine
+    from hap_onnx.distill import checkpoint
+    from hap_onnx.distill.train import Trainer
+
+    place, n = sys.argv.pop(1).split()
+    machine.LATENCY_SECONDS = 0.1
+    n_calls = 0
+
+    def pause_at(function):
+        def call(*args):
+            global n_calls
+            n_calls += 1
+            if n_calls == int(n):
+                print("paused", flush=True)
+                time.sleep(60)
+            return function(*args)
+        return call
+
+    if place == "update":
+        Trainer.update = pause_at(Trainer.update)
+    else:
+        class Os:  # the one of this module only: others write files, too
+            replace = staticmethod(pause_at(os.replace))
+            getpid = staticmethod(os.getpid)
+        checkpoint.os = Os
+    sys.exit(cli.main())
+    """
+)
+TRAINED = (*BUDGET, "--epochs", "4", "--batch-size", "16", "--method", "prune", "--threads", "1",
+           "--allow-slower", "-q")  # fmt: skip
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs POSIX signals")
+@pytest.mark.parametrize(
+    ("place", "number"),
+    [
+        ("update 1", signal.SIGKILL),
+        ("update 7", signal.SIGKILL),
+        ("replace 5", signal.SIGKILL),
+        ("update 15", signal.SIGTERM),
+        ("replace 4", signal.SIGINT),
+    ],
+)
+def test_a_job_that_is_killed_in_training_goes_on(folder: Folder, place: str, number: signal.Signals) -> None:
+    arguments = ("compress", "net.onnx", "--data", "calib.npz", *TRAINED)
+    command = [sys.executable, "-c", PAUSED_TRAINING, place, *arguments, "--work-dir", "work"]
+    with subprocess.Popen(
+        command, cwd=folder.path, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "paused\n"
+        half_written = [name for name in folder.files if name.endswith(".tmp")]
+        assert bool(half_written) == place.startswith("replace")
+        process.send_signal(number)
+        _, error = process.communicate(timeout=30)
+    if number == signal.SIGKILL:
+        assert process.returncode == -signal.SIGKILL
+    else:
+        assert process.returncode == 128 + number
+        word = "interrupted" if number == signal.SIGINT else "terminated"
+        assert error == (
+            f"hap-onnx: {word}; nothing was written at net.hap.onnx; the same command goes on from work\n"
+        )
+        assert not [name for name in folder.files if name.endswith(".tmp")]
+    assert {name for name in folder.files if "work" not in name} == {"calib.npz", "net.onnx"}
+
+    folder.run(*arguments, "--work-dir", "work", "--report", "r.json")
+    assert "sensitivity" not in json.loads((folder / "r.json").read_text())["seconds"]
+    assert not [name for name in folder.files if name.endswith(".tmp")]
+    resumed = (folder / "net.hap.onnx").read_bytes()
+    folder.run(*arguments, "--work-dir", "other")
+    assert (folder / "net.hap.onnx").read_bytes() == resumed
+
+
+def test_training_is_told_in_the_table(folder: Folder) -> None:
+    arguments = [word for word in TRAINED if word != "-q"]
+    result = folder.run("compress", "net.onnx", "--data", "calib.npz", *arguments)
+    text = " ".join(result.out.split())
+    assert "training: distance to the original " in text
+    assert ", best after " in text
+    assert "training on 72 samples for 4 epochs" in " ".join(result.err.split())
+
+
+def test_words_of_training_that_cannot_be(folder: Folder) -> None:
+    folder.check_refused(
+        "calib.npz", *BUDGET, "--epochs", "2", "--recover", "none", code=2, says=["--epochs"]
+    )
+    folder.check_refused("calib.npz", "--rounds", "2", code=2, says=["--rounds needs a budget"])
