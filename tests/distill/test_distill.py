@@ -20,6 +20,7 @@ from hap_onnx.carry_out import compress_layers, cut_model
 from hap_onnx.choose import choose
 from hap_onnx.distill import Recipe
 from hap_onnx.distill.learned import find_learned
+from hap_onnx.distill.train import Trainer
 from hap_onnx.events import Event
 from hap_onnx.surgery import with_weights
 from hap_onnx.twin import build_twin, run_captured
@@ -395,6 +396,29 @@ def test_the_twin_runs_in_mixed_precision(name: str) -> None:
         error = (found[output].float() - expected[output]).square().mean().sqrt()
         assert error < 0.05 * expected[output].square().mean().sqrt() + 1e-6
         assert found[output].shape == expected[output].shape
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_model_is_trained_in_mixed_precision(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Trainer, "_precision", lambda self: torch.autocast("cpu", torch.bfloat16))
+    case = topology(name)
+    found = case.distill(perturbed(case.graph), Recipe(epochs=2, batch_size=8))
+    assert found.best_score <= found.start_score
+    for values in found.weights.values():
+        assert values.dtype == np.float32
+        assert np.isfinite(values).all()
+
+
+def test_mixed_precision_repairs_about_as_much(monkeypatch: pytest.MonkeyPatch) -> None:
+    case, recipe = classifier(), replace(RECIPE, epochs=8)
+    broken = perturbed(case.graph)
+    exact = case.distill(broken, recipe)
+    monkeypatch.setattr(Trainer, "_precision", lambda self: torch.autocast("cpu", torch.bfloat16))
+    mixed = case.distill(broken, recipe)
+    assert as_bytes(mixed) != as_bytes(exact)
+    assert mixed.start_score == exact.start_score  # models are judged in float32
+    assert mixed.best_score < 0.5 * mixed.start_score
+    assert mixed.best_score == pytest.approx(exact.best_score, rel=0.2)
 
 
 def test_gradients_in_mixed_precision_are_near_those_in_float32() -> None:
