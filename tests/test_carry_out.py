@@ -6,6 +6,7 @@ from dataclasses import replace
 from functools import cache
 
 import numpy as np
+import onnx_graphsurgeon as gs
 import pytest
 import torch
 from planning import (
@@ -23,6 +24,7 @@ from hap_onnx import carry_out
 from hap_onnx.carry_out import compress_layers, cut_model, from_plan_weights, refit_layers
 from hap_onnx.choose import Choice
 from hap_onnx.curves import output_distance
+from hap_onnx.distill.learned import find_learned
 from hap_onnx.errors import ModelError, SurgeryError
 from hap_onnx.model_io import to_proto
 from hap_onnx.plan import CompressionPlan, NodeReplacement, load_plan, save_plan
@@ -87,6 +89,31 @@ def test_a_plan_file_gives_the_same_bytes(name: str, recover: str, tmp_path) -> 
         result = from_plan_weights(one.prepared, again, saved.weights)
         expected = to_proto(compressed.finished(), one.prepared.source).SerializeToString()
         assert to_proto(result.finished(), one.prepared.source).SerializeToString() == expected
+
+
+def check_trained(name: str, kinds: list[str], seed: int) -> None:
+    """Assert that other values for all that training may change end where they belong, and survive a plan."""
+    one, rng = job(name), np.random.default_rng(seed)
+    for _ in range(3):
+        choice = random_choice(one, rng, kinds=kinds)
+        compressed = compress_layers(cut_model(one.prepared, choice, one.losses.implants))
+        graph = compressed.finished()
+        before = {n: t.values for n, t in graph.tensors().items() if isinstance(t, gs.Constant)}
+        values = {
+            name: rng.standard_normal(before[name].shape).astype(np.float32) for name in find_learned(graph)
+        }
+        trained = compressed.with_trained(values)
+        again = from_plan_weights(one.prepared, choice, trained.plan_weights())
+        for found in (trained.finished(), again.finished()):
+            after = {n: t.values for n, t in found.tensors().items() if isinstance(t, gs.Constant)}
+            assert list(after) == list(before)
+            for name, array in after.items():
+                np.testing.assert_array_equal(array, values.get(name, before[name]))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_trained_values_end_where_they_belong(name: str) -> None:
+    check_trained(name, ["lowrank", "spatial"], 6)
 
 
 def test_refit_repairs_what_cut_and_implants_lost() -> None:
