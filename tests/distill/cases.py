@@ -24,7 +24,6 @@ from hap_onnx.twin import build_twin
 from tools.first_divergence import run_onnxruntime
 
 Arrays = Mapping[str, np.ndarray]
-N_CALIBRATE, N_CHOOSE = 64, 32
 RECIPE = Recipe(epochs=3, batch_size=16, seed=1)
 
 
