@@ -25,7 +25,6 @@ from hap_onnx.machine import (
     Stopwatch,
     check_loads,
     compare_speed,
-    make_folder,
     open_data,
     open_session,
     pick_device,
@@ -39,7 +38,7 @@ from hap_onnx.model_io import load_model, save_model
 from hap_onnx.plan import CompressionPlan, save_plan
 from hap_onnx.prepare import PreparedModel, prepare
 from hap_onnx.rounds import Candidate, Round, Workshop
-from hap_onnx.saving import count_saved_bytes
+from hap_onnx.saving import count_saved_bytes, make_folder
 from hap_onnx.summary import (
     facts_after,
     facts_before,

@@ -210,7 +210,7 @@ def _frozen_lines(frozen: Iterable[FrozenNode]) -> list[Text]:
 
 
 def _plural(number: int, word: str) -> str:
-    ending = "" if number == 1 else "es" if word.endswith("ch") else "s"
+    ending = "" if number == 1 else "es" if word.endswith("branch") else "s"
     return f"{number} {word}{ending}"
 
 

@@ -7,6 +7,7 @@ the one before has compressed and repaired, and looks at sensitivities anew.
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -20,7 +21,7 @@ from hap_onnx.config import CompressConfig
 from hap_onnx.cost_graph import cost_model
 from hap_onnx.decide import LossModel, build_loss_model
 from hap_onnx.distill import Recipe, distill
-from hap_onnx.errors import BudgetError
+from hap_onnx.errors import BudgetError, ModelError, SurgeryError
 from hap_onnx.events import Event, OnEvent
 from hap_onnx.implant_speed import faster_kinds
 from hap_onnx.machine import Stopwatch, open_session, pick_device
@@ -29,6 +30,8 @@ from hap_onnx.prepare import PreparedModel
 from hap_onnx.summary import explain_groups, explain_layers, plan_words, with_measured
 from hap_onnx.validate import LatencyComparison
 from hap_onnx.work_folder import WorkFolder
+
+_log = logging.getLogger(__name__)
 
 N_STATISTICS = 1024
 """Most samples for sensitivities, refit and the choice between candidates: training takes all there are."""
@@ -216,10 +219,14 @@ class Round:
         plan = self.shop.work.load(name)
         if plan is None or plan.model_sha256 != self.prepared.source.sha256:
             return None
-        choice = Choice(plan.decisions_for(self.prepared.coupling), plan.replacements)
         words = plan_words(self.shop.config, self.prepared)  # budgets and gates may have other words by now
         plan = replace(plan, config=words, earlier=self.earlier)
-        return Candidate(from_plan_weights(self.prepared, choice, plan.weights), plan)
+        try:
+            choice = Choice(plan.decisions_for(self.prepared.coupling), plan.replacements)
+            return Candidate(from_plan_weights(self.prepared, choice, plan.weights), plan)
+        except (ModelError, SurgeryError) as error:
+            _log.warning("the candidate %s in the work folder is not used: %s", name, error)
+            return None
 
     def _explained(self, compressed: Compressed) -> Candidate:
         config, losses, choice = self.shop.config, self.losses, compressed.choice

@@ -20,6 +20,7 @@ from hap_onnx.calibration import Splits, Subset
 from hap_onnx.config import CompressConfig
 from hap_onnx.errors import ModelError
 from hap_onnx.plan import CompressionPlan, load_plan, save_plan
+from hap_onnx.saving import make_folder
 
 _log = logging.getLogger(__name__)
 
@@ -50,7 +51,7 @@ class WorkFolder:
     def save(self, name: str, plan: CompressionPlan) -> None:
         """Keep a plan, complete or not at all; raises ValidationError."""
         if self._path is not None:
-            self._path.mkdir(parents=True, exist_ok=True)
+            make_folder(self._path)
             save_plan(plan, self._file(name))
 
     def training(self, name: str) -> Path | None:

@@ -498,3 +498,15 @@ def test_budgets_of_one_job_share_a_folder_and_are_kept_apart(
         made = make(tmp_path, data, work_dir=work, keep_macs=ratio)
         assert made.model == model == make(tmp_path, data, keep_macs=ratio).model
         assert made.report.budget.reached["keep_macs"] <= ratio
+
+
+def test_implants_of_the_paper_are_trained(tmp_path: Path, data: dict[str, np.ndarray]) -> None:
+    """Pointwise implants share the bias of their layer between two nodes."""
+    made = make(tmp_path, data, keep_macs=0.6, preset="paper", probes=8, epochs=3)
+    assert {entry.kind for entry in made.report.plan.implants} == {"pointwise"}
+    check_applied(tmp_path, made)
+
+
+def test_a_search_may_train_implants(tmp_path: Path, labelled: dict[str, np.ndarray]) -> None:
+    made = make(tmp_path, labelled, max_drop=0.25, epochs=2)
+    check_applied(tmp_path, made)

@@ -13,6 +13,7 @@ import pytest
 
 from hap_onnx.calibration import InputSpec, Splits, open_dataset, split_dataset
 from hap_onnx.config import CompressConfig
+from hap_onnx.errors import ValidationError
 from hap_onnx.plan import CompressionPlan, GroupDecision, plan_hash
 from hap_onnx.work_folder import WorkFolder, job_key
 from tests.helpers import rand
@@ -207,3 +208,9 @@ def test_the_state_of_training_goes_when_it_is_over(tmp_path: Path) -> None:
     folder.drop_training("one")
     assert not path.exists()
     assert other.exists()
+
+
+def test_a_folder_that_cannot_be_made_is_a_validation_error(tmp_path: Path) -> None:
+    (tmp_path / "key").write_text("a file")
+    with pytest.raises(ValidationError, match="key"):
+        WorkFolder(tmp_path, "key").save("one", make_plan())

@@ -27,6 +27,7 @@ from hap_onnx.distill.objective import Objective, find_hidden, find_scores
 from hap_onnx.distill.train import Recipe, Trainer, train
 from hap_onnx.events import Event, OnEvent, ignore_event
 from hap_onnx.measure import constants_of
+from hap_onnx.saving import make_folder
 from hap_onnx.twin import Twin, build_twin, unfix_batch
 
 __all__ = ["Distilled", "Recipe", "distill"]
@@ -115,10 +116,10 @@ def distill(
     )
     learned = find_learned(compressed, leave=leave)
     reached = _reached(student, learned, objective, inputs)
-    if len(reached) < len(learned):
-        n_left = len(learned) - len(reached)
+    blocked = _read_before(compressed, objective.outputs).intersection(learned).difference(reached)
+    if blocked:
         why = "no gradient reaches them, because a node behind them runs in onnxruntime only"
-        _note(on_event, f"{n_left} of {len(learned)} weights are not trained: {why}")
+        _note(on_event, f"{len(blocked)} of {len(learned)} weights are not trained: {why}")
     if not reached:
         _note(on_event, "nothing of the model can be trained, so it stays as it is", kind="warning")
         return Distilled({}, (), 0.0, 0.0, 0.0, 0)
@@ -132,7 +133,8 @@ def distill(
     _note(on_event, f"training on {calibrate.n_samples} samples for {recipe.epochs} epochs{how}")
     trainer = Trainer(teacher, student, reached, objective, augmenter, calibrate, choose, recipe)
     with _folder(folder) as place:
-        trained = train(trainer, place, _key(compressed, recipe, objective, kinds, key), on_event=on_event)
+        state_key = _key(compressed, recipe, objective, (kinds, reached, key))
+        trained = train(trainer, place, state_key, on_event=on_event)
     progress = trained.progress
     return Distilled(
         weights=trained.weights,
@@ -152,6 +154,8 @@ def _reached(
     student: Twin, learned: Sequence[str], objective: Objective, inputs: Mapping[str, Tensor]
 ) -> tuple[str, ...]:
     """Return those of the weights on which the outputs depend in a way that torch can differentiate."""
+    if not learned:
+        return ()
     outputs = student(inputs)
     total = sum(outputs[name].float().sum() for name in objective.outputs)
     parameters = [student.parameter_of[name] for name in learned]
@@ -161,19 +165,35 @@ def _reached(
     return tuple(name for name, gradient in zip(learned, gradients, strict=True) if gradient is not None)
 
 
+def _read_before(graph: gs.Graph, outputs: Collection[str]) -> set[str]:
+    """Return the initializers that the graph reads on the way to some of its outputs."""
+    found: set[str] = set()
+    seen: set[int] = set()
+    waiting = [tensor for tensor in graph.outputs if tensor.name in outputs]
+    while waiting:
+        tensor = waiting.pop()
+        if isinstance(tensor, gs.Constant):
+            found.add(tensor.name)
+        for node in tensor.inputs:
+            if id(node) not in seen:
+                seen.add(id(node))
+                waiting.extend(node.inputs)
+    return found
+
+
 @contextmanager
 def _folder(path: Path | None) -> Iterator[Path]:
     if path is not None:
-        path.mkdir(parents=True, exist_ok=True)
+        make_folder(path)
         yield path
         return
     with tempfile.TemporaryDirectory(prefix="hap-onnx-distill-", ignore_cleanup_errors=True) as temporary:
         yield Path(temporary)
 
 
-def _key(compressed: gs.Graph, recipe: Recipe, objective: Objective, kinds: Sequence[str], key: str) -> str:
+def _key(compressed: gs.Graph, recipe: Recipe, objective: Objective, more: Any) -> str:
     """Tell apart what is trained, how, and towards what."""
-    digest = hashlib.sha256(repr((key, recipe, objective, tuple(kinds))).encode())
+    digest = hashlib.sha256(repr((recipe, objective, more)).encode())
     for node in compressed.nodes:
         digest.update(repr((node.name, node.op, [tensor.name for tensor in node.inputs])).encode())
         for tensor in constants_of(node):

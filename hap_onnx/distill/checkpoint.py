@@ -64,6 +64,8 @@ def load_state(path: Path, key: str) -> tuple[Progress, dict[str, Tensor]] | Non
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             entry = json.loads((file.metadata() or {}).get(_ENTRY, "{}"))
+            if not isinstance(entry, dict):
+                raise ValueError("its description is no object")
             if entry.pop("key", None) != key:
                 _log.info("%s belongs to other work and is not used", path)
                 return None

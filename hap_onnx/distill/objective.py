@@ -22,7 +22,7 @@ TEMPERATURE = 3.0
 """Of the softened distributions, in standard deviations of the original's logits."""
 N_HIDDEN = 9
 """How many tensors inside are compared, besides the outputs."""
-HIDDEN_SHARE = 0.5
+HIDDEN_SHARE = 8.0
 """Weight of the tensors inside, on average, against that of the outputs."""
 LABEL_SHARE = 0.5
 """Weight of the labels against the original's scores."""
@@ -103,7 +103,7 @@ class Objective:
         temperature = TEMPERATURE * self.scores.scale
         soft, target = (F.log_softmax(logits / temperature, dim=1) for logits in pair)
         divergence = F.kl_div(soft, target, log_target=True, reduction="batchmean")
-        # Nearly half the mean squared error of the logits, relative to their variance: of the distance's size.
+        # About half the squared error of the logits relative to their variance: of the size of the distance.
         return loss + TEMPERATURE**2 * divergence
 
 

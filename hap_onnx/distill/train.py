@@ -33,7 +33,9 @@ WARMUP = 0.1
 AVERAGE_SHARE = 0.02
 """Share of all updates over which weights are averaged."""
 DIVERGED = 3.0
-"""A score this many times the one before training is taken for divergence."""
+"""A score this many times the one before training is taken for divergence ..."""
+NEAR = 0.01
+"""... unless it is below this (an r2 of 0.98): next to the original there is nothing to compare with."""
 MAX_ROLLBACKS = 4
 MAX_PERIOD = 500
 """Most updates between two looks at the samples set aside."""
@@ -135,7 +137,8 @@ class Trainer:
         self.optimizer.step()
         # A short memory at first, so that the average does not hang on to where it began.
         horizon = min(max(1.0, AVERAGE_SHARE * self.n_steps), (step + 10) / 9)
-        torch._foreach_lerp_(list(self.average.values()), list(self.parameters.values()), 1 / horizon)
+        latest = [parameter.detach() for parameter in self.parameters.values()]
+        torch._foreach_lerp_(list(self.average.values()), latest, 1 / horizon)
         return value
 
     def _loss(self, inputs: Mapping[str, Tensor], labels: np.ndarray | None) -> Tensor:
@@ -245,7 +248,8 @@ def _parameter_groups(parameters: Sequence[nn.Parameter], weight_decay: float) -
     for parameter in parameters:
         size = float(parameter.detach().double().square().mean().sqrt())
         scale = 2.0 ** round(math.log2(max(size, SMALLEST_SIZE)))
-        groups.setdefault((scale, weight_decay if parameter.ndim > 1 else 0.0), []).append(parameter)
+        is_weight = sum(length > 1 for length in parameter.shape) > 1  # no bias, whatever its number of axes
+        groups.setdefault((scale, weight_decay if is_weight else 0.0), []).append(parameter)
     return [
         {"params": group, "scale": scale, "weight_decay": decay} for (scale, decay), group in groups.items()
     ]
@@ -268,7 +272,7 @@ def train(trainer: Trainer, folder: Path, key: str, *, on_event: OnEvent) -> Tra
     """
     now, best = folder / "training.safetensors", folder / "best.safetensors"
     found = load_state(now, key)
-    if found is None:
+    if found is None or load_state(best, key) is None:
         start, words = trainer.score()
         progress = Progress(0, start, start, 0)
         save_state(now, key, progress, trainer.tensors())
@@ -281,17 +285,15 @@ def train(trainer: Trainer, folder: Path, key: str, *, on_event: OnEvent) -> Tra
     on_event(Event(STAGE, "start", total=trainer.n_steps))
     on_event(Event(STAGE, "advance", words, amount=progress.step))
     try:
-        while progress.step < trainer.n_steps:
+        while progress.step < trainer.n_steps and progress.n_rollbacks <= MAX_ROLLBACKS:
             end = _end_of_period(trainer, progress.step)
             try:
                 _run_period(trainer, progress, end, words, on_event)
                 score, words = trainer.score()
-                if not score <= DIVERGED * progress.start_score:
+                if not score <= max(DIVERGED * progress.start_score, NEAR):
                     raise Diverged(f"the score is {score:.3g}, after {progress.start_score:.3g} at the start")
             except Diverged as reason:
                 progress = _roll_back(trainer, progress, now, key, reason, on_event)
-                if progress.n_rollbacks > MAX_ROLLBACKS:
-                    break
                 continue
             if score < progress.best_score:
                 progress = replace(progress, best_score=score, best_step=end)

@@ -15,7 +15,7 @@ import onnx_graphsurgeon as gs
 import pytest
 import torch
 from sample_models import images, residual_cnn
-from topologies import TOPOLOGIES
+from topologies import TOPOLOGIES, Net
 
 from hap_onnx.curvature import to_tensors
 from hap_onnx.distill import Distilled, Recipe
@@ -438,3 +438,66 @@ def test_a_folder_that_takes_no_files_is_a_validation_error(tmp_path: Path) -> N
     (folder / "training.safetensors").mkdir()
     with pytest.raises(ValidationError, match="cannot be written"):
         case().distill(broken(), folder=folder)
+
+
+def test_biases_of_more_axes_do_not_decay() -> None:
+    """Such as what is left of a removed branch, [1, C, 1, 1]."""
+    net = Net()
+    x = net.op("Add", net.conv("x", 3, 4, bias=False), net.rand(1, 4, 1, 1))
+    net.conv(net.op("PRelu", x, net.rand(4, 1, 1)), 4, 2, out="y")
+    one = Case(net.model("y"), {"x": rand(30, 3, 6, 6)})
+    trainer = make_trainer(one.graph, of=one)
+    assert len(trainer.parameters) == 5
+    for group in trainer.optimizer.param_groups:
+        for parameter in group["params"]:
+            is_weight = sum(size > 1 for size in parameter.shape) > 1
+            assert group["weight_decay"] == (RECIPE.weight_decay if is_weight else 0)
+
+
+@pytest.mark.parametrize("what", ["missing", "damaged"])
+def test_the_best_state_may_be_missing_or_damaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    """As after a kill between the first two files, or a disk that has lost one; here nothing gets better."""
+    spoil(monkeypatch, lambda call: True)
+    expected = case().distill(broken())
+    with pytest.raises(Interrupted):
+        case().distill(broken(), folder=tmp_path, on_event=stop_at_start)
+    best = tmp_path / "best.safetensors"
+    if what == "missing":
+        best.unlink()
+    else:
+        best.write_bytes(best.read_bytes()[:100])
+    assert as_bytes(case().distill(broken(), folder=tmp_path)) == as_bytes(expected)
+
+
+def stop_at_start(event: Event) -> None:
+    if event.kind == "start":
+        raise Interrupted
+
+
+def test_other_nodes_to_leave_start_anew(tmp_path: Path) -> None:
+    with pytest.raises(Interrupted):
+        case().distill(broken(), folder=tmp_path, leave={"make_a1"}, on_event=interrupt_at(9))
+    assert as_bytes(case().distill(broken(), folder=tmp_path)) == as_bytes(uninterrupted())
+
+
+def test_after_too_many_failures_an_interrupted_run_is_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was killed before its plan was kept; the facts of training are part of that plan."""
+    with monkeypatch.context() as patch:
+        spoil(patch, lambda call: call >= 6)
+        expected = case().distill(broken(), folder=tmp_path)
+    assert expected.n_rollbacks == train.MAX_ROLLBACKS + 1
+    spoil(monkeypatch, lambda call: True)
+    found = case().distill(broken(), folder=tmp_path)
+    assert as_bytes(found) == as_bytes(expected)
+    assert found.facts(3) == expected.facts(3)
+
+
+def test_averaged_weights_keep_no_history_of_gradients() -> None:
+    trainer = make_trainer()
+    for step, batch in enumerate(train._batches(trainer, 0, 4)):
+        trainer.update(step, batch, RECIPE.rate)
+    assert not any(tensor.requires_grad for tensor in trainer.average.values())
