@@ -35,6 +35,8 @@ _log = logging.getLogger(__name__)
 
 N_STATISTICS = 1024
 """Most samples for sensitivities, refit and the choice between candidates: training takes all there are."""
+N_CHECKED = 4096
+"""Most samples that say which weights on the way of training are best: they are run many times."""
 
 
 @dataclass(frozen=True)
@@ -60,9 +62,9 @@ class Workshop:
     clock: Stopwatch
     on_event: OnEvent
 
-    def few(self, part: Subset) -> Subset:
+    def few(self, part: Subset, n_most: int = N_STATISTICS) -> Subset:
         """Return enough samples of a part for statistics, in whole batches."""
-        return part.take(max(1, N_STATISTICS // self.batch_size) * self.batch_size)
+        return part.take(max(1, n_most // self.batch_size) * self.batch_size)
 
     def note(self, text: str, *, kind: str = "note") -> None:
         """Tell the caller something that a user should know."""
@@ -195,7 +197,7 @@ class Round:
                 original.graph,
                 finished,
                 shop.splits.calibrate,
-                shop.splits.choose,
+                shop.few(shop.splits.choose, N_CHECKED),
                 Recipe(config.n_epochs, shop.batch_size, seed=config.seed),
                 scales=shop.scales,
                 scores=shop.scores,

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import io
 import time
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
@@ -120,11 +121,13 @@ def train(model: nn.Module, images: Tensor, labels: Tensor, schedule: Schedule) 
 
 def export(model: nn.Module, example: Tensor, output: Path) -> None:
     """Write a network with a dynamic batch; BatchNormalization is folded, as exporters do."""
-    torch.onnx.export(
-        model.to(memory_format=torch.contiguous_format).eval(), (example,), str(output),
-        input_names=["input"], output_names=["logits"],
-        dynamic_axes={"input": {0: "N"}, "logits": {0: "N"}}, dynamo=False,
-    )  # fmt: skip
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # the newer exporter needs onnxscript
+        torch.onnx.export(
+            model.to(memory_format=torch.contiguous_format).eval(), (example,), str(output),
+            input_names=["input"], output_names=["logits"],
+            dynamic_axes={"input": {0: "N"}, "logits": {0: "N"}}, dynamo=False,
+        )  # fmt: skip
 
 
 def train_network(network: str, data: Path, output: Path, *, width: float, schedule: Schedule) -> None:
