@@ -419,7 +419,23 @@ def _check_types(document: Any) -> None:
     for name, kind in (("training", dict), ("earlier", list)):
         if not isinstance(document.get(name, kind()), kind):
             raise ValueError(f"'{name}' is no {kind.__name__}")
+    for name, value in document.get("training", {}).items():
+        if name in _TRAINING_TYPES and (
+            not isinstance(value, _TRAINING_TYPES[name]) or isinstance(value, bool)
+        ):
+            raise ValueError(f"'{name}' of 'training' has the wrong type")
 
+
+_TRAINING_TYPES: Mapping[str, type | tuple[type, ...]] = MappingProxyType(
+    {
+        "epochs": int,
+        "best_epoch": (int, float),
+        "start_score": (int, float, type(None)),
+        "best_score": (int, float, type(None)),
+        "rollbacks": int,
+        "augmentations": list,
+    }
+)
 
 _IMPLANT_TYPES: Mapping[str, type | tuple[type, ...]] = MappingProxyType(
     {"node": str, "kind": str, "rank": int, "predicted_loss": (int, float), "expected_loss": (int, float)}

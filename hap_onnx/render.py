@@ -310,9 +310,6 @@ class EventPrinter:
 
     def _start(self, event: Event) -> None:
         """Begin a stage, or begin it again: some stages run once per round."""
-        if event.stage in self._tasks:
-            self._progress.reset(self._tasks[event.stage], total=event.total, words="")
-        else:
-            self._tasks[event.stage] = self._progress.add_task(
-                escape(event.stage), total=event.total, words=""
-            )
+        if event.stage in self._tasks:  # a task that was stopped keeps its time, even if it is reset
+            self._progress.remove_task(self._tasks[event.stage])
+        self._tasks[event.stage] = self._progress.add_task(escape(event.stage), total=event.total, words="")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -16,7 +16,7 @@ import hap_onnx
 from hap_onnx.calibration import Splits, Subset
 from hap_onnx.candidates import Budgets, Setting, all_kinds, compress_to, sketch
 from hap_onnx.carry_out import Compressed, from_plan_weights, left_alone
-from hap_onnx.choose import Choice, predicted_losses
+from hap_onnx.choose import Choice, moved_tensors, predicted_losses
 from hap_onnx.config import CompressConfig
 from hap_onnx.cost_graph import cost_model
 from hap_onnx.decide import LossModel, build_loss_model
@@ -62,9 +62,9 @@ class Workshop:
     clock: Stopwatch
     on_event: OnEvent
 
-    def few(self, part: Subset, n_most: int = N_STATISTICS) -> Subset:
-        """Return enough samples of a part for statistics, in whole batches."""
-        return part.take(max(1, n_most // self.batch_size) * self.batch_size)
+    def few(self, part: Subset, n_most: int | None = None) -> Subset:
+        """Return enough samples of a part for statistics, or ``n_most``, in whole batches."""
+        return part.take(max(1, (n_most or N_STATISTICS) // self.batch_size) * self.batch_size)
 
     def note(self, text: str, *, kind: str = "note") -> None:
         """Tell the caller something that a user should know."""
@@ -82,14 +82,20 @@ class Candidate:
 class Round:
     """Makes candidates of one model.
 
-    ``earlier`` are the plans of the rounds before. Sensitivities are found when they are first needed: a job
-    that goes on after an interruption may have what it asks for already.
+    ``earlier`` are the plans of the rounds before, and ``moved`` the tensors whose channels have another
+    order since. Sensitivities are found when they are first needed: a job that goes on after an interruption
+    may have what it asks for already.
     """
 
     def __init__(
-        self, shop: Workshop, prepared: PreparedModel, earlier: Sequence[CompressionPlan] = ()
+        self,
+        shop: Workshop,
+        prepared: PreparedModel,
+        earlier: Sequence[CompressionPlan] = (),
+        moved: Collection[str] = (),
     ) -> None:
         self.shop, self.prepared, self.earlier = shop, prepared, tuple(earlier)
+        self.moved = frozenset(moved)
         self._last: tuple[str, Candidate] | None = None
 
     @cached_property
@@ -203,6 +209,7 @@ class Round:
                 scores=shop.scores,
                 augment=config.augment == "auto",
                 leave=left_alone(original.graph, finished, self.prepared.untouched),
+                moved=self.moved_by(candidate),
                 folder=shop.work.training(name),
                 key=shop.work.key,
                 device=pick_device(config.device),
@@ -215,6 +222,10 @@ class Round:
         shop.work.save(f"{name}-trained", plan)
         shop.work.drop_training(name)
         return Candidate(compressed, plan)
+
+    def moved_by(self, candidate: Candidate) -> frozenset[str]:
+        """The tensors of a candidate whose channels have another order than in the original."""
+        return self.moved | moved_tensors(self.prepared, candidate.compressed.choice)
 
     def kept(self, name: str) -> Candidate | None:
         """Return a candidate of an interrupted job from the work folder, if it is there."""

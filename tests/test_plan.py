@@ -399,6 +399,8 @@ OPTIONAL = [
     ("groups", 0, "predicted_loss"), ("implants",), ("layers",), ("layers", "a"), ("training",),
     ("implants", 0, "measured"), ("earlier",), ("earlier", 0, "implants"), ("earlier", 1, "training"),
     ("earlier", 0, "implants", 0, "measured"), ("training", "epochs"),
+    ("earlier", 1, "training", "start_score"), ("earlier", 1, "training", "best_epoch"),
+    ("earlier", 1, "training", "epochs"),
 ]  # fmt: skip
 
 
@@ -497,6 +499,9 @@ def test_loading_refuses_values_that_make_no_sense(tmp_path: Path, where: tuple,
         (("earlier", 0, "implants", 0, "rank"), 0),
         (("earlier", 0, "implants", 0, "measured"), "spatial"),
         (("earlier", 1, "training"), []),
+        (("earlier", 1, "training", "start_score"), "high"),
+        (("earlier", 1, "training", "best_epoch"), None),
+        (("earlier", 1, "training", "epochs"), "x"),
         (("weights", "tensors"), {}),
         (("weights", "tensors", "round:0:w"), "float32[3,2]"),
         (("weights", "tensors", "round:1:earlier:0:w"), 3),

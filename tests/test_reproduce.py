@@ -77,6 +77,9 @@ def test_runs_that_are_there_are_not_repeated(tmp_path: Path, monkeypatch: pytes
         assert ours["peak_mb"] == 123.0
         assert paper is None
         assert len(commands) == n_commands
+    others = ["--epochs", "3"]
+    assert [entry is None for _, entry in run_all(runs, files, tmp_path, others)] == [False, True]
+    assert len(commands) == 5  # other settings are other runs
     words = " ".join(commands[0])
     for part in ("--data d.npz", "--keep-params 0.3", "--seed 1", "--epochs 2", "--allow-slower"):
         assert part in words
@@ -100,7 +103,8 @@ def test_a_network_is_trained_compressed_and_put_beside_the_paper(tmp_path: Path
     found = CliRunner().invoke(reproduce.main, list(words), catch_exceptions=False)
     assert found.exit_code == 0
     for recipe in ("ours", "paper"):
-        report = json.loads((folder / f"preresnet29-{recipe}-0.6-0.json").read_text())
+        (path,) = folder.glob(f"preresnet29-{recipe}-0.6-0-*.json")
+        report = json.loads(path.read_text())
         assert report["after"]["params"] <= 0.6 * report["before"]["params"]
         assert report["quality"]["n_samples"] == 60
         assert report["quality"]["before"] > 0.5

@@ -14,6 +14,7 @@ the test images, which nothing else sees.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import statistics
@@ -51,9 +52,10 @@ class Run:
     keep_params: float
     seed: int
 
-    @property
-    def name(self) -> str:
-        return f"{self.network}-{self.recipe}-{self.keep_params:g}-{self.seed}"
+    def name(self, words: Sequence[str]) -> str:
+        """What its files are called: ``words`` are the rest of its command."""
+        digest = hashlib.sha256(json.dumps(list(words)).encode()).hexdigest()[:6]
+        return f"{self.network}-{self.recipe}-{self.keep_params:g}-{self.seed}-{digest}"
 
 
 @dataclass(frozen=True)
@@ -68,17 +70,26 @@ class Files:
 
 
 def make_cifar(
-    network: str, data: Path, folder: Path, model: Path | None, width: float, schedule: Schedule
+    network: str,
+    data: Path,
+    folder: Path,
+    model: Path | None,
+    *,
+    width: float,
+    schedule: Schedule,
+    with_labels: bool,
 ) -> Files:
     """Write arrays as the model takes them, and train the original unless it is there."""
     path = model or folder / f"{network}.onnx"
     if not path.is_file():
         train_network(network, data, path, width=width, schedule=schedule)
     for part in ("train", "test"):
-        if not (folder / f"{part}.npz").is_file():
-            with np.load(data, allow_pickle=False) as arrays:
-                images, labels = read_images(arrays, part)
-            np.savez(folder / f"{part}.npz", input=to_input(images).numpy(), labels=labels.numpy())
+        with np.load(data, allow_pickle=False) as arrays:
+            images, labels = read_images(arrays, part)
+        found = {"input": to_input(images).numpy()}
+        if with_labels or part == "test":
+            found["labels"] = labels.numpy()
+        np.savez(folder / f"{part}.npz", **found)
     return Files(path, ("--data", str(folder / "train.npz"), "--val", str(folder / "test.npz")))
 
 
@@ -113,13 +124,14 @@ def run_all(
 ) -> Iterator[tuple[Run, Any]]:
     """Yield each run with its report, with ``peak_mb`` added; None where it was refused."""
     for run in runs:
-        report, output = folder / f"{run.name}.json", folder / f"{run.name}.onnx"
+        words = [
+            str(files.model), *files.data, "--keep-params", f"{run.keep_params:g}", *RECIPES[run.recipe],
+            "--seed", str(run.seed), *options, "--allow-slower", "--work-dir", str(folder / "work"),
+        ]  # fmt: skip
+        name = run.name(words)
+        report = folder / f"{name}.json"
         if not report.is_file():
-            words = [
-                str(files.model), *files.data, "--keep-params", f"{run.keep_params:g}", *RECIPES[run.recipe],
-                "--seed", str(run.seed), *options, "--allow-slower", "--work-dir", str(folder / "work"),
-                "--output", str(output), "--report", str(report),
-            ]  # fmt: skip
+            words += ["--output", str(folder / f"{name}.onnx"), "--report", str(report)]
             click.echo("hap-onnx compress " + " ".join(words))
             code, peak_mb = _run([sys.executable, "-m", "hap_onnx", "compress", *words])
             if code:
@@ -184,6 +196,7 @@ _mean = statistics.fmean
 @click.option("--epochs", default=20, help="Of recovery by distillation.")
 @click.option("--rounds", default=1)
 @click.option("--probes", default=16, help="Of the paper's Hessian traces; it takes 300.")
+@click.option("--labels/--no-labels", default=True, help="Whether compression may see labels.")
 @click.option("--max-samples", type=int, help="Most training samples that are used for compression.")
 @click.option("--width", default=1.0, help="Channels of a network trained here, relative to the paper's.")
 @click.option("--train-epochs", default=160)
@@ -201,6 +214,7 @@ def main(
     epochs: int,
     rounds: int,
     probes: int,
+    labels: bool,
     max_samples: int | None,
     width: float,
     train_epochs: int,
@@ -213,7 +227,9 @@ def main(
         files = make_imagenet(data, folder, model)
     else:
         schedule = Schedule(train_epochs, train_minutes, bfloat16=bfloat16, threads=threads)
-        files = make_cifar(network, Path(data), folder, model, width, schedule)
+        files = make_cifar(
+            network, Path(data), folder, model, width=width, schedule=schedule, with_labels=labels
+        )
     options = ["--epochs", str(epochs), "--rounds", str(rounds), "--threads", str(threads)]
     options += ["--probes", str(probes)]
     options += [] if max_samples is None else ["--max-samples", str(max_samples)]

@@ -10,6 +10,7 @@ the exported model are ``(x / 255 - mean) / std`` with the ImageNet mean and std
 from __future__ import annotations
 
 import io
+import math
 import time
 import warnings
 from collections.abc import Mapping
@@ -92,10 +93,10 @@ def make_optimizer(model: nn.Module, rate: float) -> torch.optim.Optimizer:
 def train(model: nn.Module, images: Tensor, labels: Tensor, schedule: Schedule) -> None:
     optimizer = make_optimizer(model, schedule.rate)
     generator = torch.Generator().manual_seed(schedule.seed)
-    n_steps = schedule.epochs * (len(labels) // schedule.batch_size)
+    n_steps = schedule.epochs * math.ceil(len(labels) / schedule.batch_size)
     step, done, start = 0, 0.0, time.perf_counter()
     while done < 1:
-        for chosen in torch.randperm(len(labels), generator=generator).split(schedule.batch_size)[:-1]:
+        for chosen in torch.randperm(len(labels), generator=generator).split(schedule.batch_size):
             if done >= 1:
                 break
             # One cycle over the share of the schedule that is done, by steps or by time.

@@ -7,6 +7,7 @@ weights, biases and scales change, so the graph stays the one that was planned.
 from __future__ import annotations
 
 import hashlib
+import math
 import tempfile
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -24,7 +25,7 @@ from hap_onnx.curvature import to_tensors
 from hap_onnx.distill.augment import find_augmenter
 from hap_onnx.distill.learned import find_learned
 from hap_onnx.distill.objective import Objective, find_hidden, find_scores
-from hap_onnx.distill.train import Recipe, Trainer, train
+from hap_onnx.distill.training import Recipe, Trainer, train
 from hap_onnx.events import Event, OnEvent, ignore_event
 from hap_onnx.measure import constants_of
 from hap_onnx.saving import make_folder
@@ -43,15 +44,16 @@ class Distilled:
         weights: new values of initializers of the compressed graph, float32.
         augmentations: what was done to the images.
         start_score, best_score: distance to the original (and to labels) on the samples set aside, before
-            training and with ``weights``; never larger after than before.
+            training and with ``weights``; never larger after than before. None if nothing could be trained
+            or they are no finite number.
         best_epoch: where the weights were found, 0 for those before training.
         n_rollbacks: how often training failed, and went back with half the rate.
     """
 
     weights: Mapping[str, np.ndarray]
     augmentations: tuple[str, ...]
-    start_score: float
-    best_score: float
+    start_score: float | None
+    best_score: float | None
     best_epoch: float
     n_rollbacks: int
 
@@ -78,6 +80,7 @@ def distill(
     scores: str | None = None,
     augment: bool = True,
     leave: Collection[str] = (),
+    moved: Collection[str] = (),
     folder: Path | None = None,
     key: str = "",
     device: str = "cpu",
@@ -93,6 +96,7 @@ def distill(
         scores: the output that holds class scores [N, C], if there is one.
         augment: whether images may be flipped and shifted, if the original hardly notices.
         leave: nodes of ``compressed`` whose weights are not to be touched.
+        moved: tensors of ``compressed`` whose channels have another order than in the original.
         folder: where the state of training is kept, for going on after an interruption with the same
             arguments; default: a temporary folder.
         key: what else the state depends on, such as the data.
@@ -111,7 +115,7 @@ def distill(
     one_by_one = not (unfix_batch(teacher, inputs) and unfix_batch(student, inputs))
     objective = Objective(
         scales=scales,
-        hidden={} if one_by_one else find_hidden(teacher, student, inputs),
+        hidden={} if one_by_one else find_hidden(teacher, student, inputs, leave=moved),
         scores=None if scores is None else find_scores(scores, expected[scores]),
     )
     learned = find_learned(compressed, leave=leave)
@@ -122,7 +126,7 @@ def distill(
         _note(on_event, f"{len(blocked)} of {len(learned)} weights are not trained: {why}")
     if not reached:
         _note(on_event, "nothing of the model can be trained, so it stays as it is", kind="warning")
-        return Distilled({}, (), 0.0, 0.0, 0.0, 0)
+        return Distilled({}, (), None, None, 0.0, 0)
     augmenter = None
     if augment:
         augmenter = find_augmenter(
@@ -130,7 +134,8 @@ def distill(
         )
     kinds = augmenter.kinds if augmenter is not None else ()
     how = f", images augmented by {' and '.join(kinds)}" if kinds else ""
-    _note(on_event, f"training on {calibrate.n_samples} samples for {recipe.epochs} epochs{how}")
+    length = f"{recipe.epochs} epoch{'' if recipe.epochs == 1 else 's'}"
+    _note(on_event, f"training on {calibrate.n_samples} samples for {length}{how}")
     trainer = Trainer(teacher, student, reached, objective, augmenter, calibrate, choose, recipe)
     with _folder(folder) as place:
         state_key = _key(compressed, recipe, objective, (kinds, reached, key))
@@ -139,11 +144,15 @@ def distill(
     return Distilled(
         weights=trained.weights,
         augmentations=kinds,
-        start_score=progress.start_score,
-        best_score=progress.best_score,
+        start_score=_finite(progress.start_score),
+        best_score=_finite(progress.best_score),
         best_epoch=progress.best_step / trainer.steps_per_epoch,
         n_rollbacks=progress.n_rollbacks,
     )
+
+
+def _finite(score: float) -> float | None:
+    return score if math.isfinite(score) else None
 
 
 def _note(on_event: OnEvent, text: str, *, kind: Literal["note", "warning"] = "note") -> None:

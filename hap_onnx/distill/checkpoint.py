@@ -46,6 +46,8 @@ def save_state(path: Path, key: str, progress: Progress, tensors: dict[str, Tens
     try:
         contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
         safetensors.torch.save_file(contiguous, temporary, metadata={_ENTRY: entry})
+        with temporary.open("rb") as stream:
+            os.fsync(stream.fileno())
         os.replace(temporary, path)
     except (OSError, safetensors.SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error

@@ -8,7 +8,7 @@ what is added to all scores of a sample, nor serve embeddings, which look like c
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -116,10 +116,13 @@ def find_scores(name: str, scores: Tensor) -> Scores:
     return replace(raw, scale=max(deviation, _TINY))
 
 
-def find_hidden(teacher: Twin, student: Twin, inputs: Mapping[str, Tensor]) -> dict[str, float]:
+def find_hidden(
+    teacher: Twin, student: Twin, inputs: Mapping[str, Tensor], *, leave: Collection[str] = ()
+) -> dict[str, float]:
     """Choose tensors inside whose shapes have survived, evenly along the depth, with the scale of each.
 
-    Sums come first, since they carry what all layers behind them read; without any, all tensors do.
+    Those to ``leave`` mean something else in the student. Sums come first, since they carry what all layers
+    behind them read; without any, all tensors do.
     """
     shapes = probe_shapes(student, inputs)
     expected = probe_shapes(teacher, inputs)
@@ -129,6 +132,7 @@ def find_hidden(teacher: Twin, student: Twin, inputs: Mapping[str, Tensor]) -> d
         for step in teacher.steps
         for name in step.outputs
         if name in shapes
+        and name not in leave
         and shapes[name] == expected[name]
         and len(shapes[name]) > 2
         and shapes[name][0] == n_samples

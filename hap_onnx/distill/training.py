@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -287,13 +287,21 @@ def train(trainer: Trainer, folder: Path, key: str, *, on_event: OnEvent) -> Tra
     try:
         while progress.step < trainer.n_steps and progress.n_rollbacks <= MAX_ROLLBACKS:
             end = _end_of_period(trainer, progress.step)
+            n_done = 0
+
+            def advance(text: str) -> None:
+                nonlocal n_done
+                n_done += 1
+                on_event(Event(STAGE, "advance", text))
+
             try:
-                _run_period(trainer, progress, end, words, on_event)
+                _run_period(trainer, progress, end, words, advance)
                 score, words = trainer.score()
-                if not score <= max(DIVERGED * progress.start_score, NEAR):
+                if not score <= max(DIVERGED * progress.start_score, NEAR) or score == math.inf:
                     raise Diverged(f"the score is {score:.3g}, after {progress.start_score:.3g} at the start")
             except Diverged as reason:
                 progress = _roll_back(trainer, progress, now, key, reason, on_event)
+                on_event(Event(STAGE, "advance", words, amount=-n_done))
                 continue
             if score < progress.best_score:
                 progress = replace(progress, best_score=score, best_step=end)
@@ -305,7 +313,7 @@ def train(trainer: Trainer, folder: Path, key: str, *, on_event: OnEvent) -> Tra
     kept = load_state(best, key)
     assert kept is not None  # written above, or by the run that was interrupted
     weights = {name: tensor.cpu().numpy() for name, tensor in kept[1].items()}
-    return Trained(weights, progress)
+    return Trained(weights, replace(progress, best_score=kept[0].best_score, best_step=kept[0].best_step))
 
 
 def _end_of_period(trainer: Trainer, step: int) -> int:
@@ -314,14 +322,16 @@ def _end_of_period(trainer: Trainer, step: int) -> int:
     return step - in_epoch + min(trainer.steps_per_epoch, in_epoch + MAX_PERIOD)
 
 
-def _run_period(trainer: Trainer, progress: Progress, end: int, words: str, on_event: OnEvent) -> None:
+def _run_period(
+    trainer: Trainer, progress: Progress, end: int, words: str, advance: Callable[[str], None]
+) -> None:
     recipe, mean = trainer.recipe, 0.0
     batches = _batches(trainer, progress.step, end)
     for index, (step, batch) in enumerate(zip(range(progress.step, end), batches, strict=True)):
         loss = trainer.update(step, batch, progress.rate_factor * trainer.rate_at(step))
         mean += (loss - mean) / (index + 1)
         text = f"loss {mean:.3g}" + (f", {words}" if words else "")
-        on_event(Event(STAGE, "advance", text))
+        advance(text)
     _log.info("updates %d to %d of %d at batch size %d: mean loss %.4g", progress.step, end, trainer.n_steps,
               recipe.batch_size, mean)  # fmt: skip
 
