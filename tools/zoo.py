@@ -5,9 +5,9 @@
     python -m tools.zoo check zoo/                        # go on: only what is missing is done
     python -m tools.zoo table zoo/
 
-Needs ``pip install -e '.[zoo]'``; where pip's torchvision asks for another torch than the one that is there,
-``pip install --no-deps torchvision timm transformers`` does, since only Python code of theirs is used. Nothing
-is downloaded: weights are random, and so is the data.
+Needs ``pip install -e '.[zoo]'``. Where torchvision asks for another torch than the one that is there, put it
+and timm in with ``pip install --no-deps``: only Python code of theirs is used. Nothing is downloaded: weights
+are random, and so is the data.
 
 Each file runs in a process of its own, on one thread, with a time limit. Results are kept in zoo/results, one
 JSON file per model; the table is zoo/results/zoo.md, with all numbers in zoo.json beside it.
@@ -21,9 +21,11 @@ import json
 import multiprocessing
 import os
 import resource
+import shlex
 import sys
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -50,22 +52,23 @@ def run_apart(work: Callable[[], None], log: Path, limit: float) -> str | None:
     """Run ``work`` in a forked process whose output goes to ``log``; return what ended it early, or None."""
 
     def body() -> None:
-        with log.open("w") as stream:
+        with log.open("w", buffering=1) as stream:
             os.dup2(stream.fileno(), 1)
             os.dup2(stream.fileno(), 2)
-        torch.set_num_threads(1)
-        try:
-            work()
-        except BaseException:
-            traceback.print_exc()
-            sys.stderr.flush()
-            os._exit(1)
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(0)
+            sys.stdout = sys.stderr = stream
+            torch.set_num_threads(1)
+            code = 0
+            try:
+                work()
+            except BaseException:
+                traceback.print_exc()
+                code = 1
+        os._exit(code)  # the parent's exit handlers are not ours
 
     process = multiprocessing.get_context("fork").Process(target=body)
-    process.start()
+    with warnings.catch_warnings():  # threads that are lost in the fork: the parent computes nothing
+        warnings.simplefilter("ignore", DeprecationWarning)
+        process.start()
     process.join(limit)
     if process.is_alive():
         process.kill()
@@ -117,7 +120,7 @@ def _data(name: str, n: int) -> dict[str, np.ndarray]:
 
 
 def check_file(
-    folder: Path, name: str, stages: Iterable[str], *, method: str, samples: int, keep: float
+    folder: Path, name: str, stages: Iterable[str], *, samples: int, keep: float, options: Sequence[str]
 ) -> None:
     """Run stages of one file and write its record after each."""
     path, results = _model_path(folder, name), folder / "results"
@@ -131,7 +134,7 @@ def check_file(
             elif stage == "inspect":
                 facts = zoo_checks.check_inspect(path, data)
             else:
-                facts = _compress(path, data, results, method=method, samples=samples, keep=keep)
+                facts = _compress(path, data, results, keep=keep, options=options)
         except Exception as error:
             traceback.print_exc()
             facts = {
@@ -146,14 +149,13 @@ def check_file(
 
 
 def _compress(
-    path: Path, data: Mapping[str, np.ndarray], results: Path, *, method: str, samples: int, keep: float
+    path: Path, data: Mapping[str, np.ndarray], results: Path, *, keep: float, options: Sequence[str]
 ) -> Record:
     data_path = results / f"{path.stem}.npz"
     np.savez(data_path, **data)
-    facts = zoo_checks.compress_file(
-        path, data_path, results, keep=keep, method=method, samples=samples
-    )
-    facts["method"] = method
+    facts = zoo_checks.compress_file(path, data_path, results, keep=keep, options=options)
+    data_path.unlink()
+    facts["options"] = " ".join(options)
     facts["peak_mb_compress"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
     report_path = results / f"{path.stem}.report.json"
     if facts["exit"] != 0:
@@ -330,11 +332,11 @@ def export_command(folder: Path, globs: tuple[str, ...], again: bool, limit: flo
 @click.option("--failed", is_flag=True, help="Do again what has failed.")
 @click.option("--limit", default=900.0, show_default=True, help="Seconds per file.")
 @click.option("--samples", default=64, show_default=True, help="Samples of calibration data.")
-@click.option("--method", type=click.Choice(("hap", "prune", "implant")), default="hap", show_default=True)
+@click.option("--options", default="", help="More options for compress, such as '--method prune'.")
 @click.option("--keep", default=KEEP, show_default=True, help="Share of the parameters to keep.")
 def check_command(
     folder: Path, globs: tuple[str, ...], until: str, again: bool, failed: bool, limit: float, samples: int,
-    method: str, keep: float,
+    options: str, keep: float,
 ) -> None:  # fmt: skip
     """Run the files whose names match: twin, inspect, compress."""
     names = [name for name in _select(globs) if _model_path(folder, name).exists()]
@@ -348,7 +350,7 @@ def check_command(
         write_record(folder, {**kept, "mtime": mtime})
 
         def work(name=name, stages=stages) -> None:  # type: ignore[no-untyped-def]
-            check_file(folder, name, stages, method=method, samples=samples, keep=keep)
+            check_file(folder, name, stages, samples=samples, keep=keep, options=shlex.split(options))
 
         log = folder / "logs" / f"{name}.log"
         problem = run_apart(work, log, limit)

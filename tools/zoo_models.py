@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -178,14 +179,15 @@ def _convmixer() -> nn.Module:
 def _transformer(
     model: str, config: str, key: str, names: Sequence[str], /, **options: Any
 ) -> Callable[[], nn.Module]:
-    """A model of transformers, by the names of its class and of that of its configuration."""
+    """A model of transformers, by its class (and its module, unless exported) and its configuration."""
 
     def build() -> nn.Module:
         _import_torchvision()
         import transformers
 
+        module, _, class_name = f"transformers.{model}".rpartition(".")
         settings = getattr(transformers, config)(**options)
-        return _OneOutput(getattr(transformers, model)(settings).eval(), key, names)
+        return _OneOutput(getattr(import_module(module), class_name)(settings).eval(), key, names)
 
     return build
 
@@ -306,7 +308,8 @@ _TRANSFORMERS = (
                          num_feat_extract_layers=3, num_conv_pos_embeddings=16,
                          num_conv_pos_embedding_groups=4, apply_spec_augment=False), _noise(640)),
     Network("hf_whisper_enc",
-            _transformer("WhisperEncoder", "WhisperConfig", "last_hidden_state", ("input_features",),
+            _transformer("models.whisper.modeling_whisper.WhisperEncoder", "WhisperConfig",
+                         "last_hidden_state", ("input_features",),
                          vocab_size=100, num_mel_bins=20, d_model=64, encoder_layers=2,
                          encoder_attention_heads=4, encoder_ffn_dim=128, decoder_layers=1,
                          decoder_attention_heads=4, decoder_ffn_dim=64, max_source_positions=32,
@@ -475,7 +478,8 @@ def export(network: Network, variant: str, path: Path, *, seed: int = 0) -> int:
     """Build a network, give it random weights and write it to ``path``; returns its number of parameters."""
     torch.manual_seed(seed)
     model = network.build().eval()
-    randomise(model, [torch.from_numpy(a) for a in make_inputs(network, 8, seed=seed + 1).values()], seed=seed)
+    samples = make_inputs(network, 8, seed=seed + 1).values()
+    randomise(model, [torch.from_numpy(values) for values in samples], seed=seed)
     model.eval()
     for parameter in model.parameters():
         parameter.requires_grad_(False)

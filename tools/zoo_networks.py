@@ -7,6 +7,7 @@ their random weights, statistics and inputs.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -126,7 +127,7 @@ def dcgan_generator(n_noise: int = 32, width: int = 32) -> nn.Module:
         nn.Unflatten(1, (n_noise, 1, 1)),
         nn.ConvTranspose2d(n_noise, widths[0], 4, bias=False), nn.BatchNorm2d(widths[0]), nn.ReLU(),
     ]  # fmt: skip
-    for n_in, n_out in zip(widths, widths[1:]):
+    for n_in, n_out in pairwise(widths):
         layers += [
             nn.ConvTranspose2d(n_in, n_out, 4, stride=2, padding=1, bias=False),
             nn.BatchNorm2d(n_out), nn.ReLU(),
@@ -210,7 +211,7 @@ class YoloBody(nn.Module):
         super().__init__()
         self.stem = stem
         widths = (16, 32, 64, 128, 256)
-        self.down = nn.ModuleList(ConvSilu(a, b, 3, 2) for a, b in zip(widths, widths[1:]))
+        self.down = nn.ModuleList(ConvSilu(a, b, 3, 2) for a, b in pairwise(widths))
         self.stages = nn.ModuleList(stage(n, n, depth) for n, depth in zip(widths[1:], depths))
         self.pyramid = PoolPyramid(256)
         # YOLOv5 narrows before it goes up, YOLOv8 does not.
@@ -391,9 +392,11 @@ class GluDemixer(nn.Module):
             last: list[nn.Module] = [nn.ReLU()] if level else []
             decoders.append(
                 nn.Sequential(
-                    nn.Conv1d(n, 2 * n, 3, padding=1), nn.GLU(1),
-                    nn.ConvTranspose1d(n, n_in, 8, stride=4, padding=2), *last,
-                )  # fmt: skip
+                    nn.Conv1d(n, 2 * n, 3, padding=1),
+                    nn.GLU(1),
+                    nn.ConvTranspose1d(n, n_in, 8, stride=4, padding=2),
+                    *last,
+                )
             )
             n_in = n
         self.encoders, self.decoders = nn.ModuleList(encoders), nn.ModuleList(decoders[::-1])
@@ -541,9 +544,7 @@ class DilatedNet(nn.Module):
     def __init__(self, width: int = 24) -> None:
         super().__init__()
         self.stem = nn.Sequential(*conv_norm(3, width, 2))
-        self.branches = nn.ModuleList(
-            nn.Conv2d(width, width, 3, padding=d, dilation=d) for d in (1, 2, 3, 5)
-        )
+        self.branches = nn.ModuleList(nn.Conv2d(width, width, 3, padding=d, dilation=d) for d in (1, 2, 3, 5))
         self.mix = nn.Sequential(*conv_norm(4 * width, 2 * width))
         self.tail = nn.Conv2d(2 * width, width, 3, padding=(2, 1), dilation=(2, 1))
         self.head = nn.Conv2d(width, 6, 1)
