@@ -145,7 +145,7 @@ def _vision_transformer() -> nn.Module:
     from torchvision.models import VisionTransformer
 
     return VisionTransformer(
-        image_size=64, patch_size=16, num_layers=4, num_heads=4, hidden_dim=96, mlp_dim=384, num_classes=100
+        image_size=64, patch_size=16, num_layers=5, num_heads=4, hidden_dim=96, mlp_dim=384, num_classes=100
     )
 
 
@@ -154,7 +154,7 @@ def _maxvit() -> nn.Module:
     from torchvision.models import MaxVit
 
     return MaxVit(
-        input_size=(64, 64), stem_channels=16, partition_size=4, block_channels=[16, 32, 64],
+        input_size=(64, 64), stem_channels=16, partition_size=4, block_channels=[24, 48, 80],
         block_layers=[1, 1, 1], head_dim=8, stochastic_depth_prob=0.0, num_classes=100,
     )  # fmt: skip
 
@@ -164,7 +164,7 @@ def _timm(name: str, **options: Any) -> Callable[[], nn.Module]:
         _import_torchvision()
         import timm
 
-        return timm.create_model(name, pretrained=False, **options)
+        return timm.create_model(name, pretrained=False, num_classes=100, **options)
 
     return build
 
@@ -287,7 +287,7 @@ _TRANSFORMERS = (
                          patch_size=8), _image(32), variants=("dynamo",)),
     Network("hf_swin",
             _transformer("SwinModel", "SwinConfig", "last_hidden_state", _PIXELS, image_size=32, patch_size=2,
-                         embed_dim=16, depths=[2, 2], num_heads=[2, 4], window_size=4, mlp_ratio=2.0),
+                         embed_dim=32, depths=[2, 2], num_heads=[2, 4], window_size=4, mlp_ratio=2.0),
             _image(32), variants=("dynamo",)),
     Network("hf_segformer",
             _transformer("SegformerForSemanticSegmentation", "SegformerConfig", "logits", _PIXELS,
@@ -296,7 +296,7 @@ _TRANSFORMERS = (
                          num_labels=5), _IMAGE64),
     Network("hf_convnextv2",
             _transformer("ConvNextV2ForImageClassification", "ConvNextV2Config", "logits", _PIXELS,
-                         hidden_sizes=[24, 48, 72, 96], depths=[1, 1, 3, 1], num_labels=10), _IMAGE64),
+                         hidden_sizes=[32, 64, 96, 144], depths=[1, 1, 3, 1], num_labels=10), _IMAGE64),
     Network("hf_mobilevit",
             _transformer("MobileViTForImageClassification", "MobileViTConfig", "logits", _PIXELS,
                          image_size=64, hidden_sizes=[32, 48, 64],
