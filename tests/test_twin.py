@@ -406,6 +406,26 @@ def test_a_batch_that_cannot_be_unfixed_runs_sample_by_sample() -> None:
     assert _compare_with_single_runs(mixing, {"x": rand(3, 4)}).batch_limit == 1
 
 
+@pytest.mark.parametrize("mask", [[[1, 1, 1]] * 2, [[0, 0, 0]] * 2, [[7, 7, 7]] * 2])
+def test_integers_that_are_the_same_in_the_first_samples_do_not_hide_what_reads_them(mask: object) -> None:
+    model = make_model(
+        [
+            node("Gather", ["mask", "zero"], ["m"], axis=0),  # of the first sample, whatever the batch
+            node("Cast", ["m"], ["f"], to=onnx.TensorProto.FLOAT),
+            node("Mul", ["x", "f"], ["y"]),
+        ],
+        inputs={"x": [1, 3]},
+        outputs=["y"],
+        weights={"zero": np.array(0)},
+    )
+    model.graph.input.append(onnx.helper.make_tensor_value_info("mask", onnx.TensorProto.INT64, [1, 3]))
+    first = np.array(mask, np.int64)
+    twin = _compare_with_single_runs(model, {"x": rand(2, 3), "mask": first})
+    assert twin.batch_limit == 1
+    later = {"x": torch.from_numpy(rand(2, 3)), "mask": torch.tensor([[1, 1, 1], [1, 0, 1]])}
+    assert torch.equal(twin(later)["y"], later["x"] * later["mask"])
+
+
 def test_unfix_batch_says_before_whether_any_batch_runs() -> None:
     twin = make_twin(attention_net())
     assert unfix_batch(twin, {"x": torch.from_numpy(rand(1, 4, 6))})
