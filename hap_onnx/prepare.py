@@ -22,7 +22,7 @@ from hap_onnx.curvature import to_tensors
 from hap_onnx.errors import CalibrationError, HapOnnxError, ModelError, UsageError
 from hap_onnx.fusion import fold_batch_norms
 from hap_onnx.input_spec import InputSpec
-from hap_onnx.measure import model_size
+from hap_onnx.measure import count_params, model_size
 from hap_onnx.model_io import SourceModel, normalise
 from hap_onnx.surgery import masked_reads, remove_channels, shape_after
 from hap_onnx.twin import Twin, build_twin, probe_shapes
@@ -101,7 +101,8 @@ def prepare(
         UsageError: a pattern matches nothing.
     """
     original = normalise(source)
-    n_params = model_size(original, {}).params
+    # Tables that normalise computes beforehand, such as the masks of shifted windows, are not the model's.
+    n_params = min(model_size(original, {}).params, count_params(source.proto))
     graph = fold_batch_norms(original)
     twin = build_twin(graph, device=device)
     n_probe = max(2, _declared_batch(graph))

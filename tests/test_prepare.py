@@ -49,6 +49,23 @@ def test_shapes_are_those_of_one_sample_and_of_two() -> None:
     assert result.n_params == sum(int(np.prod(t.dims)) for t in residual_cnn().graph.initializer)
 
 
+def test_parameters_are_counted_without_what_is_computed_beforehand() -> None:
+    model = make_model(
+        [
+            node("ConstantOfShape", ["size"], ["zeros"], value=onnx.numpy_helper.from_array(rand(1))),
+            node("Add", ["x", "zeros"], ["a"]),
+            node("MatMul", ["a", "w"], ["h"]),
+            node("Relu", ["h"], ["r"]),
+            node("MatMul", ["r", "v"], ["y"]),
+        ],
+        inputs={"x": ["N", 10, 30]},
+        outputs=["y"],
+        weights={"size": np.array([1, 10, 30]), "w": rand(30, 8), "v": rand(8, 2)},
+    )
+    result = prepare(load_model(model), {"x": rand(2, 10, 30)})
+    assert result.n_params == 1 + 30 * 8 + 8 * 2  # and not 300 for the table
+
+
 def test_a_declared_batch_is_the_probe() -> None:
     result = prepared(residual_cnn(batch=4))
     assert groups_of(result) == ALL
