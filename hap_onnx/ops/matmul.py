@@ -266,21 +266,16 @@ def _macs_einsum(
     node: gs.Node, input_shapes: list[tuple[int, ...] | None], output_shapes: list[tuple[int, ...]]
 ) -> int:
     """Count the whole index space of two operands; a sum or permutation of one is no product."""
-    terms = node.attrs["equation"].replace(" ", "").split("->")[0].split(",")
-    if len(terms) < 2:
+    shapes = [shape or () for shape in input_shapes]
+    found = _einsum_labels(node.attrs["equation"], [len(shape) for shape in shapes])
+    if len(shapes) < 2:
         return 0
-    sizes: dict[str, int] = {}
-    for term, shape in zip(terms, input_shapes, strict=True):
-        assert shape is not None
-        before, dots, after = term.partition("...")
-        for letter, size in zip(before, shape, strict=False):
-            sizes[letter] = max(size, sizes.get(letter, 1))
-        if after:
-            for letter, size in zip(after, shape[-len(after) :], strict=True):
-                sizes[letter] = max(size, sizes.get(letter, 1))
-        if dots:
-            inner = shape[len(before) : len(shape) - len(after)]
-            for position, size in enumerate(reversed(inner)):
-                key = f"...{position}"
-                sizes[key] = max(size, sizes.get(key, 1))
-    return prod(sizes.values())
+    if found is None:  # some operand has a label twice
+        return prod(output_shapes[0])
+    operands, result = found
+    summed: dict[str, int] = {}
+    for labels, shape in zip(operands, shapes, strict=True):
+        for label, size in zip(labels, shape, strict=True):
+            if label not in result:
+                summed.setdefault(label, size)
+    return prod(output_shapes[0]) * prod(summed.values())
