@@ -137,26 +137,30 @@ class Merge:
 class Choice:
     """Along which axis ids are joined where they vary along several.
 
-    A merge takes the axis that ``axes`` names for its node; else one that leaves exactly ``aim`` elements
-    (of two the last, or the ``first``), else the fewest that are a multiple of ``aim``, else the most.
+    A merge takes the axis that ``axes`` names for its node; else one that leaves exactly ``aim`` elements,
+    else the fewest that are a multiple of ``aim``, else the most. With ``late``, multiples come before exact
+    numbers, for a later merge to get there. Of equal axes the last counts, or the ``first``.
     """
 
     axes: Mapping[str, int] = field(default_factory=dict)
     aim: int | None = None
     first: bool = False
+    late: bool = False
 
     def pick(self, node: str, n_left: Mapping[int, int]) -> int:
         """Choose among axes, given how many elements each would leave."""
         if self.axes.get(node) in n_left:
             return self.axes[node]
-        by_number = sorted(n_left, key=lambda axis: (-n_left[axis], axis))
         if self.aim is None:
-            return by_number[0]
-        exact = sorted(axis for axis in n_left if n_left[axis] == self.aim)
-        if exact:
-            return exact[0 if self.first else -1]
-        multiples = [axis for axis in by_number if n_left[axis] % self.aim == 0]
-        return multiples[-1] if multiples else by_number[0]
+            return min(n_left, key=lambda axis: (-n_left[axis], axis))
+
+        def rank(axis: int) -> tuple[int, int, int]:
+            n = n_left[axis]
+            is_exact, is_multiple = n == self.aim, n % (self.aim or 1) == 0
+            fit = 2 if not is_multiple else int(is_exact == self.late)
+            return fit, n if is_multiple else -n, axis if self.first else -axis
+
+        return min(n_left, key=rank)
 
 
 @dataclass
@@ -347,13 +351,13 @@ def _choose(settle: Callable[[Choice], Flow]) -> Flow:
     trials = [settle(Choice())]
     if not trials[0].merges:
         return trials[0]
-    tried: set[tuple[int, bool]] = set()
+    tried: list[Choice] = []
     while len(trials) < _MAX_TRIALS:
-        todo = [aim for aim in _aims(trials) if aim not in tried]
-        if not todo:
+        todo = next((choice for choice in _choices(trials) if choice not in tried), None)
+        if todo is None:
             break
-        tried.add(todo[0])
-        trials.append(settle(Choice(aim=todo[0][0], first=todo[0][1])))
+        tried.append(todo)
+        trials.append(settle(todo))
     worth = [_Worth(trial) for trial in trials]
     axes: dict[str, int] = {}
     components = _components(trials)
@@ -362,7 +366,9 @@ def _choose(settle: Callable[[Choice], Flow]) -> Flow:
         axes.update({name: merge.axis for name, merge in trials[best].merges.items() if name in component})
     chosen = settle(Choice(axes=axes))
     total = _Worth(chosen).total
-    if total[0] < _NEARLY * max(trial.total[0] for trial in worth):  # components were not independent after all
+    if total[0] < _NEARLY * max(
+        trial.total[0] for trial in worth
+    ):  # components were not independent after all
         _log.info("the merges of the graph depend on each other: one trial is taken for all")
         chosen = trials[_best([trial.of(trial.merges) for trial in worth])]
     return _refine(settle, chosen, components)
@@ -399,15 +405,20 @@ def _axes_of(flow: Flow) -> dict[str, int]:
     return {name: merge.axis for name, merge in flow.merges.items()}
 
 
-def _aims(trials: Iterable[Flow]) -> list[tuple[int, bool]]:
-    """The numbers of elements that some merge could leave, the most frequent first."""
-    aims: Counter[tuple[int, bool]] = Counter()
-    for trial in trials:
-        for merge in trial.merges.values():
-            numbers = Counter(merge.n_left.values())
-            aims.update((n, False) for n in numbers if n > 1)
-            aims.update((n, True) for n, times in numbers.items() if n > 1 and times > 1)
-    return [aim for aim, _ in sorted(aims.items(), key=lambda item: (-item[1], item[0]))]
+def _choices(trials: Iterable[Flow]) -> list[Choice]:
+    """Choices that aim at the numbers of elements that some merge could leave, the most frequent first."""
+    merges = {tuple(sorted(merge.n_left.items())) for trial in trials for merge in trial.merges.values()}
+    aims = Counter(
+        n for trial in trials for merge in trial.merges.values() for n in set(merge.n_left.values()) if n > 1
+    )
+    have_equals = any(len({n for _, n in merge}) < len(merge) for merge in merges)
+    staged = {n for merge in merges for _, n in merge for _, m in merge if m > n and m % n == 0}
+    by_frequency = sorted(aims, key=lambda n: (-aims[n], n))
+    return [
+        *(Choice(aim=n) for n in by_frequency),
+        *(Choice(aim=n, first=True) for n in by_frequency if have_equals),
+        *(Choice(aim=n, late=True) for n in by_frequency if n in staged),
+    ]
 
 
 def _components(trials: Sequence[Flow]) -> list[set[str]]:

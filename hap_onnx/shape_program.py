@@ -26,12 +26,14 @@ _MAX_NODES = 100
 Numbers = NDArray[np.generic]
 ShapeOf = Callable[[gs.Tensor], "tuple[int, ...] | None"]
 Place = tuple[str, int, int]
-"""A number of a constant, where it is read: (node, input, flat position); ("", 0, position) is the target's."""
+"""A number of a constant, where it is read: (node, input, flat position); the target itself is ("", 0)."""
 Edits = Mapping[Place, int]
 """New values of single numbers, by place: other readers of the same constant keep theirs."""
 
 
-def evaluate(tensor: gs.Tensor, shape_of: ShapeOf, *, opset: int, edits: Edits | None = None) -> Numbers | None:
+def evaluate(
+    tensor: gs.Tensor, shape_of: ShapeOf, *, opset: int, edits: Edits | None = None
+) -> Numbers | None:
     """Compute a tensor from shapes and constants; None if it depends on anything else, or is large."""
     found: dict[str, torch.Tensor | None] = {}
     for node in _program(tensor):
@@ -196,6 +198,8 @@ def _numbers_behind(target: gs.Tensor) -> list[tuple[str, int, gs.Constant]]:
                 continue
             all_count = is_concat(node) or is_elementwise(node.op, domain=node.domain or "")
             queue += [
-                (node.name, i, read) for i, read in enumerate(node.inputs) if read.name and (all_count or i == 0)
+                (node.name, i, read)
+                for i, read in enumerate(node.inputs)
+                if read.name and (all_count or i == 0)
             ]
     return found

@@ -153,7 +153,9 @@ class Cut:
             return
         edits = find_edits(target, wanted, complete, self._shape_after, opset=self.opset)
         if edits is None:
-            raise SurgeryError(f"{node.op} '{node.name}' cannot follow: its size is computed in an unknown way")
+            raise SurgeryError(
+                f"{node.op} '{node.name}' cannot follow: its size is computed in an unknown way"
+            )
         if not edits:
             return
         key = (target.name, tuple(sorted(edits.items())))

@@ -65,9 +65,7 @@ def flow_product(node: gs.Node, flow: Flow, operands: Sequence[Labels], result: 
         flow.put(out, result.index(going_on[0]), carried[going_on[0]])
 
 
-def _holders(
-    node: gs.Node, label: str, operands: Sequence[Labels]
-) -> Iterator[tuple[int, gs.Tensor, int]]:
+def _holders(node: gs.Node, label: str, operands: Sequence[Labels]) -> Iterator[tuple[int, gs.Tensor, int]]:
     """Yield (input, tensor, axis) of each operand that has a label."""
     for index, (tensor, labels) in enumerate(zip(node.inputs, operands, strict=True)):
         if label in labels:
@@ -97,9 +95,7 @@ def _is_sound(
     return True
 
 
-def _make(
-    node: gs.Node, flow: Flow, operands: Sequence[Labels], result: Labels, *, is_taken: bool
-) -> None:
+def _make(node: gs.Node, flow: Flow, operands: Sequence[Labels], result: Labels, *, is_taken: bool) -> None:
     """Make ids for what the weight alone has; none of it can go if the output has other channels."""
     weights = [
         index
