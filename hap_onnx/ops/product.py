@@ -49,16 +49,15 @@ def flow_product(node: gs.Node, flow: Flow, operands: Sequence[Labels], result: 
         if label in going_on[1:]:
             continue
         contracted = label not in result
-        n_carriers = 0
+        carriers: list[int] = []
         for index, tensor, axis in _holders(node, label, operands):
-            if flow.ids(tensor) is None:
-                if flow.shape(tensor)[axis] > 1:
-                    flow.bind(tensor, axis, carried[label], "consumer" if contracted else "follower", node)
-            else:
-                n_carriers += 1
-                if contracted:
-                    flow.read(node, index)
-        if not contracted and n_carriers > 1:
+            if flow.ids(tensor) is not None:
+                carriers.append(index)
+            elif flow.shape(tensor)[axis] > 1:
+                flow.bind(tensor, axis, carried[label], "consumer" if contracted else "follower", node)
+        if contracted:
+            flow.read(node, carriers[0])  # a product is gone when one factor is
+        elif len(carriers) > 1:
             flow.heads.append(carried[label])
     _make(node, flow, operands, result, is_taken=bool(going_on))
     if going_on:
