@@ -8,8 +8,11 @@ the same axes in the same way form a *channel group*, the unit of planning: whic
 of sensitivity, how many is a matter of cost.
 
 A tensor carries ids along at most one axis. That is no restriction of the method: a tensor is a regular
-grid, so it can lose slices along one axis only. Where a Reshape spreads ids over two axes (channel
-shuffle, grouped weights), they are joined along one of them; the finer alternative is tried first.
+grid, so it can lose slices along one axis only. Where a Reshape spreads ids over two axes (channel shuffle,
+grouped weights, the heads of attention), they are joined along one of them. Which one is found by trial: the
+whole graph is coupled with the finer alternative everywhere, and once for each number of elements that some
+alternative would leave (12 heads of width 64: aim at 12, and at 64). Merges that have to agree, those of one
+attention, say, take the choices of the trial that serves them best.
 
 What is not understood is frozen, with a reason: an operator without a rule, an output of the model,
 a normalisation over the channels. A frozen channel is never removed.
@@ -18,8 +21,10 @@ a normalisation over the channels. A frozen channel is never removed.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from math import prod
 from typing import Literal
 
 import numpy as np
@@ -29,7 +34,9 @@ from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 
 from hap_onnx.opaque import captured_names
+from hap_onnx.ops.elementwise import is_elementwise
 from hap_onnx.ops.registry import find_flow
+from hap_onnx.ops.shape import asks_shape_only
 
 _log = logging.getLogger(__name__)
 
@@ -119,27 +126,67 @@ class Coupling:
 
 @dataclass(frozen=True)
 class Merge:
-    """Where ids were joined along one of ``n_alternatives`` axes, to leave ``n_left`` elements of ``ids``."""
+    """Where ``ids`` were joined along ``axis``; ``n_left`` elements would be left along each axis."""
 
     ids: Ids
-    n_alternatives: int
-    n_left: int
+    axis: int
+    n_left: Mapping[int, int]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Along which axis ids are joined where they vary along several.
+
+    A merge takes the axis that ``axes`` names for its node; else one that leaves exactly ``aim`` elements,
+    else the fewest that are a multiple of ``aim``, else the most. With ``late``, multiples come before exact
+    numbers, for a later merge to get there. Of equal axes the last counts, or the ``first``.
+    """
+
+    axes: Mapping[str, int] = field(default_factory=dict)
+    aim: int | None = None
+    first: bool = False
+    late: bool = False
+
+    def pick(self, node: str, n_left: Mapping[int, int]) -> int:
+        """Choose among axes, given how many elements each would leave."""
+        if self.axes.get(node) in n_left:
+            return self.axes[node]
+        if self.aim is None:
+            return min(n_left, key=lambda axis: (-n_left[axis], axis))
+
+        def rank(axis: int) -> tuple[int, int, int]:
+            n = n_left[axis]
+            is_exact, is_multiple = n == self.aim, n % (self.aim or 1) == 0
+            fit = 2 if not is_multiple else int(is_exact == self.late)
+            return fit, n if is_multiple else -n, axis if self.first else -axis
+
+        return min(n_left, key=rank)
 
 
 @dataclass
 class Flow:
-    """The ids of a graph while they flow; what the rules in ``hap_onnx.ops`` work on."""
+    """The ids of a graph while they flow; what the rules in ``hap_onnx.ops`` work on.
+
+    ``sources`` are constants that are data rather than weights (tables of positions, a scale per head), with
+    the axis along which they carry ids from the start; ``wishes`` are further ones that would help.
+    ``heads`` are ids along which products of two activations run in parallel.
+    """
 
     graph: gs.Graph
     shapes: Mapping[str, tuple[int, ...]]
     representative: Ids = field(default_factory=lambda: np.zeros(1, np.int64))
-    merge_choices: dict[str, int] = field(default_factory=dict)
+    choice: Choice = field(default_factory=Choice)
+    static: frozenset[str] = frozenset()
+    sources: Mapping[str, int] = field(default_factory=dict)
+    wishes: dict[str, int] = field(default_factory=dict)
+    asked: set[str] = field(default_factory=set)
     n_ids: int = 1
     tensors: dict[str, IdAxis] = field(default_factory=dict)
     bound: dict[tuple[str, int], tuple[Ids, Role]] = field(default_factory=dict)
     binders: dict[tuple[str, int], set[str]] = field(default_factory=dict)
     users: dict[str, list[str]] = field(default_factory=dict)
     reads: list[tuple[str, int, str, IdAxis]] = field(default_factory=list)
+    heads: list[Ids] = field(default_factory=list)
     edges: list[tuple[Ids, Ids]] = field(default_factory=list)
     marks: list[tuple[Ids, str, str]] = field(default_factory=list)
     merges: dict[str, Merge] = field(default_factory=dict)
@@ -151,7 +198,8 @@ class Flow:
         return self.shapes[tensor.name]
 
     def ids(self, tensor: gs.Tensor) -> IdAxis | None:
-        """The channel axis of an activation, or None if it carries no channels."""
+        """The channel axis of a tensor, or None if it carries no channels."""
+        self.asked.add(tensor.name)
         return self.tensors.get(tensor.name)
 
     def fresh(self, n: int) -> Ids:
@@ -208,24 +256,47 @@ class Flow:
             self.reads.append((node.name, index, tensor.name, found))
 
     def merge(self, node: gs.Node, ids: Ids) -> tuple[int, Ids]:
-        """Join ids that spread over several axes until they vary along one; return it and its ids.
-
-        Of the axes along which ``ids`` (any number of axes, size 1 where constant) vary, the one that
-        leaves the most elements is taken, unless ``merge_choices`` names another for this node.
-        """
+        """Join ids that spread over several axes until they vary along one; return it and its ids."""
         varying = [axis for axis in range(ids.ndim) if _varies(ids, axis)]
+        index = tuple(slice(None) if axis in varying else slice(0, 1) for axis in range(ids.ndim))
+        ids, full = ids[index], ids
         if len(varying) <= 1:
-            axis = varying[0] if varying else int(np.argmax(ids.shape))
-            index = tuple(slice(None) if a == axis else 0 for a in range(ids.ndim))
-            return axis, np.ascontiguousarray(ids[index])
-        by_size = sorted(varying, key=lambda axis: (-_n_left(ids, axis), axis))
-        choice = self.merge_choices.get(node.name, 0)
-        axis = by_size[choice % len(by_size)]
-        self.merges[node.name] = Merge(np.unique(ids), len(by_size), _n_left(ids, axis))
+            axis = varying[0] if varying else int(np.argmax(full.shape))
+            return axis, np.broadcast_to(ids.ravel(), full.shape[axis]).copy()
+        n_left = {axis: _n_left(ids, axis) for axis in varying}
+        axis = self.choice.pick(node.name, n_left)
+        self.merges[node.name] = Merge(np.unique(ids), axis, n_left)
         rows = np.moveaxis(ids, axis, 0).reshape(ids.shape[axis], -1)
         first = np.ascontiguousarray(rows[:, 0])
         self.join(np.repeat(first, rows.shape[1]), rows.ravel())
         return axis, first
+
+    def wish(self, tensor: gs.Tensor, size: int) -> None:
+        """Look for constants behind ``tensor`` that could carry the ids that it lacks.
+
+        A guess is enough: what flows from a constant is checked like everything else.
+        """
+        queue, seen = [tensor], {tensor.name}
+        while queue and len(seen) < _MAX_WALK:
+            tensor = queue.pop()
+            if isinstance(tensor, gs.Constant):
+                axes = [axis for axis, length in enumerate(tensor.shape) if length == size > 1]
+                before = self.sources.get(tensor.name, len(tensor.shape))
+                left = [axis for axis in axes if axis < before]  # what has been tried is of no use
+                if left and np.asarray(tensor.values).dtype.kind == "f":
+                    self.wishes.setdefault(tensor.name, left[-1])
+                continue
+            for node in tensor.inputs:
+                passes = is_elementwise(node.op, domain=node.domain or "")
+                for behind in node.inputs:
+                    known = behind.name in self.static or isinstance(behind, gs.Constant)
+                    carries = behind.name in self.tensors and not isinstance(behind, gs.Constant)
+                    if behind.name and behind.name not in seen and (known or passes) and not carries:
+                        seen.add(behind.name)
+                        queue.append(behind)
+
+
+_MAX_WALK = 200
 
 
 def _varies(ids: Ids, axis: int) -> bool:
@@ -236,9 +307,11 @@ def _n_left(ids: Ids, axis: int) -> int:
     """Count the elements that are left when ids are joined until they vary along ``axis`` only."""
     rows = np.moveaxis(ids, axis, 0).reshape(ids.shape[axis], -1)
     dense = np.unique(rows, return_inverse=True)[1].reshape(-1)  # some versions of numpy keep the shape
+    n = int(dense.max()) + 1
+    if n == dense.size:  # all differ
+        return len(rows)
     first = np.repeat(dense[:: rows.shape[1]], rows.shape[1])
     graph = coo_matrix((np.ones(dense.size), (first, dense)))
-    n = int(dense.max()) + 1
     graph.resize((n, n))
     return int(connected_components(graph, directed=False)[0])
 
@@ -257,29 +330,158 @@ def find_groups(
             batch and channels cannot be mixed up.
         exclude: names of nodes or initializers whose channels must stay, with the reason.
     """
-    def settle(choices: dict[str, int]) -> Flow:
-        return _settle(graph, shapes, choices, exclude or {})
+    static = _static_tensors(graph)
 
-    choices: dict[str, int] = {}
-    best = settle(choices)
-    # Where a merge ended in a frozen group, or in fewer elements than it promised, try its alternatives: of
-    # a GroupNormalization spelled as Reshape and InstanceNormalization whole groups can go, single channels
-    # cannot. First all together: those along one residual stream have to agree.
-    poor = _poor_merges(best)
-    if len(poor) > 1:
-        trial = settle(dict.fromkeys(poor, 1))
-        if _n_free(trial) > _n_free(best):
-            best, choices = trial, dict.fromkeys(poor, 1)
-    for name in _poor_merges(best)[:_MAX_RETRIES]:
-        for choice in range(best.merges[name].n_alternatives):
-            changed = {**choices, name: choice}
-            trial = settle(changed) if choice != choices.get(name, 0) else best
-            if _n_free(trial) > _n_free(best):
-                best, choices = trial, changed
-    return _collect(best)
+    def settle(choice: Choice) -> Flow:
+        return _settle(graph, shapes, choice, exclude or {}, static)
+
+    return _collect(_choose(settle))
 
 
-_MAX_RETRIES = 64
+# --- where to join ids that vary along several axes ---
+
+_MAX_TRIALS = 24
+_MAX_RETRIES = 8
+_NEARLY = 0.3
+"""A trial that can remove at least so much of the weights as another is judged by other things."""
+
+
+def _choose(settle: Callable[[Choice], Flow]) -> Flow:
+    """Couple a graph with the choices that serve each component of its merges best."""
+    trials = [settle(Choice())]
+    if not trials[0].merges:
+        return trials[0]
+    tried: list[Choice] = []
+    while len(trials) < _MAX_TRIALS:
+        todo = next((choice for choice in _choices(trials) if choice not in tried), None)
+        if todo is None:
+            break
+        tried.append(todo)
+        trials.append(settle(todo))
+    worth = [_Worth(trial) for trial in trials]
+    axes: dict[str, int] = {}
+    components = _components(trials)
+    for component in components:
+        best = _best([trial.of(component) for trial in worth])
+        axes.update({name: merge.axis for name, merge in trials[best].merges.items() if name in component})
+    chosen = settle(Choice(axes=axes))
+    total = _Worth(chosen).total
+    if total[0] < _NEARLY * max(
+        trial.total[0] for trial in worth
+    ):  # components were not independent after all
+        _log.info("the merges of the graph depend on each other: one trial is taken for all")
+        chosen = trials[_best([trial.of(trial.merges) for trial in worth])]
+    return _refine(settle, chosen, components)
+
+
+def _refine(settle: Callable[[Choice], Flow], chosen: Flow, components: Sequence[set[str]]) -> Flow:
+    """Try mixtures of choices where ids ended frozen, or joined further than a merge itself asked for.
+
+    All components change one merge at a time, together.
+    """
+    poor = set(_poor_merges(chosen))
+    queues = [sorted(component & poor)[:_MAX_RETRIES] for component in components]
+    for turn in range(max(map(len, queues), default=0)):
+        of_turn = {queue[turn]: index for index, queue in enumerate(queues) if turn < len(queue)}
+        for axis in sorted({axis for name in of_turn for axis in chosen.merges[name].n_left}):
+            trial = settle(Choice(axes={**_axes_of(chosen), **dict.fromkeys(of_turn, axis)}))
+            before, after = _Worth(chosen), _Worth(trial)
+            better = [
+                name
+                for name, index in of_turn.items()
+                if axis != chosen.merges[name].axis
+                and _best([before.of(components[index]), after.of(components[index])]) == 1
+            ]
+            if not better:
+                continue
+            if len(better) < len(of_turn):
+                trial = settle(Choice(axes={**_axes_of(chosen), **dict.fromkeys(better, axis)}))
+            if _Worth(trial).total > before.total:
+                chosen = trial
+    return chosen
+
+
+def _axes_of(flow: Flow) -> dict[str, int]:
+    return {name: merge.axis for name, merge in flow.merges.items()}
+
+
+def _choices(trials: Iterable[Flow]) -> list[Choice]:
+    """Choices that aim at the numbers of elements that some merge could leave, the most frequent first."""
+    merges = {tuple(sorted(merge.n_left.items())) for trial in trials for merge in trial.merges.values()}
+    aims = Counter(
+        n for trial in trials for merge in trial.merges.values() for n in set(merge.n_left.values()) if n > 1
+    )
+    have_equals = any(len({n for _, n in merge}) < len(merge) for merge in merges)
+    staged = {n for merge in merges for _, n in merge for _, m in merge if m > n and m % n == 0}
+    by_frequency = sorted(aims, key=lambda n: (-aims[n], n))
+    return [
+        *(Choice(aim=n) for n in by_frequency),
+        *(Choice(aim=n, first=True) for n in by_frequency if have_equals),
+        *(Choice(aim=n, late=True) for n in by_frequency if n in staged),
+    ]
+
+
+def _components(trials: Sequence[Flow]) -> list[set[str]]:
+    """Sets of merges whose ids are joined in some trial: they have to agree."""
+    root: dict[object, object] = {}
+
+    def find(key: object) -> object:
+        while root.setdefault(key, key) != key:
+            root[key] = root[root[key]]
+            key = root[key]
+        return key
+
+    names: dict[str, None] = {}
+    for index, trial in enumerate(trials):
+        roots = _representatives(trial)
+        for name, merge in trial.merges.items():
+            names[name] = None
+            for joined in np.unique(roots[merge.ids]).tolist():
+                if joined != roots[FIXED]:
+                    root[find((index, joined))] = find(name)
+    components: dict[object, set[str]] = {}
+    for name in names:
+        components.setdefault(find(name), set()).add(name)
+    return list(components.values())
+
+
+class _Worth:
+    """How much of the weights the free elements of a trial cover."""
+
+    def __init__(self, flow: Flow) -> None:
+        self.merges = flow.merges
+        self._roots = _representatives(flow)
+        self._free = ~_frozen_ids(flow)
+        self._weight = np.zeros(flow.n_ids)
+        produced = np.zeros(flow.n_ids, bool)
+        constants = flow.graph.tensors()
+        for (name, axis), (ids, role) in flow.bound.items():
+            shape = constants[name].shape
+            np.add.at(self._weight, self._roots[ids], prod(shape) / shape[axis])
+            if role == "producer":
+                produced[self._roots[ids]] = True
+        self._free &= produced
+        self._weight *= self._free
+        self._is_head = np.zeros(flow.n_ids, bool)
+        for ids in flow.heads:
+            self._is_head[self._roots[ids]] = True
+        self.total = (float(self._weight.sum()), int(self._free.sum()))
+
+    def of(self, merges: Collection[str]) -> tuple[float, bool, int]:
+        """(numbers in weights that can go, whether some element is a head, number of elements)."""
+        ids = [self.merges[name].ids for name in merges if name in self.merges]
+        elements = np.unique(self._roots[np.concatenate(ids)]) if ids else np.zeros(0, np.int64)
+        elements = elements[self._free[elements]]
+        return float(self._weight[elements].sum()), bool(self._is_head[elements].any()), len(elements)
+
+
+def _best(worths: Sequence[tuple[float, bool, int]]) -> int:
+    """Index of the best trial: of those that cover about the most weights, heads come before their width."""
+    least = _NEARLY * max(weight for weight, _, _ in worths)
+    return max(
+        range(len(worths)),
+        key=lambda i: (worths[i][0] >= least, worths[i][1], worths[i][2], worths[i][0], -i),
+    )
 
 
 def _poor_merges(flow: Flow) -> list[str]:
@@ -288,22 +490,47 @@ def _poor_merges(flow: Flow) -> list[str]:
     return [
         name
         for name, merge in flow.merges.items()
-        if frozen[merge.ids].any() or len(np.unique(roots[merge.ids])) < merge.n_left
+        if frozen[merge.ids].any() or len(np.unique(roots[merge.ids])) < merge.n_left[merge.axis]
     ]
+
+
+# --- the flow itself ---
+
+
+def _static_tensors(graph: gs.Graph) -> frozenset[str]:
+    """Names of tensors that constants and shapes alone decide."""
+    changing = {tensor.name for tensor in graph.inputs}
+    static: set[str] = set()
+    for node in graph.nodes:
+        names = {tensor.name for tensor in node.inputs} | set(captured_names(node, changing))
+        is_static = names.isdisjoint(changing) or asks_shape_only(node)
+        (static if is_static else changing).update(tensor.name for tensor in node.outputs if tensor.name)
+    return frozenset(static)
+
+
+_MAX_PASSES = 8
 
 
 def _settle(
     graph: gs.Graph,
     shapes: Mapping[str, tuple[int, ...]],
-    choices: dict[str, int],
+    choice: Choice,
     exclude: Mapping[str, str],
+    static: frozenset[str],
 ) -> Flow:
     """Flow until joins that were found late no longer change the merges that were chosen early."""
     representative = np.zeros(1, np.int64)
     merges: dict[str, Merge] = {}
-    for _ in range(4):
-        flow = Flow(graph, shapes, representative=representative, merge_choices=choices)
+    sources: dict[str, int] = {}
+    for _ in range(_MAX_PASSES):
+        flow = Flow(
+            graph, shapes, representative=representative, choice=choice, static=static, sources=sources
+        )
         _flow_once(flow, exclude)
+        if flow.wishes:  # begin anew: other constants carry ids
+            sources = {**sources, **flow.wishes}
+            representative, merges = np.zeros(1, np.int64), {}
+            continue
         merges = flow.merges = {**flow.merges, **merges}  # later passes do not see what is joined already
         joined = _representatives(flow)
         if np.array_equal(joined, representative):
@@ -314,15 +541,26 @@ def _settle(
 
 def _flow_once(flow: Flow, exclude: Mapping[str, str]) -> None:
     graph = flow.graph
+    constants = graph.tensors() if flow.sources else {}
+    for name, axis in flow.sources.items():
+        flow.put(constants[name], axis, flow.fresh(constants[name].shape[axis]))
     for node in graph.nodes:
         rule = find_flow(node.op, domain=node.domain or "")
         n_before = len(flow.bound)
+        flow.asked.clear()
         if rule is None:
             reason = f"{node.op} is not an operator that channels are followed through"
             for tensor in node.inputs:
                 flow.freeze(flow.ids(tensor), node, reason)
         else:
             rule(node, flow)
+        for tensor in node.inputs:
+            if tensor.name in flow.sources:
+                found = flow.tensors[tensor.name]
+                if tensor.name in flow.asked:
+                    flow.bind(tensor, found.axis, found.ids, "follower", node)
+                else:
+                    flow.freeze(found, node, f"{node.op} uses '{tensor.name}' as a weight")
         for name in captured_names(node, flow.shapes):  # what a subgraph reads is out of sight
             flow.freeze(flow.tensors.get(name), node, f"a subgraph of {node.op} reads them")
         if node.name in exclude:
@@ -388,15 +626,6 @@ def _frozen_ids(flow: Flow) -> NDArray[np.bool_]:
     for ids, _, _ in flow.marks:
         frozen[roots[ids]] = True
     return frozen[roots]
-
-
-def _n_free(flow: Flow) -> int:
-    roots = _representatives(flow)
-    producers = [ids for ids, role in flow.bound.values() if role == "producer"]
-    if not producers:
-        return 0
-    ids = np.unique(roots[np.concatenate(producers)])
-    return int((~_frozen_ids(flow)[ids]).sum())
 
 
 def _collect(flow: Flow) -> Coupling:

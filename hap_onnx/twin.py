@@ -563,6 +563,17 @@ def run_captured(twin: Twin, inputs: Mapping[str, Tensor], names: Collection[str
     return {**twin(inputs, on_write=capture if names else None), **found}
 
 
+def call_node(node: gs.Node, inputs: Sequence[Tensor | None], *, opset: int) -> tuple[Tensor, ...]:
+    """Compute one node of a graph by torch, outside a twin.
+
+    Raises NotImplementedError if torch cannot compute it.
+    """
+    function = find_run(node.op, opset=opset, domain=node.domain or "")
+    if function is None:
+        raise NotImplementedError(node.op)
+    return _make_call(node, function)(*inputs, unit=None)
+
+
 # --- from the graph ---
 
 

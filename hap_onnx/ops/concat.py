@@ -81,6 +81,7 @@ def _flow_concat(node: gs.Node, flow: Flow) -> None:
     for tensor, f in zip(node.inputs, found, strict=True):
         if f is None:
             flow.freeze(first, node, f"Concat beside '{tensor.name}', whose channels must stay")
+            flow.wish(tensor, len(first.ids))
         else:
             flow.join(first.ids, f.ids)
     flow.put(node.outputs[0], channel_axis, first.ids)

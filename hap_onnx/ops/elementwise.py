@@ -387,6 +387,7 @@ def _flow_elementwise(node: gs.Node, flow: Flow) -> None:
                 flow.freeze(ids, node, f"{node.op} spreads one channel over several")
         elif size == len(ids) and size > 1:
             flow.freeze(ids, node, f"{node.op} joins them with '{tensor.name}', whose channels must stay")
+            flow.wish(tensor, size)
         elif size > len(ids):
             flow.freeze(ids, node, f"{node.op} spreads one channel over several")
     if len(ids) == out_shape[axis]:

@@ -82,6 +82,11 @@ def EyeLike(x: Tensor, *, dtype: int | None = None, k: int = 0) -> Tensor:
     return on_diagonal.to(x.device, x.dtype) if dtype is None else Cast(on_diagonal.to(x.device), to=dtype)
 
 
+def asks_shape_only(node: gs.Node) -> bool:
+    """Say whether a node reads the shape of its input, not its numbers."""
+    return node.op in ("Shape", "Size") and (node.domain or "") in ("", "ai.onnx")
+
+
 @flow_op("Shape", "Size", "Constant", "ConstantOfShape", "Range", "RandomNormalLike", "RandomUniformLike")
 def _flow_nothing(node: gs.Node, flow: Flow) -> None:
     """Carry no channels: what is computed from a shape is checked on the result instead."""
