@@ -1,6 +1,7 @@
 """The operators, one module per family; importing this package registers them all."""
 
 from hap_onnx.ops import (
+    attention,
     concat,
     conv,
     conv_implants,
@@ -9,12 +10,16 @@ from hap_onnx.ops import (
     matmul,
     norm,
     pool,
+    recurrent,
     reduce,
     resize,
+    sample,
     shape,
+    signal,
 )
 
 __all__ = [
+    "attention",
     "concat",
     "conv",
     "conv_implants",
@@ -23,7 +28,10 @@ __all__ = [
     "matmul",
     "norm",
     "pool",
+    "recurrent",
     "reduce",
     "resize",
+    "sample",
     "shape",
+    "signal",
 ]

@@ -305,6 +305,21 @@ def CastLike(x: Tensor, like: Tensor, *, saturate: int = 1, round_mode: str = "u
     return _cast(x, like.dtype)
 
 
+@run_op("BitCast", since=26)
+def BitCast(x: Tensor, *, to: int) -> Tensor:
+    """Read the bits of each element as another type of the same width; of floats only 32 bits are known."""
+    target = _TORCH_TYPE.get(to)
+    if is_float(x):
+        x = x.to(torch.float32)
+    if (
+        target is None
+        or x.element_size() != target.itemsize
+        or (target.is_floating_point and to != onnx.TensorProto.FLOAT)
+    ):
+        raise NotImplementedError(f"BitCast from {x.dtype} to {onnx.TensorProto.DataType.Name(to)}")
+    return x.contiguous().view(target)
+
+
 # --- onnxruntime's own activations ---
 
 

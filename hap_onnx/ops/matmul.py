@@ -262,3 +262,12 @@ def _macs_einsum(
                 key = f"...{position}"
                 sizes[key] = max(size, sizes.get(key, 1))
     return prod(sizes.values())
+
+
+# --- Det ---
+
+
+@run_op("Det", since=11)
+def Det(x: Tensor) -> Tensor:
+    """Return the determinants of the matrices in the last two axes."""
+    return torch.linalg.det(x)

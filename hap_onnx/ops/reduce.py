@@ -146,17 +146,29 @@ def _flow_arg(node: gs.Node, flow: Flow) -> None:
     flow.put(node.outputs[0], found.axis - int(not keepdims and axis < found.axis), found.ids)
 
 
-# --- CumSum ---
+# --- CumSum, CumProd ---
+
+
+def _accumulate(
+    x: Tensor, axis: Tensor, function: Callable[..., Tensor], *, start: float, exclusive: int, reverse: int
+) -> Tensor:
+    along = normalise_axis(as_int(axis), x.ndim)
+    if reverse:
+        x = x.flip(along)
+    total = function(x, along, dtype=x.dtype)
+    if exclusive:
+        first = torch.full_like(total.narrow(along, 0, 1), start)
+        total = torch.cat([first, total.narrow(along, 0, x.shape[along] - 1)], along)
+    return total.flip(along) if reverse else total
 
 
 @run_op("CumSum")
 def CumSum(x: Tensor, axis: Tensor, *, exclusive: int = 0, reverse: int = 0) -> Tensor:
     """Running sums along ``axis``, without the element itself if exclusive, from the end if reverse."""
-    along = normalise_axis(as_int(axis), x.ndim)
-    if reverse:
-        x = x.flip(along)
-    total = torch.cumsum(x, along, dtype=x.dtype)
-    if exclusive:
-        first = torch.zeros_like(total.narrow(along, 0, 1))
-        total = torch.cat([first, total.narrow(along, 0, x.shape[along] - 1)], along)
-    return total.flip(along) if reverse else total
+    return _accumulate(x, axis, torch.cumsum, start=0, exclusive=exclusive, reverse=reverse)
+
+
+@run_op("CumProd", since=26)
+def CumProd(x: Tensor, axis: Tensor, *, exclusive: int = 0, reverse: int = 0) -> Tensor:
+    """Running products along ``axis``, without the element itself if exclusive, from the end if reverse."""
+    return _accumulate(x, axis, torch.cumprod, start=1, exclusive=exclusive, reverse=reverse)
