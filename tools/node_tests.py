@@ -148,7 +148,7 @@ def run_case(case: NodeCase) -> Outcome:
 def _kind(twin: Twin) -> str:
     if twin.opaque_nodes:
         return "opaque"
-    return "torch"
+    return "body" if twin.expanded_nodes else "torch"
 
 
 def _compare(results: Any, outputs: Sequence[Any], case: NodeCase) -> str:

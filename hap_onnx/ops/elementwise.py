@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hap_onnx.ops.arguments import is_float, together
+from hap_onnx.ops.arguments import as_floats, is_float, together
 from hap_onnx.ops.registry import find_flow, flow_op, keep_constant, learn_inputs, run_op
 
 if TYPE_CHECKING:
@@ -165,7 +165,7 @@ def Dropout(
     n_outputs: int = 1,
 ) -> Tensor | tuple[Tensor, ...]:
     """The identity: inference keeps everything."""
-    if training_mode is not None and bool(training_mode):
+    if training_mode is not None and bool(training_mode) and as_floats(ratio) != [0.0]:
         raise NotImplementedError("Dropout in training mode")
     return (x, torch.ones_like(x, dtype=torch.bool)) if n_outputs > 1 else x
 
