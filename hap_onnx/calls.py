@@ -113,8 +113,7 @@ def make_body(node: gs.Node, *, opsets: Sequence[onnx.OperatorSetIdProto]) -> Bo
     find is taken for float32.
     """
     domain = node.domain or ""
-    version = next((entry.version for entry in opsets if entry.domain == domain), 1)
-    if not _has_body(node.op, version, domain):
+    if not _has_body(node.op, _version(opsets, domain), domain):
         return None
     if not any(_element_type(tensor) == onnx.TensorProto.FLOAT for tensor in node.outputs):
         return None
@@ -181,6 +180,9 @@ def _inline(node: gs.Node, opsets: Sequence[onnx.OperatorSetIdProto]) -> gs.Grap
         if missing <= tried:
             return None
         tried |= missing
+        for inner in model.graph.node:
+            if (inner.domain, inner.op_type) in missing:
+                _write_defaults(inner, _version(model.opset_import, inner.domain))
         try:
             model = onnx.inliner.inline_selected_functions(
                 model, sorted(missing), inline_schema_functions=True
@@ -198,6 +200,22 @@ def _without_function(model: onnx.ModelProto) -> set[tuple[str, str]]:
         for inner in model.graph.node
         if find_run(inner.op_type, opset=opset, domain=inner.domain) is None
     }
+
+
+def _write_defaults(proto: onnx.NodeProto, version: int) -> None:
+    """Write the defaults of absent attributes into a node: bodies take attributes by name, as they are."""
+    present = {attribute.name for attribute in proto.attribute}
+    try:
+        schema = onnx.defs.get_schema(proto.op_type, version, proto.domain)
+    except onnx.defs.SchemaError:
+        return
+    for name, attribute in schema.attributes.items():
+        if name not in present and attribute.default_value.name:
+            proto.attribute.append(attribute.default_value)
+
+
+def _version(opsets: Iterable[onnx.OperatorSetIdProto], domain: str) -> int:
+    return next((entry.version for entry in opsets if entry.domain == domain), 1)
 
 
 def _opset(opsets: Iterable[onnx.OperatorSetIdProto]) -> int:

@@ -8,6 +8,7 @@ with ``layout=1`` the samples come first. A state of one sample serves a batch o
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from math import prod
 
 import onnx_graphsurgeon as gs
@@ -27,7 +28,7 @@ Cell = Callable[[Tensor, tuple[Tensor, ...]], tuple[Tensor, ...]]
 # --- Activations ---
 
 # By lower-case name: the function of x, alpha and beta, and the defaults of those it uses.
-_ACTIVATIONS: dict[str, tuple[Callable[[Tensor, float, float], Tensor], float | None, float | None]] = {
+_ACTIVATIONS: dict[str, tuple[Callable[..., Tensor], float | None, float | None]] = {
     "affine": (lambda x, alpha, beta: alpha * x + beta, 1.0, 0.0),
     "elu": (lambda x, alpha, beta: F.elu(x, alpha), 1.0, None),
     "hardsigmoid": (lambda x, alpha, beta: (alpha * x + beta).clamp(0, 1), 0.2, 0.5),
@@ -50,29 +51,22 @@ def _take(given: list[float], default: float | None) -> float:
 
 
 def _activations(
-    names: Sequence[str],
-    alphas: Sequence[float] | None,
-    betas: Sequence[float] | None,
-    clip: float | None,
+    names: Sequence[str], alphas: Sequence[float] | None, betas: Sequence[float] | None
 ) -> list[Activation]:
-    """Return the activations by name, behind the clip; those with parameters take the next given ones."""
+    """Return the activations by name; those that have parameters take the next given ones."""
     left_alphas, left_betas = list(alphas or ()), list(betas or ())
     found: list[Activation] = []
     for name in names:
         if name.lower() not in _ACTIVATIONS:
             raise NotImplementedError(f"the activation {name!r} in a recurrent layer")
         function, alpha, beta = _ACTIVATIONS[name.lower()]
-        found.append(_bind(function, _take(left_alphas, alpha), _take(left_betas, beta), clip))
+        found.append(partial(function, alpha=_take(left_alphas, alpha), beta=_take(left_betas, beta)))
     return found
 
 
-def _bind(
-    function: Callable[[Tensor, float, float], Tensor], alpha: float, beta: float, clip: float | None
-) -> Activation:
-    if not clip:
-        return lambda x: function(x, alpha, beta)
-    bound = clip
-    return lambda x: function(x.clamp(-bound, bound), alpha, beta)
+def _clipped(activation: Activation, bound: float | None) -> Activation:
+    """Return an activation of what lies between -bound and bound."""
+    return activation if not bound else lambda x: activation(x.clamp(-bound, bound))
 
 
 # --- Steps and directions ---
@@ -171,10 +165,10 @@ def RNN(
     output_sequence: int = 0,
 ) -> tuple[Tensor, ...]:
     """h = f(x W^T + h R^T + biases) at each step."""
-    functions = _activations(activations, activation_alpha, activation_beta, clip)
+    functions = _activations(activations, activation_alpha, activation_beta)
 
     def make_cell(index: int, recurrence: Tensor, r_bias: Tensor) -> Cell:
-        (activate,) = _per_direction(functions, index, 1)
+        activate = _clipped(_per_direction(functions, index, 1)[0], clip)
         return lambda gates, states: (activate(gates + states[0] @ recurrence.T + r_bias),)
 
     return _run_layer(
@@ -205,11 +199,11 @@ def GRU(
     output_sequence: int = 0,
 ) -> tuple[Tensor, ...]:
     """Gated recurrent units; gates in the order update, reset, hidden."""
-    functions = _activations(activations, activation_alpha, activation_beta, clip)
+    functions = _activations(activations, activation_alpha, activation_beta)
     hidden = r.shape[2]
 
     def make_cell(index: int, recurrence: Tensor, r_bias: Tensor) -> Cell:
-        f, g = _per_direction(functions, index, 2)
+        f, g = (_clipped(function, clip) for function in _per_direction(functions, index, 2))
         of_gates, of_hidden = recurrence[: 2 * hidden].T, recurrence[2 * hidden :].T
         gate_bias, hidden_bias = r_bias[: 2 * hidden], r_bias[2 * hidden :]
 
@@ -255,11 +249,12 @@ def LSTM(
     output_sequence: int = 0,
 ) -> tuple[Tensor, ...]:
     """Long short-term memory; gates in the order input, output, forget, cell; peepholes [D, 3 * H]."""
-    functions = _activations(activations, activation_alpha, activation_beta, clip)
+    functions = _activations(activations, activation_alpha, activation_beta)
     hidden = r.shape[2]
 
     def make_cell(index: int, recurrence: Tensor, r_bias: Tensor) -> Cell:
         f, g, h_of = _per_direction(functions, index, 3)
+        f, g = _clipped(f, clip), _clipped(g, clip)  # not the cell: so onnxruntime does
         if peepholes is None:
             peep_i = peep_o = peep_f = recurrence.new_zeros(hidden)
         else:

@@ -132,7 +132,10 @@ def AffineGrid(theta: Tensor, size: IntsLike, *, align_corners: int = 0) -> Tens
     positions = []
     for n in sizes:
         steps = torch.arange(n, dtype=theta.dtype, device=theta.device)
-        positions.append(steps * 2 / max(n - 1, 1) - 1 if align_corners else (steps * 2 + 1) / n - 1)
+        if not align_corners:
+            positions.append((steps * 2 + 1) / n - 1)
+        else:  # a single point lies at the end: so onnxruntime does
+            positions.append(steps * 2 / (n - 1) - 1 if n > 1 else steps + 1)
     mesh = torch.meshgrid(*positions, indexing="ij")
     points = torch.stack([*reversed(mesh), torch.ones_like(mesh[0])], -1)  # [*spatial, ndim + 1]
     moved = points.reshape(1, -1, points.shape[-1]) @ theta.transpose(1, 2)

@@ -43,7 +43,7 @@ def _transform(x: Tensor, axis: int, length: int | None, *, inverse: bool, onesi
     if onesided:
         return torch.view_as_real(torch.fft.rfft(signal, dim=axis))
     transform = torch.fft.ifft if inverse else torch.fft.fft
-    return torch.view_as_real(transform(signal, dim=axis))
+    return torch.view_as_real(transform(signal, dim=axis).resolve_conj())
 
 
 @run_op("DFT", since=17)
