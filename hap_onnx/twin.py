@@ -16,7 +16,6 @@ the model once per written batch and joins the outputs (``Twin.batch_limit``).
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from logging import getLogger
@@ -30,6 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from hap_onnx import ops  # noqa: F401  (registers the operators)
+from hap_onnx.calls import BodyCall, TorchCall, is_float_array, make_body, make_call
 from hap_onnx.errors import CalibrationError, ModelError
 from hap_onnx.opaque import OpaqueNode, captured_names, is_known, write_node
 from hap_onnx.ops.arguments import UnitShapes
@@ -56,22 +56,6 @@ class Step:
     outputs: tuple[str, ...]
     last_use: tuple[str, ...]
     opaque: bool
-
-
-@dataclass(frozen=True)
-class _Call:
-    """A torch function of the registry with the attributes of one node."""
-
-    function: Callable[..., Any]
-    attributes: Mapping[str, Any]
-    takes_unit: bool
-
-    def __call__(self, *inputs: Tensor | None, unit: UnitShapes | None) -> tuple[Tensor, ...]:
-        if self.takes_unit:
-            result = self.function(*inputs, **self.attributes, unit=unit)
-        else:
-            result = self.function(*inputs, **self.attributes)
-        return (result,) if isinstance(result, Tensor) else tuple(result)
 
 
 @dataclass
@@ -119,7 +103,7 @@ class Twin(nn.Module):
             self._add_constant(name, f"c{position}_{_torch_safe(name)}", values)
 
     def _add_constant(self, name: str, safe_name: str, values: np.ndarray) -> None:
-        if _is_float_array(values):
+        if is_float_array(values):
             tensor = torch.from_numpy(np.array(values, dtype=np.float32))
             self.register_parameter(safe_name, nn.Parameter(tensor))
         else:
@@ -153,6 +137,12 @@ class Twin(nn.Module):
         list is complete after one forward pass.
         """
         return tuple(step.name for step in self._steps if step.opaque)
+
+    @property
+    def expanded_nodes(self) -> tuple[str, ...]:
+        """Names of the nodes that torch computes by the function body of their operator's schema."""
+        pairs = zip(self._steps, self._calls, strict=True)
+        return tuple(step.name for step, call in pairs if isinstance(call, BodyCall))
 
     @property
     def parameter_of(self) -> Mapping[str, nn.Parameter]:
@@ -406,7 +396,7 @@ class Twin(nn.Module):
         """Note the shapes of one step at the written batch, given those at twice as much."""
         position = self._position[step.name]
         call = self._calls[position]
-        if not isinstance(call, _Call) or not call.takes_unit:
+        if not isinstance(call, TorchCall) or not call.takes_unit:
             return
         inputs = [None if not name else unit.get(name, grown.get(name)) for name in step.inputs]
         axes = [
@@ -485,11 +475,12 @@ def build_twin(graph: gs.Graph, *, device: str | torch.device = "cpu") -> Twin:
     Raises ModelError that lists every node which neither torch nor onnxruntime can run.
     """
     nodes = _sort_nodes(graph)
-    _check_nodes(nodes, opset=graph.opset)
+    opsets = _opsets(graph)
+    in_torch = _torch_calls(nodes, opset=graph.opset, opsets=opsets)
+    _check_nodes(nodes, in_torch, opset=graph.opset)
     constants = _constants(graph, nodes)
     input_names = [tensor.name for tensor in graph.inputs if tensor.name not in constants]
     output_names = [tensor.name for tensor in graph.outputs]
-    opsets = _opsets(graph)
     outer = _tensor_names(graph)
     captured = [captured_names(node, outer) for node in nodes]
     reads = [
@@ -500,7 +491,7 @@ def build_twin(graph: gs.Graph, *, device: str | torch.device = "cpu") -> Twin:
     steps, calls, fallbacks = [], [], []
     for position, (node, names) in enumerate(zip(nodes, reads, strict=True)):
         fallback = _fallback(node, names, constants, captured=captured[position], opsets=opsets)
-        function = find_run(node.op, opset=graph.opset, domain=node.domain or "")
+        call = in_torch.get(node.name)
         outputs = tuple(tensor.name for tensor in node.outputs)
         # Nobody reads some outputs: they go at once.
         ends = [
@@ -517,10 +508,10 @@ def build_twin(graph: gs.Graph, *, device: str | torch.device = "cpu") -> Twin:
                 inputs=names,
                 outputs=outputs,
                 last_use=tuple(name for name in ends if name not in output_names),
-                opaque=function is None,
+                opaque=call is None,
             )
         )
-        calls.append(fallback() if function is None else _make_call(node, function))
+        calls.append(fallback() if call is None else call)
         fallbacks.append(fallback)
     _check_sessions(calls, _known_types(graph))
     twin = Twin(
@@ -571,7 +562,7 @@ def call_node(node: gs.Node, inputs: Sequence[Tensor | None], *, opset: int) -> 
     function = find_run(node.op, opset=opset, domain=node.domain or "")
     if function is None:
         raise NotImplementedError(node.op)
-    return _make_call(node, function)(*inputs, unit=None)
+    return make_call(node, function)(*inputs, unit=None)
 
 
 # --- from the graph ---
@@ -579,11 +570,6 @@ def call_node(node: gs.Node, inputs: Sequence[Tensor | None], *, opset: int) -> 
 
 def _torch_safe(name: str) -> str:
     return "".join(letter if letter.isalnum() else "_" for letter in name)
-
-
-def _is_float_array(values: np.ndarray) -> bool:
-    """Say whether the twin computes with these numbers; eight bits and less are left to onnxruntime."""
-    return values.dtype.name in ("float16", "bfloat16", "float32", "float64")
 
 
 def _declared_shape(tensor: gs.Tensor) -> tuple[int | str | None, ...] | None:
@@ -631,7 +617,20 @@ def _sort_nodes(graph: gs.Graph) -> list[gs.Node]:
     return order
 
 
-def _check_nodes(nodes: Sequence[gs.Node], *, opset: int) -> None:
+def _torch_calls(
+    nodes: Sequence[gs.Node], *, opset: int, opsets: Sequence[onnx.OperatorSetIdProto]
+) -> dict[str, TorchCall | BodyCall]:
+    """Return how torch computes the nodes that it can, by the name of the node."""
+    calls: dict[str, TorchCall | BodyCall] = {}
+    for node in nodes:
+        function = find_run(node.op, opset=opset, domain=node.domain or "")
+        call = make_body(node, opsets=opsets) if function is None else make_call(node, function)
+        if call is not None:
+            calls[node.name] = call
+    return calls
+
+
+def _check_nodes(nodes: Sequence[gs.Node], in_torch: Collection[str], *, opset: int) -> None:
     """Refuse nodes without a unique name, and list all whose operator nothing knows."""
     names = [node.name for node in nodes]
     if not all(names) or len(set(names)) != len(names):
@@ -640,8 +639,7 @@ def _check_nodes(nodes: Sequence[gs.Node], *, opset: int) -> None:
         [
             f"{node.name!r} ({node.op}, domain {node.domain or 'ai.onnx'!r}, opset {opset})"
             for node in nodes
-            if find_run(node.op, opset=opset, domain=node.domain or "") is None
-            and not is_known(node, opset=opset)
+            if node.name not in in_torch and not is_known(node, opset=opset)
         ]
     )
 
@@ -713,7 +711,7 @@ def _written_batch(
     if declared and isinstance(declared[0], int) and declared[0] > 0:
         return declared[0]
     for call, names in zip(calls, reads, strict=True):
-        if isinstance(call, _Call) and call.takes_unit:
+        if isinstance(call, TorchCall) and call.takes_unit:
             literals = [constants[name] for name in names if name in constants]
             if any(
                 values.dtype == np.int64 and values.ndim == 1 and values[:1].tolist() == [1]
@@ -721,34 +719,6 @@ def _written_batch(
             ):
                 return 1
     return None
-
-
-def _make_call(node: gs.Node, function: Callable[..., Any]) -> _Call:
-    takes_unit = "unit" in inspect.signature(function).parameters
-    return _Call(function, _arguments(node, function), takes_unit)
-
-
-def _arguments(node: gs.Node, function: Callable[..., Any]) -> dict[str, Any]:
-    """Return the keyword arguments of a node's function; raises ModelError for one it does not know."""
-    parameters = inspect.signature(function).parameters
-    unknown = [name for name in node.attrs if name not in parameters]
-    if unknown:
-        raise ModelError(
-            f"node {node.name!r} ({node.op}) has attributes that hap-onnx does not know: {unknown}"
-        )
-    arguments = {name: _attribute(value) for name, value in node.attrs.items()}
-    if "n_outputs" in parameters:
-        used = [index for index, tensor in enumerate(node.outputs) if tensor.name]
-        arguments["n_outputs"] = max(used, default=0) + 1
-    return arguments
-
-
-def _attribute(value: Any) -> Any:
-    """Return a tensor attribute as a torch tensor, anything else as it is."""
-    if not isinstance(value, gs.Constant):
-        return value
-    array = np.asarray(value.values)
-    return torch.from_numpy(np.array(array, dtype=np.float32 if _is_float_array(array) else array.dtype))
 
 
 def _fallback(
@@ -765,7 +735,7 @@ def _fallback(
         fixed = {
             name: constants[name]
             for name in names
-            if name in constants and not _is_float_array(constants[name])
+            if name in constants and not is_float_array(constants[name])
         }
         return OpaqueNode(write_node(node, captured=captured), input_names=names, fixed=fixed, opsets=opsets)
 

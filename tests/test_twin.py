@@ -382,8 +382,8 @@ def test_resize_with_written_sizes_takes_any_batch() -> None:
     assert _compare_with_single_runs(model, {"x": rand(3, 2, 4, 4)}).batch_limit is None
 
 
-def test_a_batch_that_cannot_be_unfixed_runs_sample_by_sample() -> None:
-    recurrent = make_model(
+def test_a_recurrent_layer_with_a_written_state_takes_any_batch() -> None:
+    model = make_model(
         [
             node("Transpose", ["x"], ["first"], perm=[1, 0, 2]),
             node("GRU", ["first", "w", "r", "", "", "h"], ["all", "last"], hidden_size=3),
@@ -393,6 +393,10 @@ def test_a_batch_that_cannot_be_unfixed_runs_sample_by_sample() -> None:
         outputs=["y"],
         weights={"w": rand(1, 9, 2), "r": rand(1, 9, 3), "h": rand(1, 1, 3), "zero": np.array([0])},
     )
+    assert _compare_with_single_runs(model, {"x": rand(3, 4, 2)}).batch_limit is None
+
+
+def test_a_batch_that_cannot_be_unfixed_runs_sample_by_sample() -> None:
     mixing = make_model(
         [
             node("ReduceMean", ["x"], ["m"], axes=[0], keepdims=1),
@@ -401,9 +405,16 @@ def test_a_batch_that_cannot_be_unfixed_runs_sample_by_sample() -> None:
         ],
         inputs={"x": [1, 4]},
         outputs=["y"],
-    )  # fmt: skip
-    assert _compare_with_single_runs(recurrent, {"x": rand(3, 4, 2)}).batch_limit == 1
+    )
+    choosing = make_model(
+        [node("NonMaxSuppression", ["boxes", "scores", "most"], ["y"])],
+        inputs={"boxes": [1, 6, 4], "scores": [1, 2, 6]},
+        outputs=["y"],
+        weights={"most": np.array([1])},
+    )
     assert _compare_with_single_runs(mixing, {"x": rand(3, 4)}).batch_limit == 1
+    boxes = np.sort(rand(3, 6, 4), -1)
+    assert _compare_with_single_runs(choosing, {"boxes": boxes, "scores": rand(3, 2, 6)}).batch_limit == 1
 
 
 @pytest.mark.parametrize("mask", [[[1, 1, 1]] * 2, [[0, 0, 0]] * 2, [[7, 7, 7]] * 2])

@@ -103,8 +103,9 @@ def Split(
     axis = normalise_axis(axis, x.ndim)
     sizes = as_ints(split)
     if split is None:
-        width = -(-x.shape[axis] // n_outputs)
-        sizes = [width] * (n_outputs - 1) + [x.shape[axis] - width * (n_outputs - 1)]
+        count = num_outputs or n_outputs
+        width = -(-x.shape[axis] // count)
+        sizes = [width] * (count - 1) + [x.shape[axis] - width * (count - 1)]
     return torch.split(x, sizes, axis)
 
 

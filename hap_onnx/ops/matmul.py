@@ -279,3 +279,12 @@ def _macs_einsum(
             if label not in result:
                 summed.setdefault(label, size)
     return prod(output_shapes[0]) * prod(summed.values())
+
+
+# --- Det ---
+
+
+@run_op("Det", since=11)
+def Det(x: Tensor) -> Tensor:
+    """Return the determinants of the matrices in the last two axes."""
+    return torch.linalg.det(x)

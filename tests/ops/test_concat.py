@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 
+from hap_onnx.ops.concat import Split
 from tests.helpers import check_node, rand
 
 I = np.int64  # noqa: E741
@@ -62,3 +64,8 @@ def test_pad_of_some_axes_equals_onnxruntime() -> None:
     check_node("Pad", rand(3, 4, 5), np.array([1, 2, 3, 0]), None, np.array([2, -3]), opset=18)
     check_node("Pad", rand(3, 4) > 0, np.array([1, 0, 0, 1]))
     check_node("Pad", np.arange(4), np.array([1, 2]), np.array(7))
+
+
+def test_split_counts_the_parts_that_nobody_reads() -> None:
+    first, second = Split(torch.arange(6), num_outputs=3, n_outputs=2)[:2]
+    assert (first.tolist(), second.tolist()) == ([0, 1], [2, 3])
