@@ -9,10 +9,7 @@ of sensitivity, how many is a matter of cost.
 
 A tensor carries ids along at most one axis. That is no restriction of the method: a tensor is a regular
 grid, so it can lose slices along one axis only. Where a Reshape spreads ids over two axes (channel shuffle,
-grouped weights, the heads of attention), they are joined along one of them. Which one is found by trial: the
-whole graph is coupled with the finer alternative everywhere, and once for each number of elements that some
-alternative would leave (12 heads of width 64: aim at 12, and at 64). Merges that have to agree, those of one
-attention, say, take the choices of the trial that serves them best.
+grouped weights, the heads of attention), they are joined along one of them; ``merging`` finds out which.
 
 What is not understood is frozen, with a reason: an operator without a rule, an output of the model,
 a normalisation over the channels. A frozen channel is never removed.
@@ -20,11 +17,8 @@ a normalisation over the channels. A frozen channel is never removed.
 
 from __future__ import annotations
 
-import logging
-from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from math import prod
 from typing import Literal
 
 import numpy as np
@@ -33,12 +27,11 @@ from numpy.typing import NDArray
 from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 
+from hap_onnx.merging import Choice, Merge, choose, count_left, varies
 from hap_onnx.opaque import captured_names
 from hap_onnx.ops.elementwise import is_elementwise
 from hap_onnx.ops.registry import find_flow
 from hap_onnx.ops.shape import asks_shape_only
-
-_log = logging.getLogger(__name__)
 
 Ids = NDArray[np.int64]
 Role = Literal["producer", "follower", "consumer"]
@@ -122,45 +115,6 @@ class Coupling:
     reads: tuple[Read, ...]
     frozen: tuple[Frozen, ...]
     initializer_nodes: Mapping[str, tuple[str, ...]]
-
-
-@dataclass(frozen=True)
-class Merge:
-    """Where ``ids`` were joined along ``axis``; ``n_left`` elements would be left along each axis."""
-
-    ids: Ids
-    axis: int
-    n_left: Mapping[int, int]
-
-
-@dataclass(frozen=True)
-class Choice:
-    """Along which axis ids are joined where they vary along several.
-
-    A merge takes the axis that ``axes`` names for its node; else one that leaves exactly ``aim`` elements,
-    else the fewest that are a multiple of ``aim``, else the most. With ``late``, multiples come before exact
-    numbers, for a later merge to get there. Of equal axes the last counts, or the ``first``.
-    """
-
-    axes: Mapping[str, int] = field(default_factory=dict)
-    aim: int | None = None
-    first: bool = False
-    late: bool = False
-
-    def pick(self, node: str, n_left: Mapping[int, int]) -> int:
-        """Choose among axes, given how many elements each would leave."""
-        if self.axes.get(node) in n_left:
-            return self.axes[node]
-        if self.aim is None:
-            return min(n_left, key=lambda axis: (-n_left[axis], axis))
-
-        def rank(axis: int) -> tuple[int, int, int]:
-            n = n_left[axis]
-            is_exact, is_multiple = n == self.aim, n % (self.aim or 1) == 0
-            fit = 2 if not is_multiple else int(is_exact == self.late)
-            return fit, n if is_multiple else -n, axis if self.first else -axis
-
-        return min(n_left, key=rank)
 
 
 @dataclass
@@ -257,13 +211,13 @@ class Flow:
 
     def merge(self, node: gs.Node, ids: Ids) -> tuple[int, Ids]:
         """Join ids that spread over several axes until they vary along one; return it and its ids."""
-        varying = [axis for axis in range(ids.ndim) if _varies(ids, axis)]
+        varying = [axis for axis in range(ids.ndim) if varies(ids, axis)]
         index = tuple(slice(None) if axis in varying else slice(0, 1) for axis in range(ids.ndim))
         ids, full = ids[index], ids
         if len(varying) <= 1:
             axis = varying[0] if varying else int(np.argmax(full.shape))
             return axis, np.broadcast_to(ids.ravel(), full.shape[axis]).copy()
-        n_left = {axis: _n_left(ids, axis) for axis in varying}
+        n_left = {axis: count_left(ids, axis) for axis in varying}
         axis = self.choice.pick(node.name, n_left)
         self.merges[node.name] = Merge(np.unique(ids), axis, n_left)
         rows = np.moveaxis(ids, axis, 0).reshape(ids.shape[axis], -1)
@@ -295,25 +249,46 @@ class Flow:
                         seen.add(behind.name)
                         queue.append(behind)
 
+    # --- what the ids come to in the end ---
+
+    def representatives(self) -> Ids:
+        """Map each id to the smallest id that it is joined with."""
+        n = self.n_ids
+        if self.edges:
+            rows = np.concatenate([a for a, _ in self.edges])
+            columns = np.concatenate([b for _, b in self.edges])
+        else:
+            rows = columns = np.zeros(0, np.int64)
+        # Ids of an earlier pass are already replaced by their representatives: join those too.
+        known = np.arange(min(n, len(self.representative)))
+        rows = np.concatenate([rows, known])
+        columns = np.concatenate([columns, self.representative[known]])
+        edges = coo_matrix((np.ones(len(rows)), (rows, columns)), shape=(n, n))
+        _, labels = connected_components(edges, directed=False)
+        smallest = np.full(labels.max() + 1, n, np.int64)
+        np.minimum.at(smallest, labels, np.arange(n))
+        return smallest[labels]
+
+    def frozen_ids(self) -> NDArray[np.bool_]:
+        """Say of each id whether it must stay, by itself or by what it is joined with."""
+        roots = self.representatives()
+        frozen = np.zeros(self.n_ids, bool)
+        frozen[roots[FIXED]] = True
+        for ids, _, _ in self.marks:
+            frozen[roots[ids]] = True
+        return frozen[roots]
+
+    def free_ids(self) -> NDArray[np.bool_]:
+        """Say of each id whether it can be removed: something produces it, and nothing keeps it."""
+        roots = self.representatives()
+        produced = np.zeros(self.n_ids, bool)
+        for ids, role in self.bound.values():
+            if role == "producer":
+                produced[roots[ids]] = True
+        return produced[roots] & ~self.frozen_ids()
+
 
 _MAX_WALK = 200
-
-
-def _varies(ids: Ids, axis: int) -> bool:
-    return ids.shape[axis] > 1 and bool((ids != np.take(ids, [0], axis=axis)).any())
-
-
-def _n_left(ids: Ids, axis: int) -> int:
-    """Count the elements that are left when ids are joined until they vary along ``axis`` only."""
-    rows = np.moveaxis(ids, axis, 0).reshape(ids.shape[axis], -1)
-    dense = np.unique(rows, return_inverse=True)[1].reshape(-1)  # some versions of numpy keep the shape
-    n = int(dense.max()) + 1
-    if n == dense.size:  # all differ
-        return len(rows)
-    first = np.repeat(dense[:: rows.shape[1]], rows.shape[1])
-    graph = coo_matrix((np.ones(dense.size), (first, dense)))
-    graph.resize((n, n))
-    return int(connected_components(graph, directed=False)[0])
 
 
 def find_groups(
@@ -335,163 +310,7 @@ def find_groups(
     def settle(choice: Choice) -> Flow:
         return _settle(graph, shapes, choice, exclude or {}, static)
 
-    return _collect(_choose(settle))
-
-
-# --- where to join ids that vary along several axes ---
-
-_MAX_TRIALS = 24
-_MAX_RETRIES = 8
-_NEARLY = 0.3
-"""A trial that can remove at least so much of the weights as another is judged by other things."""
-
-
-def _choose(settle: Callable[[Choice], Flow]) -> Flow:
-    """Couple a graph with the choices that serve each component of its merges best."""
-    trials = [settle(Choice())]
-    if not trials[0].merges:
-        return trials[0]
-    tried: list[Choice] = []
-    while len(trials) < _MAX_TRIALS:
-        todo = next((choice for choice in _choices(trials) if choice not in tried), None)
-        if todo is None:
-            break
-        tried.append(todo)
-        trials.append(settle(todo))
-    worth = [_Worth(trial) for trial in trials]
-    axes: dict[str, int] = {}
-    components = _components(trials)
-    for component in components:
-        best = _best([trial.of(component) for trial in worth])
-        axes.update({name: merge.axis for name, merge in trials[best].merges.items() if name in component})
-    chosen = settle(Choice(axes=axes))
-    total = _Worth(chosen).total
-    if total[0] < _NEARLY * max(
-        trial.total[0] for trial in worth
-    ):  # components were not independent after all
-        _log.info("the merges of the graph depend on each other: one trial is taken for all")
-        chosen = trials[_best([trial.of(trial.merges) for trial in worth])]
-    return _refine(settle, chosen, components)
-
-
-def _refine(settle: Callable[[Choice], Flow], chosen: Flow, components: Sequence[set[str]]) -> Flow:
-    """Try mixtures of choices where ids ended frozen, or joined further than a merge itself asked for.
-
-    All components change one merge at a time, together.
-    """
-    poor = set(_poor_merges(chosen))
-    queues = [sorted(component & poor)[:_MAX_RETRIES] for component in components]
-    for turn in range(max(map(len, queues), default=0)):
-        of_turn = {queue[turn]: index for index, queue in enumerate(queues) if turn < len(queue)}
-        for axis in sorted({axis for name in of_turn for axis in chosen.merges[name].n_left}):
-            trial = settle(Choice(axes={**_axes_of(chosen), **dict.fromkeys(of_turn, axis)}))
-            before, after = _Worth(chosen), _Worth(trial)
-            better = [
-                name
-                for name, index in of_turn.items()
-                if axis != chosen.merges[name].axis
-                and _best([before.of(components[index]), after.of(components[index])]) == 1
-            ]
-            if not better:
-                continue
-            if len(better) < len(of_turn):
-                trial = settle(Choice(axes={**_axes_of(chosen), **dict.fromkeys(better, axis)}))
-            if _Worth(trial).total > before.total:
-                chosen = trial
-    return chosen
-
-
-def _axes_of(flow: Flow) -> dict[str, int]:
-    return {name: merge.axis for name, merge in flow.merges.items()}
-
-
-def _choices(trials: Iterable[Flow]) -> list[Choice]:
-    """Choices that aim at the numbers of elements that some merge could leave, the most frequent first."""
-    merges = {tuple(sorted(merge.n_left.items())) for trial in trials for merge in trial.merges.values()}
-    aims = Counter(
-        n for trial in trials for merge in trial.merges.values() for n in set(merge.n_left.values()) if n > 1
-    )
-    have_equals = any(len({n for _, n in merge}) < len(merge) for merge in merges)
-    staged = {n for merge in merges for _, n in merge for _, m in merge if m > n and m % n == 0}
-    by_frequency = sorted(aims, key=lambda n: (-aims[n], n))
-    return [
-        *(Choice(aim=n) for n in by_frequency),
-        *(Choice(aim=n, first=True) for n in by_frequency if have_equals),
-        *(Choice(aim=n, late=True) for n in by_frequency if n in staged),
-    ]
-
-
-def _components(trials: Sequence[Flow]) -> list[set[str]]:
-    """Sets of merges whose ids are joined in some trial: they have to agree."""
-    root: dict[object, object] = {}
-
-    def find(key: object) -> object:
-        while root.setdefault(key, key) != key:
-            root[key] = root[root[key]]
-            key = root[key]
-        return key
-
-    names: dict[str, None] = {}
-    for index, trial in enumerate(trials):
-        roots = _representatives(trial)
-        for name, merge in trial.merges.items():
-            names[name] = None
-            for joined in np.unique(roots[merge.ids]).tolist():
-                if joined != roots[FIXED]:
-                    root[find((index, joined))] = find(name)
-    components: dict[object, set[str]] = {}
-    for name in names:
-        components.setdefault(find(name), set()).add(name)
-    return list(components.values())
-
-
-class _Worth:
-    """How much of the weights the free elements of a trial cover."""
-
-    def __init__(self, flow: Flow) -> None:
-        self.merges = flow.merges
-        self._roots = _representatives(flow)
-        self._free = ~_frozen_ids(flow)
-        self._weight = np.zeros(flow.n_ids)
-        produced = np.zeros(flow.n_ids, bool)
-        constants = flow.graph.tensors()
-        for (name, axis), (ids, role) in flow.bound.items():
-            shape = constants[name].shape
-            np.add.at(self._weight, self._roots[ids], prod(shape) / shape[axis])
-            if role == "producer":
-                produced[self._roots[ids]] = True
-        self._free &= produced
-        self._weight *= self._free
-        self._is_head = np.zeros(flow.n_ids, bool)
-        for ids in flow.heads:
-            self._is_head[self._roots[ids]] = True
-        self.total = (float(self._weight.sum()), int(self._free.sum()))
-
-    def of(self, merges: Collection[str]) -> tuple[float, bool, int]:
-        """(numbers in weights that can go, whether some element is a head, number of elements)."""
-        ids = [self.merges[name].ids for name in merges if name in self.merges]
-        elements = np.unique(self._roots[np.concatenate(ids)]) if ids else np.zeros(0, np.int64)
-        elements = elements[self._free[elements]]
-        return float(self._weight[elements].sum()), bool(self._is_head[elements].any()), len(elements)
-
-
-def _best(worths: Sequence[tuple[float, bool, int]]) -> int:
-    """Index of the best trial: of those that cover about the most weights, heads come before their width."""
-    least = _NEARLY * max(weight for weight, _, _ in worths)
-    return max(
-        range(len(worths)),
-        key=lambda i: (worths[i][0] >= least, worths[i][1], worths[i][2], worths[i][0], -i),
-    )
-
-
-def _poor_merges(flow: Flow) -> list[str]:
-    """Merges whose ids ended frozen, or joined further than the merge itself asked for."""
-    roots, frozen = _representatives(flow), _frozen_ids(flow)
-    return [
-        name
-        for name, merge in flow.merges.items()
-        if frozen[merge.ids].any() or len(np.unique(roots[merge.ids])) < merge.n_left[merge.axis]
-    ]
+    return _collect(choose(settle))
 
 
 # --- the flow itself ---
@@ -532,7 +351,7 @@ def _settle(
             representative, merges = np.zeros(1, np.int64), {}
             continue
         merges = flow.merges = {**flow.merges, **merges}  # later passes do not see what is joined already
-        joined = _representatives(flow)
+        joined = flow.representatives()
         if np.array_equal(joined, representative):
             break
         representative = joined
@@ -600,37 +419,9 @@ def _constants_read(node: gs.Node) -> set[str]:
     return names
 
 
-def _representatives(flow: Flow) -> Ids:
-    """Map each id to the smallest id that it is joined with."""
-    n = flow.n_ids
-    if flow.edges:
-        rows = np.concatenate([a for a, _ in flow.edges])
-        columns = np.concatenate([b for _, b in flow.edges])
-    else:
-        rows = columns = np.zeros(0, np.int64)
-    # Ids of an earlier pass are already replaced by their representatives: join those too.
-    known = np.arange(min(n, len(flow.representative)))
-    rows = np.concatenate([rows, known])
-    columns = np.concatenate([columns, flow.representative[known]])
-    edges = coo_matrix((np.ones(len(rows)), (rows, columns)), shape=(n, n))
-    _, labels = connected_components(edges, directed=False)
-    smallest = np.full(labels.max() + 1, n, np.int64)
-    np.minimum.at(smallest, labels, np.arange(n))
-    return smallest[labels]
-
-
-def _frozen_ids(flow: Flow) -> NDArray[np.bool_]:
-    roots = _representatives(flow)
-    frozen = np.zeros(flow.n_ids, bool)
-    frozen[roots[FIXED]] = True
-    for ids, _, _ in flow.marks:
-        frozen[roots[ids]] = True
-    return frozen[roots]
-
-
 def _collect(flow: Flow) -> Coupling:
-    roots = _representatives(flow)
-    frozen = _frozen_ids(flow)
+    roots = flow.representatives()
+    frozen = flow.frozen_ids()
     reasons: dict[int, tuple[str, str]] = {}
     for ids, node, reason in flow.marks:
         for root in np.unique(roots[ids]):

@@ -327,7 +327,7 @@ def shuffle_net() -> Topology:
     x = net.op("Reshape", net.op("Transpose", x, perm=[0, 2, 1, 3, 4]), net.ints(0, -1, 6, 6))
     x = net.conv(x, 8, 8, group=2)
     net.conv(x, 8, 5, out="y")
-    return Topology(net.model("y"), (2, 4))
+    return Topology(net.model("y"), (2, 4, 4))
 
 
 @topology

@@ -186,11 +186,21 @@ def _flow_reshape(node: gs.Node, flow: Flow) -> None:
     if not out_axes:  # the axis of size one vanished
         flow.freeze(found, node, f"{node.op} drops the channel axis")
         return
+    # What lies before and after the channels repeats them as they are: it need not be spread out.
+    sizes_in, sizes_out = [old[axis] for axis in in_axes], [new[axis] for axis in out_axes]
+    place = in_axes.index(found.axis)
+    before, after = prod(sizes_in[:place]), prod(sizes_in[place + 1 :])
+    before = before if sizes_out[0] % before == 0 else 1
+    after = after if (sizes_out[-1] // (before if len(out_axes) == 1 else 1)) % after == 0 else 1
     spread = found.ids.reshape([-1 if axis == found.axis else 1 for axis in in_axes])
-    spread = np.broadcast_to(spread, [old[axis] for axis in in_axes]).reshape(
-        [new[axis] for axis in out_axes]
-    )
-    axis, ids = flow.merge(node, spread)
+    outer = sizes_in[:place] if before == 1 else [1] * place
+    inner = sizes_in[place + 1 :] if after == 1 else [1] * (len(in_axes) - place - 1)
+    spread = np.broadcast_to(spread, [*outer, len(found.ids), *inner])
+    sizes_out[0] //= before
+    sizes_out[-1] //= after
+    axis, ids = flow.merge(node, spread.reshape(sizes_out))
+    ids = np.repeat(ids, after) if axis == len(out_axes) - 1 else ids
+    ids = np.tile(ids, before) if axis == 0 else ids
     flow.put(node.outputs[0], out_axes[axis], ids)
 
 
