@@ -116,8 +116,11 @@ class Cut:
                 if before[axis] == after[axis]:
                     continue
                 entry = literal[axis - offset] if axis >= offset else 1
-                if entry > 1 or (entry == 1 and not ones_stay and before[axis] == 1):
+                if entry == 1 and not ones_stay and before[axis] == 1:
                     literal[axis - offset] = after[axis]
+                elif entry > 1 and entry * after[axis] % before[axis] == 0:
+                    # Batch and heads in one axis: the literal counts the batch of the file, not the probe's.
+                    literal[axis - offset] = entry * after[axis] // before[axis]
             if not np.array_equal(literal, target.values):
                 self.set_constant(node, index, literal)
             return
@@ -195,11 +198,31 @@ def kept_positions(elements: NDArray[np.int64], keep: NDArray[np.bool_]) -> NDAr
     )
 
 
+def at_batch(elements: NDArray[np.int64], size: int) -> NDArray[np.int64]:
+    """The elements of an axis of ``size``, given those at the probe's batch.
+
+    The two differ where batch and channels, such as heads, share the axis, in either order.
+
+    Raises:
+        SurgeryError: neither order explains the elements.
+    """
+    n = len(elements)
+    if size == n:
+        return elements
+    unit = int(np.gcd(n, size))
+    first, every = elements[:unit], elements[:: n // unit]
+    if np.array_equal(np.tile(first, n // unit), elements):
+        return np.tile(first, size // unit)
+    if np.array_equal(np.repeat(every, n // unit), elements):
+        return np.repeat(every, size // unit)
+    raise SurgeryError(f"an axis of {n} channels has {size} at another batch")
+
+
 def shape_after(shape: tuple[int, ...], found: IdAxis | None, keep: NDArray[np.bool_]) -> tuple[int, ...]:
     """The shape of a tensor once the elements that are not kept are gone."""
     if found is None:
         return shape
-    n_kept = len(kept_positions(found.ids, keep))
+    n_kept = len(kept_positions(at_batch(found.ids, shape[found.axis]), keep))
     return (*shape[: found.axis], n_kept, *shape[found.axis + 1 :])
 
 
@@ -216,8 +239,9 @@ def masked_reads(
         read = reads.get((step.name, index))
         if read is None:
             return tensor
-        mask = np.zeros(len(read.elements), np.float32)
-        mask[kept_positions(read.elements, keep)] = 1
+        elements = at_batch(read.elements, tensor.shape[read.axis])
+        mask = np.zeros(len(elements), np.float32)
+        mask[kept_positions(elements, keep)] = 1
         shape = [-1 if axis == read.axis else 1 for axis in range(tensor.ndim)]
         # Not a product with the mask: what is removed may be infinite.
         gone = torch.from_numpy(mask == 0).to(tensor.device).reshape(shape)

@@ -10,6 +10,7 @@ import onnx
 import pytest
 import torch
 from sample_models import residual_cnn
+from topologies_attention import Attention
 
 from hap_onnx import prepare as module
 from hap_onnx.channels import Frozen
@@ -71,6 +72,22 @@ def test_a_declared_batch_is_the_probe() -> None:
     assert groups_of(result) == ALL
     assert len(result.probe["x"]) == 4
     assert result.shapes["stem"] == result.probe_shapes["stem"] == (4, 16, 8, 8)
+
+
+def test_literals_that_hold_a_batch_of_one_and_heads_follow_the_heads() -> None:
+    net = Attention()
+    parts = []
+    for wide in net.qkv("x"):
+        parts.append(net.op("Reshape", wide, net.ints(3, 5, 4)))  # one sample, three heads
+    scores = net.op("MatMul", parts[0], net.op("Transpose", parts[1], perm=[0, 2, 1]))
+    mixed = net.op("MatMul", net.op("Softmax", scores, axis=-1), parts[2])
+    mixed = net.op("Reshape", mixed, net.ints(1, 3, 5, 4))
+    y = net.finish(net.op("Transpose", mixed, perm=[0, 2, 1, 3]))
+    model = net.done(y, inputs={"x": [1, 5, 12]})
+    result = prepare(load_model(model), {"x": rand(2, 5, 12)})
+    assert result.probe_shapes["x"] == (2, 5, 12)
+    assert {3} <= {group.size for group in result.coupling.groups}
+    assert not [entry for entry in result.coupling.frozen if "trial" in entry.reason]
 
 
 def test_a_batch_of_one_is_probed_with_two() -> None:

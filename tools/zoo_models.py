@@ -453,6 +453,8 @@ def _fit_statistics(
     model(*inputs)
     model.eval()
     for norm in norms:
+        # A channel that hardly varies around a large mean would blow rounding up, layer after layer.
+        norm.running_var = torch.maximum(norm.running_var, 0.25 * norm.running_mean**2)
         scale = norm.running_var.sqrt()
         norm.running_mean.add_(scale * uniform(norm.running_mean, -0.5, 0.5))
         norm.running_var.mul_(uniform(norm.running_var, 0.6, 1.6)).add_(1e-3)
