@@ -443,21 +443,28 @@ def randomise(model: nn.Module, inputs: Sequence[Tensor], *, seed: int = 0) -> N
 def _fit_statistics(
     model: nn.Module, inputs: Sequence[Tensor], uniform: Callable[[Tensor, float, float], Tensor]
 ) -> None:
+    """Give each BatchNormalization what it sees, changed at random, before it passes that on.
+
+    Statistics of a network whose other statistics are not what they will be would let activations grow from
+    layer to layer, until rounding shows.
+    """
+
+    def fit(norm: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+        x = arguments[0]
+        axes = [axis for axis in range(x.ndim) if axis != 1]
+        mean, variance = x.mean(axes), x.var(axes, unbiased=False)
+        # A channel that hardly varies around a large mean would blow rounding up, too.
+        variance = torch.maximum(variance, 0.25 * mean**2)
+        norm.running_mean = mean + variance.sqrt() * uniform(mean, -0.5, 0.5)
+        norm.running_var = variance * uniform(mean, 0.6, 1.6) + 1e-3
+
     norms = [module for module in model.modules() if isinstance(module, _BATCH_NORMS)]
-    if not norms:
-        return
+    hooks = [norm.register_forward_pre_hook(fit) for norm in norms]
     model.eval()
-    for norm in norms:
-        norm.train()
-        norm.momentum = 1.0
-    model(*inputs)
-    model.eval()
-    for norm in norms:
-        # A channel that hardly varies around a large mean would blow rounding up, layer after layer.
-        norm.running_var = torch.maximum(norm.running_var, 0.25 * norm.running_mean**2)
-        scale = norm.running_var.sqrt()
-        norm.running_mean.add_(scale * uniform(norm.running_mean, -0.5, 0.5))
-        norm.running_var.mul_(uniform(norm.running_var, 0.6, 1.6)).add_(1e-3)
+    if norms:
+        model(*inputs)
+    for hook in hooks:
+        hook.remove()
 
 
 # ---------------------------------------------------------------- export
