@@ -151,7 +151,13 @@ class Cut:
         target = node.inputs[index]
         if evaluate(target, self._shape_before, opset=self.opset) is None:
             return
-        edits = find_edits(target, wanted, complete, self._shape_after, opset=self.opset)
+        ratios = [
+            (new, old)
+            for tensor in (node.inputs[0], *node.outputs)
+            for new, old in zip(self.new_shape(tensor), self.shape(tensor), strict=True)
+            if new != old
+        ]
+        edits = find_edits(target, wanted, complete, self._shape_after, opset=self.opset, ratios=ratios)
         if edits is None:
             raise SurgeryError(
                 f"{node.op} '{node.name}' cannot follow: its size is computed in an unknown way"
