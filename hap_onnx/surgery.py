@@ -117,7 +117,11 @@ class Cut:
                     continue
                 entry = literal[axis - offset] if axis >= offset else 1
                 if entry > 1 or (entry == 1 and not ones_stay and before[axis] == 1):
-                    literal[axis - offset] = after[axis]
+                    # Less than the size where the batch was written in that the probe has several of.
+                    new, rest = divmod(int(entry) * after[axis], before[axis])
+                    if rest:
+                        raise SurgeryError(f"{node.op} '{node.name}' cannot follow from {before} to {after}")
+                    literal[axis - offset] = new
             if not np.array_equal(literal, target.values):
                 self.set_constant(node, index, literal)
             return
@@ -202,10 +206,13 @@ def kept_positions(elements: NDArray[np.int64], keep: NDArray[np.bool_]) -> NDAr
 
 
 def shape_after(shape: tuple[int, ...], found: IdAxis | None, keep: NDArray[np.bool_]) -> tuple[int, ...]:
-    """The shape of a tensor once the elements that are not kept are gone."""
+    """The shape of a tensor once the elements that are not kept are gone.
+
+    ``shape`` may be that at another batch size than ``found``: heads share an axis with the batch sometimes.
+    """
     if found is None:
         return shape
-    n_kept = len(kept_positions(found.ids, keep))
+    n_kept = len(kept_positions(found.ids, keep)) * shape[found.axis] // len(found.ids)
     return (*shape[: found.axis], n_kept, *shape[found.axis + 1 :])
 
 

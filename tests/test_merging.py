@@ -39,10 +39,12 @@ def test_elements_left_are_counted_over_joins() -> None:
     assert [count_left(shared, axis) for axis in (0, 1)] == [1, 2]
 
 
-@pytest.mark.parametrize("name", ["packed_heads_gather", "heads_in_the_batch_literal", "grouped_queries_expand"])
+@pytest.mark.parametrize(
+    "name", ["packed_heads_gather", "heads_in_the_batch_literal", "grouped_queries_expand"]
+)
 def test_heads_come_before_their_width(name: str) -> None:
     case = Case(TOPOLOGIES[name]().model)
-    (group,) = case.coupling.groups
+    assert len(case.coupling.groups) == 1
     producers = {axis.initializer: axis.elements for axis in case.coupling.weights if axis.role == "producer"}
     for elements in producers.values():  # each head is whole runs of channels
         width = len(elements) // len(np.flatnonzero(np.diff(elements, prepend=-1)))
