@@ -256,7 +256,7 @@ class _Scale:
         heads = np.bincount(component, is_head[at[inside]], minlength=n)
         values = []
         for i, names in enumerate(self.components):
-            ids = [flow.merges[name].ids for name in names if name in flow.merges]
-            elements = np.unique(roots[np.concatenate(ids)]) if ids else np.zeros(0, np.int64)
+            own = [flow.merges[name].ids for name in names if name in flow.merges]
+            elements = np.unique(roots[np.concatenate(own)]) if own else np.zeros(0, np.int64)
             values.append((float(covered[i]), bool(heads[i]), int(free[elements].sum())))
         return _Worth(tuple(values), (float(self._weights[left].sum()), len(np.unique(at[left]))))

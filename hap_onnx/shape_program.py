@@ -7,7 +7,7 @@ have to. Which number that is follows from evaluating the program: change it, an
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 import onnx_graphsurgeon as gs
@@ -67,11 +67,14 @@ def find_edits(
     shape_of: ShapeOf,
     *,
     opset: int,
+    ratios: Iterable[tuple[int, int]] = (),
 ) -> Edits | None:
     """Find numbers to change so that a program yields ``wanted``; {} if it does already, None if none do.
 
-    ``complete`` turns what the program yields into what it means (a Reshape infers -1).
+    ``complete`` turns what the program yields into what it means (a Reshape infers -1). ``ratios`` are (new,
+    old) sizes that changed: a program may divide by the old one.
     """
+    ratios = set(ratios)
     edits: dict[Place, int] = {}
 
     def wrong(trial: Edits) -> list[tuple[int, int]] | None:
@@ -85,7 +88,7 @@ def find_edits(
 
     left = wrong(edits)
     while left:
-        for key, trial_left in _trials(target, left, edits, wrong):
+        for key, trial_left in _trials(target, left, edits, wrong, ratios):
             if trial_left is not None and len(trial_left) < len(left):
                 edits[key[0]] = key[1]
                 left = trial_left
@@ -100,6 +103,7 @@ def _trials(
     left: Sequence[tuple[int, int]],
     edits: Edits,
     wrong: Callable[[Edits], list[tuple[int, int]] | None],
+    ratios: set[tuple[int, int]],
 ) -> Iterator[tuple[tuple[Place, int], list[tuple[int, int]] | None]]:
     """Yield ((number, new value), what is still wrong then), the numbers nearest to the target first."""
     for node, index, constant in _numbers_behind(target):
@@ -107,12 +111,12 @@ def _trials(
             key = (node, index, position)
             if key in edits or old in (0, -1):
                 continue
-            for have, want in left:
-                # A factor of the size, or a divisor of it.
-                for above, below in ((want, have), (have, want)):
-                    if below > 0 and old * above % below == 0 and old * above // below not in (0, old):
-                        value = old * above // below
-                        yield (key, value), wrong({**edits, key: value})
+            # A factor of the size, or a divisor of it.
+            wanted = [(want, have) for have, want in left] + [(have, want) for have, want in left]
+            for above, below in dict.fromkeys([*wanted, *sorted(ratios)]):
+                if below > 0 and old * above % below == 0 and old * above // below not in (0, old):
+                    value = old * above // below
+                    yield (key, value), wrong({**edits, key: value})
 
 
 def replace_numbers(

@@ -116,11 +116,12 @@ class Cut:
                 if before[axis] == after[axis]:
                     continue
                 entry = literal[axis - offset] if axis >= offset else 1
-                if entry == 1 and not ones_stay and before[axis] == 1:
-                    literal[axis - offset] = after[axis]
-                elif entry > 1 and entry * after[axis] % before[axis] == 0:
-                    # Batch and heads in one axis: the literal counts the batch of the file, not the probe's.
-                    literal[axis - offset] = entry * after[axis] // before[axis]
+                if entry > 1 or (entry == 1 and not ones_stay and before[axis] == 1):
+                    # Less than the size where the batch was written in that the probe has several of.
+                    new, rest = divmod(int(entry) * after[axis], before[axis])
+                    if rest:
+                        raise SurgeryError(f"{node.op} '{node.name}' cannot follow from {before} to {after}")
+                    literal[axis - offset] = new
             if not np.array_equal(literal, target.values):
                 self.set_constant(node, index, literal)
             return
@@ -154,7 +155,13 @@ class Cut:
         target = node.inputs[index]
         if evaluate(target, self._shape_before, opset=self.opset) is None:
             return
-        edits = find_edits(target, wanted, complete, self._shape_after, opset=self.opset)
+        ratios = [
+            (new, old)
+            for tensor in (node.inputs[0], *node.outputs)
+            for new, old in zip(self.new_shape(tensor), self.shape(tensor), strict=True)
+            if new != old
+        ]
+        edits = find_edits(target, wanted, complete, self._shape_after, opset=self.opset, ratios=ratios)
         if edits is None:
             raise SurgeryError(
                 f"{node.op} '{node.name}' cannot follow: its size is computed in an unknown way"
@@ -198,31 +205,14 @@ def kept_positions(elements: NDArray[np.int64], keep: NDArray[np.bool_]) -> NDAr
     )
 
 
-def at_batch(elements: NDArray[np.int64], size: int) -> NDArray[np.int64]:
-    """The elements of an axis of ``size``, given those at the probe's batch.
-
-    The two differ where batch and channels, such as heads, share the axis, in either order.
-
-    Raises:
-        SurgeryError: neither order explains the elements.
-    """
-    n = len(elements)
-    if size == n:
-        return elements
-    unit = int(np.gcd(n, size))
-    first, every = elements[:unit], elements[:: n // unit]
-    if np.array_equal(np.tile(first, n // unit), elements):
-        return np.tile(first, size // unit)
-    if np.array_equal(np.repeat(every, n // unit), elements):
-        return np.repeat(every, size // unit)
-    raise SurgeryError(f"an axis of {n} channels has {size} at another batch")
-
-
 def shape_after(shape: tuple[int, ...], found: IdAxis | None, keep: NDArray[np.bool_]) -> tuple[int, ...]:
-    """The shape of a tensor once the elements that are not kept are gone."""
+    """The shape of a tensor once the elements that are not kept are gone.
+
+    ``shape`` may be that at another batch size than ``found``: heads share an axis with the batch sometimes.
+    """
     if found is None:
         return shape
-    n_kept = len(kept_positions(at_batch(found.ids, shape[found.axis]), keep))
+    n_kept = len(kept_positions(found.ids, keep)) * shape[found.axis] // len(found.ids)
     return (*shape[: found.axis], n_kept, *shape[found.axis + 1 :])
 
 
@@ -239,9 +229,8 @@ def masked_reads(
         read = reads.get((step.name, index))
         if read is None:
             return tensor
-        elements = at_batch(read.elements, tensor.shape[read.axis])
-        mask = np.zeros(len(elements), np.float32)
-        mask[kept_positions(elements, keep)] = 1
+        mask = np.zeros(len(read.elements), np.float32)
+        mask[kept_positions(read.elements, keep)] = 1
         shape = [-1 if axis == read.axis else 1 for axis in range(tensor.ndim)]
         # Not a product with the mask: what is removed may be infinite.
         gone = torch.from_numpy(mask == 0).to(tensor.device).reshape(shape)

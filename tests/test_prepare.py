@@ -10,6 +10,7 @@ import onnx
 import pytest
 import torch
 from sample_models import residual_cnn
+from topologies import TOPOLOGIES
 from topologies_attention import Attention
 
 from hap_onnx import prepare as module
@@ -96,6 +97,15 @@ def test_a_batch_of_one_is_probed_with_two() -> None:
     assert result.probe_shapes["stem"] == (2, 16, 8, 8)
 
 
+@pytest.mark.parametrize("name", ["heads_in_the_batch_written", "keys_transposed_in_the_batch"])
+def test_heads_beside_a_written_batch_are_proved(name: str) -> None:
+    """The model is written for one sample and probed with two, on the axis that has the heads as well."""
+    result = prepare(load_model(TOPOLOGIES[name]().model), {"x": rand(4, 5, 12)})
+    assert [group.size for group in result.coupling.groups] == [3]
+    assert result.probe_shapes != result.shapes
+    assert all("trial" not in entry.reason for entry in result.coupling.frozen)
+
+
 # ---------------------------------------------------------------- patterns
 
 
@@ -179,15 +189,15 @@ def test_open_sizes_ask_for_data() -> None:
 # ---------------------------------------------------------------- proof by trial
 
 
-def hidden_width() -> onnx.ModelProto:
-    """Flatten the positions of 8 channels to a width computed at run time as numbers per sample / 8."""
+def hidden_width(op_type: str, number: int) -> onnx.ModelProto:
+    """Flatten the 64 positions of 8 channels to a width computed at run time from the 512 numbers."""
     weights = {
         "w1": rand(8, 3, 1, 1, seed=1),
         "w2": rand(8, 8, 1, 1, seed=2),
         "w3": rand(8, 5, seed=3),
         "start": np.array([1], np.int64),
         "stop": np.array([4], np.int64),
-        "eight": np.array([8], np.int64),
+        "number": np.array([number], np.int64),
         "target": np.array([0, 8], np.int64),
     }
     nodes = [
@@ -198,7 +208,7 @@ def hidden_width() -> onnx.ModelProto:
         node("Shape", ["r"], ["s"]),
         node("Slice", ["s", "start", "stop"], ["chw"]),
         node("ReduceProd", ["chw"], ["numbers"], keepdims=1),
-        node("Div", ["numbers", "eight"], ["n_positions"]),
+        node(op_type, ["numbers", "number"], ["n_positions"]),
         node("Concat", ["target", "n_positions"], ["shape"], axis=0),
         node("Reshape", ["r", "shape"], ["flat"]),
         node("ReduceMean", ["flat"], ["p"], axes=[2], keepdims=0),
@@ -207,13 +217,35 @@ def hidden_width() -> onnx.ModelProto:
     return make_model(nodes, inputs={"x": ["N", 3, 8, "W"]}, outputs=["y"], weights=weights)
 
 
+def test_a_channel_count_in_a_computed_shape_follows() -> None:
+    result = prepared(hidden_width("Div", 8))
+    assert groups_of(result) == {"make_a", "make_b"}
+    keep = np.ones(result.coupling.n_elements, bool)
+    keep[[group.elements[0] for group in result.coupling.groups]] = False
+    assert try_cut(result, keep) is None
+
+
 def test_a_channel_count_that_hides_in_a_computed_shape_freezes_its_group() -> None:
-    result = prepared(hidden_width())
+    result = prepared(hidden_width("Sub", 448))
     assert groups_of(result) == {"make_a"}
-    assert reason_for(result, "make_b")
+    assert "computed in an unknown way" in reason_for(result, "make_b")
     keep = np.ones(result.coupling.n_elements, bool)
     keep[result.coupling.groups[0].elements[:3]] = False
     assert try_cut(result, keep) is None
+
+
+def test_float_noise_is_told_from_errors() -> None:
+    """The last bit of a sum decides the sine of a million times it: only double precision proves a cut."""
+    weights = {"w1": rand(8, 30, seed=1), "w2": rand(30, 2, seed=2), "big": np.float32(1e6)}
+    nodes = [
+        node("MatMul", ["x", "w1"], ["a"]),
+        node("MatMul", ["a", "w2"], ["b"]),
+        node("Mul", ["b", "big"], ["c"]),
+        node("Sin", ["c"], ["y"]),
+    ]
+    result = prepared(make_model(nodes, inputs={"x": ["N", 3, 8, 8]}, outputs=["y"], weights=weights))
+    assert groups_of(result) == {"make_a"}
+    assert result.twin.dtype == torch.float32
 
 
 def test_a_frozen_group_leaves_all_others_as_they_were() -> None:

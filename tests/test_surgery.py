@@ -16,7 +16,7 @@ from topologies import TOPOLOGIES, Net
 from hap_onnx.cost_graph import cost_model
 from hap_onnx.errors import SurgeryError
 from hap_onnx.model_io import to_proto
-from hap_onnx.surgery import at_batch, with_weights
+from hap_onnx.surgery import with_weights
 from tools.first_divergence import compare_tensors
 
 SHARED = Path(os.environ.get("HAP_ONNX_SHARED", "/nonexistent")) / "models"
@@ -29,16 +29,6 @@ needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="HAP_ONNX_SHARED i
 
 def same_bytes(case: Case, before: bytes) -> bool:
     return to_proto(case.graph, case.source).SerializeToString() == before
-
-
-def test_elements_of_an_axis_that_also_holds_the_batch_follow_it() -> None:
-    batch_first, heads_first = np.array([3, 4, 5, 3, 4, 5]), np.array([3, 3, 4, 4, 5, 5])
-    assert at_batch(batch_first, 6) is batch_first
-    assert at_batch(batch_first, 3).tolist() == at_batch(heads_first, 3).tolist() == [3, 4, 5]
-    assert at_batch(batch_first, 9).tolist() == [3, 4, 5] * 3
-    assert at_batch(heads_first, 9).tolist() == [3, 3, 3, 4, 4, 4, 5, 5, 5]
-    with pytest.raises(SurgeryError):
-        at_batch(np.array([3, 4, 5, 5, 4, 3]), 3)
 
 
 @pytest.mark.parametrize("name", TOPOLOGIES)

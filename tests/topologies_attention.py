@@ -140,8 +140,8 @@ def _cut(net: Net, x: str, how: str, *, axis: int, n: int) -> list[str]:
     return [net.op("Slice", x, net.ints(i * n), net.ints(i * n + n), net.ints(axis)) for i in range(3)]
 
 
-@variants(literal=False, computed=True)
-def heads_in_the_batch(computed: bool) -> Topology:
+@variants(literal="literal", computed="computed", written="written")
+def heads_in_the_batch(how: str) -> Topology:
     """Batch and heads share an axis, tokens come first: [T, N, D] -> [N * H, T, W]."""
     net = Attention()
     x = net.op("Transpose", "x", perm=[1, 0, 2])
@@ -149,11 +149,11 @@ def heads_in_the_batch(computed: bool) -> Topology:
     x = net.op(
         "Squeeze", net.op("Transpose", net.op("Unsqueeze", x, net.ints(0)), perm=[3, 1, 2, 0, 4]), net.ints(3)
     )
-    if computed:
+    if how == "computed":
         count = net.op("Mul", *net.sizes_of("x", 0), net.ints(3))
         target = net.op("Concat", net.ints(5), count, net.ints(4), axis=0)
     else:
-        target = net.ints(5, -1, 4)
+        target = net.ints(5, -1 if how == "literal" else 3, 4)
     parts = []
     for index in range(3):
         part = net.op("Gather", x, net.const(np.int64(index)), axis=0)
@@ -165,7 +165,20 @@ def heads_in_the_batch(computed: bool) -> Topology:
         "Gemm", net.op("Reshape", mixed, net.ints(-1, 12)), net.rand(12, 12), net.rand(12), transB=1
     )
     back = net.op("Transpose", net.op("Reshape", flat, net.ints(5, -1, 12)), perm=[1, 0, 2])
-    return Topology(net.done(net.op("Add", "x", back)), (3,))
+    inputs: Shapes = {"x": (1, 5, 12)} if how == "written" else TOKENS
+    return Topology(net.done(net.op("Add", "x", back), inputs=inputs), (3,))
+
+
+@topology
+def keys_transposed_in_the_batch() -> Topology:
+    """As torch spells scaled products of attention, with the batch of one written in."""
+    net = Attention()
+    q, k, v = net.qkv("x")
+    k = net.op("Transpose", net.op("Reshape", k, net.ints(3, 5, 4)), perm=[0, 2, 1])
+    scores = net.op("MatMul", q, net.op("Reshape", k, net.ints(1, 3, 4, 5)))
+    mixed = net.op("MatMul", net.op("Softmax", scores, axis=-1), v)
+    x = net.finish(net.op("Transpose", mixed, perm=[0, 2, 1, 3]))
+    return Topology(net.done(x, inputs={"x": (1, 5, 12)}), (3,))
 
 
 @topology
