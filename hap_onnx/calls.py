@@ -2,16 +2,17 @@
 
 Many operators are defined in terms of simpler ones: their schema has a *function body*. Where hap-onnx has no
 function of its own for an operator but for all that its body uses, the body is run in its place, and so
-gradients pass. ``hap_onnx.opaque`` has the nodes for which neither exists.
+gradients pass. The same holds for the graphs inside control flow. ``hap_onnx.opaque`` has the nodes for which
+all this fails.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from logging import getLogger
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import onnx
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor
 
 from hap_onnx.errors import ModelError
+from hap_onnx.opaque import captured_names
 from hap_onnx.ops.arguments import UnitShapes
 from hap_onnx.ops.registry import find_run
 from hap_onnx.protos import DEFAULT_DOMAINS, export_node
@@ -33,6 +35,27 @@ _IR_VERSION = 10
 def is_float_array(values: np.ndarray) -> bool:
     """Say whether the twin computes with these numbers; eight bits and less are left to onnxruntime."""
     return values.dtype.name in ("float16", "bfloat16", "float32", "float64")
+
+
+class Call(Protocol):
+    """A node on tensors, None for an omitted input; what its graphs capture follows its own inputs."""
+
+    def __call__(self, *inputs: Tensor | None, unit: UnitShapes | None = None) -> tuple[Tensor, ...]: ...
+
+
+def find_call(
+    node: gs.Node, *, outer: Collection[str], opsets: Sequence[onnx.OperatorSetIdProto]
+) -> Call | None:
+    """Return how torch computes a node, None if it does not; ``outer`` names the tensors around it.
+
+    Raises ModelError for attributes that the node's function does not know.
+    """
+    function = find_run(node.op, opset=_opset(opsets), domain=node.domain or "")
+    if function is None:
+        return make_body(node, opsets=opsets)
+    if any(isinstance(value, gs.Graph) for value in node.attrs.values()):
+        return _make_control(node, function, outer=outer, opsets=opsets)
+    return make_call(node, function)
 
 
 # --- The torch function of an operator ---
@@ -71,26 +94,28 @@ def make_call(node: gs.Node, function: Callable[..., Any]) -> TorchCall:
 
 def _attribute(value: Any) -> Any:
     """Return a tensor attribute as a torch tensor, anything else as it is."""
-    if not isinstance(value, gs.Constant):
-        return value
-    array = np.asarray(value.values)
-    return torch.from_numpy(np.array(array, dtype=np.float32 if is_float_array(array) else array.dtype))
+    return _to_tensor(np.asarray(value.values)) if isinstance(value, gs.Constant) else value
 
 
-# --- The function body of an operator ---
+# --- Graphs inside a node ---
 
 
 @dataclass(frozen=True)
-class BodyCall:
-    """The function body of one node's operator: torch calls with the names that they read and write."""
+class TorchGraph:
+    """A graph in torch: calls with the names that they read and write, in execution order."""
 
-    calls: tuple[tuple[TorchCall, tuple[str, ...], tuple[str, ...]], ...]
+    calls: tuple[tuple[Call, tuple[str, ...], tuple[str, ...]], ...]
     input_names: tuple[str, ...]
     output_names: tuple[str, ...]
+    constants: Mapping[str, Tensor]
 
-    def __call__(self, *inputs: Tensor | None, unit: UnitShapes | None = None) -> tuple[Tensor, ...]:
-        values = dict(zip(self.input_names, inputs, strict=True))
-        like = next((x for x in inputs if x is not None and x.is_floating_point()), None)
+    def run(
+        self, inputs: Sequence[Tensor | None], outer: Mapping[str, Tensor | None], like: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        """Run on inputs and what is read from outside; floats get the type and place of ``like``."""
+        values = dict(outer)
+        values.update((name, _follow(constant, like)) for name, constant in self.constants.items())
+        values.update(zip(self.input_names, inputs, strict=True))
         for call, reads, writes in self.calls:
             results = call(*(values[name] if name else None for name in reads))
             for name, result in zip(writes, results, strict=False):
@@ -100,10 +125,127 @@ class BodyCall:
 
 
 def _follow(result: Tensor, like: Tensor | None) -> Tensor:
-    """Give floats the type and place of the node's own: a body brings constants of its own."""
+    """Give floats the type and place of ``like``: a graph inside a node brings constants of its own."""
     if like is None or not result.is_floating_point() or torch.is_autocast_enabled(like.device.type):
         return result
     return result.to(like)
+
+
+def _first_float(tensors: Iterable[Tensor | None]) -> Tensor | None:
+    return next((tensor for tensor in tensors if tensor is not None and tensor.is_floating_point()), None)
+
+
+def _make_graph(
+    graph: gs.Graph,
+    *,
+    outer: Collection[str],
+    captured: Collection[str],
+    opsets: Sequence[onnx.OperatorSetIdProto],
+) -> TorchGraph | None:
+    """Return a graph in torch, None if torch lacks a part; what it captures keeps its name."""
+    read = [tensor for node in graph.nodes for tensor in node.inputs] + list(graph.outputs)
+    visible = {*outer, *(t.name for t in read), *(t.name for node in graph.nodes for t in node.outputs)}
+    visible.update(tensor.name for tensor in graph.inputs)
+    calls = []
+    for node in graph.nodes:
+        try:
+            call = find_call(node, outer=visible, opsets=opsets)
+        except ModelError as error:
+            logger.info("%s", error)
+            return None
+        if call is None:
+            return None
+        reads = (*(tensor.name for tensor in node.inputs), *captured_names(node, visible))
+        calls.append((call, reads, tuple(tensor.name for tensor in node.outputs)))
+    constants = {}
+    for tensor in read:
+        if isinstance(tensor, gs.Constant) and tensor.name not in captured and tensor.name not in constants:
+            values = _to_tensor(np.asarray(tensor.values))
+            if values is None:
+                return None
+            constants[tensor.name] = values
+    return TorchGraph(
+        calls=tuple(calls),
+        input_names=tuple(tensor.name for tensor in graph.inputs),
+        output_names=tuple(tensor.name for tensor in graph.outputs),
+        constants=constants,
+    )
+
+
+def _to_tensor(array: np.ndarray) -> Tensor | None:
+    """Return an array as a tensor, floats in float32; None for types that torch lacks."""
+    try:
+        return torch.from_numpy(np.array(array, dtype=np.float32 if is_float_array(array) else array.dtype))
+    except TypeError:
+        return None
+
+
+# --- Control flow ---
+
+
+@dataclass(frozen=True)
+class _BoundGraph:
+    """A graph as a function of its inputs."""
+
+    graph: TorchGraph
+    outer: Mapping[str, Tensor | None]
+    like: Tensor | None
+
+    @property
+    def n_outputs(self) -> int:
+        return len(self.graph.output_names)
+
+    def __call__(self, *inputs: Tensor | None) -> tuple[Tensor, ...]:
+        return self.graph.run(inputs, self.outer, self.like)
+
+
+@dataclass(frozen=True)
+class ControlCall:
+    """A torch function of the registry with the attributes and the graphs of one node."""
+
+    function: Callable[..., tuple[Tensor, ...]]
+    attributes: Mapping[str, Any]
+    graphs: Mapping[str, TorchGraph]
+    captured: tuple[str, ...]
+
+    def __call__(self, *inputs: Tensor | None, unit: UnitShapes | None = None) -> tuple[Tensor, ...]:
+        n_own = len(inputs) - len(self.captured)
+        outer = dict(zip(self.captured, inputs[n_own:], strict=True))
+        like = _first_float(inputs)
+        graphs = {name: _BoundGraph(graph, outer, like) for name, graph in self.graphs.items()}
+        return self.function(*inputs[:n_own], **self.attributes, **graphs)
+
+
+def _make_control(
+    node: gs.Node,
+    function: Callable[..., Any],
+    *,
+    outer: Collection[str],
+    opsets: Sequence[onnx.OperatorSetIdProto],
+) -> ControlCall | None:
+    captured = tuple(captured_names(node, outer))
+    graphs = {}
+    for name, value in node.attrs.items():
+        if isinstance(value, gs.Graph):
+            graph = _make_graph(value, outer=outer, captured=captured, opsets=opsets)
+            if graph is None:
+                return None
+            graphs[name] = graph
+    plain = {name: value for name, value in node.attrs.items() if name not in graphs}
+    return ControlCall(function, plain, graphs, captured)
+
+
+# --- The function body of an operator ---
+
+
+@dataclass(frozen=True)
+class BodyCall:
+    """The function body of one node's operator."""
+
+    graph: TorchGraph
+
+    def __call__(self, *inputs: Tensor | None, unit: UnitShapes | None = None) -> tuple[Tensor, ...]:
+        return self.graph.run(inputs, {}, _first_float(inputs))
 
 
 def make_body(node: gs.Node, *, opsets: Sequence[onnx.OperatorSetIdProto]) -> BodyCall | None:
@@ -120,14 +262,11 @@ def make_body(node: gs.Node, *, opsets: Sequence[onnx.OperatorSetIdProto]) -> Bo
     graph = _inline(node, opsets)
     if graph is None:
         return None
-    calls = []
-    for inner in graph.nodes:
-        function = find_run(inner.op, opset=graph.opset, domain=inner.domain or "")
-        if function is None:
-            return None
-        reads = tuple(tensor.name for tensor in inner.inputs)
-        calls.append((make_call(inner, function), reads, tuple(tensor.name for tensor in inner.outputs)))
-    return BodyCall(tuple(calls), *_interface(node))
+    body = _make_graph(graph, outer=(), captured=(), opsets=opsets)
+    if body is None:
+        return None
+    inputs, outputs = _interface(node)
+    return BodyCall(replace(body, input_names=inputs, output_names=outputs))
 
 
 def _has_body(op_type: str, opset: int, domain: str) -> bool:

@@ -29,11 +29,10 @@ import torch
 from torch import Tensor, nn
 
 from hap_onnx import ops  # noqa: F401  (registers the operators)
-from hap_onnx.calls import BodyCall, TorchCall, is_float_array, make_body, make_call
+from hap_onnx.calls import BodyCall, TorchCall, find_call, is_float_array
 from hap_onnx.errors import CalibrationError, ModelError
 from hap_onnx.opaque import OpaqueNode, captured_names, is_known, write_node
 from hap_onnx.ops.arguments import UnitShapes
-from hap_onnx.ops.registry import find_run
 
 logger = getLogger(__name__)
 
@@ -232,6 +231,8 @@ class Twin(nn.Module):
                 continue
             inputs.append(_hooked(on_read, step, index, self._value(name, values)))
         try:
+            if not step.opaque and not self._untyped.isdisjoint(step.inputs):
+                raise NotImplementedError("torch lacks the type of an input")
             outputs = self._call(position, inputs)
         except NotImplementedError as reason:
             if step.opaque:
@@ -476,12 +477,13 @@ def build_twin(graph: gs.Graph, *, device: str | torch.device = "cpu") -> Twin:
     """
     nodes = _sort_nodes(graph)
     opsets = _opsets(graph)
-    in_torch = _torch_calls(nodes, opset=graph.opset, opsets=opsets)
+    outer = _tensor_names(graph)
+    found = {node.name: find_call(node, outer=outer, opsets=opsets) for node in nodes}
+    in_torch = {name: call for name, call in found.items() if call is not None}
     _check_nodes(nodes, in_torch, opset=graph.opset)
     constants = _constants(graph, nodes)
     input_names = [tensor.name for tensor in graph.inputs if tensor.name not in constants]
     output_names = [tensor.name for tensor in graph.outputs]
-    outer = _tensor_names(graph)
     captured = [captured_names(node, outer) for node in nodes]
     reads = [
         tuple(tensor.name for tensor in node.inputs) + tuple(names)
@@ -615,19 +617,6 @@ def _sort_nodes(graph: gs.Graph) -> list[gs.Node]:
                 on_path.add(id(node))
                 stack.extend(reversed(waiting))
     return order
-
-
-def _torch_calls(
-    nodes: Sequence[gs.Node], *, opset: int, opsets: Sequence[onnx.OperatorSetIdProto]
-) -> dict[str, TorchCall | BodyCall]:
-    """Return how torch computes the nodes that it can, by the name of the node."""
-    calls: dict[str, TorchCall | BodyCall] = {}
-    for node in nodes:
-        function = find_run(node.op, opset=opset, domain=node.domain or "")
-        call = make_body(node, opsets=opsets) if function is None else make_call(node, function)
-        if call is not None:
-            calls[node.name] = call
-    return calls
 
 
 def _check_nodes(nodes: Sequence[gs.Node], in_torch: Collection[str], *, opset: int) -> None:

@@ -204,13 +204,20 @@ def test_twin_is_twice_differentiable() -> None:
 # --- opaque nodes ---
 
 
-def if_net() -> onnx.ModelProto:
-    """An If whose branches read a weight, an activation and an integer of the graph around them."""
+def if_net(*, opaque: bool = True) -> onnx.ModelProto:
+    """An If whose branches read a weight, an activation and an integer of the graph around them.
+
+    Torch knows all that is in them, but for a sequence if they are to be opaque.
+    """
     branches = []
     for op_type, other in (("Mul", "w"), ("Add", "r")):
         local = numpy_helper.from_array(np.float32(2.0), "two")
         nodes = [helper.make_node(op_type, ["r", other], ["m"]), helper.make_node("Mul", ["m", "two"], ["n"]),
                  helper.make_node("Reshape", ["n", "target"], [f"out_{op_type}"])]  # fmt: skip
+        if opaque:
+            nodes[2].output[0] = "shaped"
+            nodes.append(helper.make_node("SequenceConstruct", ["shaped"], ["parts"]))
+            nodes.append(helper.make_node("ConcatFromSequence", ["parts"], [f"out_{op_type}"], axis=0))
         info = helper.make_tensor_value_info(f"out_{op_type}", TensorProto.FLOAT, None)
         branches.append(helper.make_graph(nodes, op_type, [], [info], [local]))
     return make_model(
@@ -236,6 +243,22 @@ def test_control_flow_runs_opaquely_with_its_captures_as_inputs(flag: bool) -> N
     assert sorted(step.inputs[1:]) == ["r", "target", "w"]
 
 
+@pytest.mark.parametrize("flag", [True, False])
+def test_control_flow_that_torch_knows_passes_gradients(flag: bool) -> None:
+    twin = check_model(if_net(opaque=False), {"x": rand(2, 3), "flag": np.array(flag)})
+    assert twin.opaque_nodes == ()
+    twin = twin.double()
+    inputs = {"x": torch.randn(2, 3, dtype=torch.float64), "flag": torch.tensor(flag)}
+    w, w2 = twin.parameter_of["w"], twin.parameter_of["w2"]
+    r = torch.relu(inputs["x"])
+    wanted = 2 * (r * w if flag else r + r).reshape(3, 2) * w2
+    y = twin(inputs)["y"]
+    torch.testing.assert_close(y, wanted)
+    gradients = [torch.autograd.grad(z.square().sum(), (w, w2), materialize_grads=True) for z in (y, wanted)]
+    torch.testing.assert_close(*gradients)
+    assert (gradients[0][0].abs().sum() > 0) == flag
+
+
 def test_an_opaque_node_reads_the_parameters_as_they_are_now() -> None:
     twin = make_twin(if_net())
     inputs = {"x": torch.ones(2, 3), "flag": torch.tensor(True)}
@@ -245,32 +268,27 @@ def test_an_opaque_node_reads_the_parameters_as_they_are_now() -> None:
     assert torch.allclose(twin(inputs)["y"], 3 * before)
 
 
-def test_loops_and_sequences_equal_onnxruntime() -> None:
-    x = rand(3, 4)
-    bools, floats = TensorProto.BOOL, TensorProto.FLOAT
-    body = helper.make_graph(
-        [helper.make_node("Add", ["state", "x"], ["next"]), helper.make_node("Identity", ["go"], ["stay"])],
-        "body",
-        [
-            helper.make_tensor_value_info("i", TensorProto.INT64, []),
-            helper.make_tensor_value_info("go", bools, []),
-            helper.make_tensor_value_info("state", floats, None),
-        ],
-        [
-            helper.make_tensor_value_info("stay", bools, []),
-            helper.make_tensor_value_info("next", floats, None),
-        ],
-    )
+def test_sequences_equal_onnxruntime() -> None:
     nodes = [
-        node("Loop", ["n", "", "start"], ["total"], body=body),
-        node("SplitToSequence", ["total"], ["parts"], axis=0),
+        node("SplitToSequence", ["x"], ["parts"], axis=0),
         node("SequenceAt", ["parts", "one"], ["part"]),
         node("Neg", ["part"], ["y"]),
     ]
-    weights = {"n": np.array(3), "start": rand(3, 4, seed=1), "one": np.array(1)}
-    model = make_model(nodes, inputs={"x": x}, outputs=["y"], weights=weights)
-    twin = check_model(model, {"x": x})
-    assert len(twin.opaque_nodes) == 3
+    model = make_model(nodes, inputs={"x": rand(3, 4)}, outputs=["y"], weights={"one": np.array(1)})
+    assert len(check_model(model, {"x": rand(3, 4)}).opaque_nodes) == 2
+
+
+def test_a_constant_of_a_type_that_torch_lacks_is_left_to_onnxruntime() -> None:
+    eight_bits = helper.make_tensor("w", TensorProto.FLOAT8E4M3FN, [3], [1.0, 2.0, -0.5])
+    model = make_model(
+        [node("Cast", ["w"], ["c"], to=TensorProto.FLOAT), node("Add", ["x", "c"], ["y"])],
+        inputs={"x": [2, 3]},
+        outputs=["y"],
+        opset=19,
+    )
+    model.graph.initializer.append(eight_bits)
+    twin = check_model(model, {"x": rand(2, 3)})
+    assert twin.opaque_nodes == ("make_c",)
 
 
 def test_a_variant_that_torch_lacks_falls_back_to_onnxruntime() -> None:

@@ -3,6 +3,7 @@
 from hap_onnx.ops import (
     attention,
     concat,
+    control,
     conv,
     conv_implants,
     elementwise,
@@ -22,6 +23,7 @@ from hap_onnx.ops import (
 __all__ = [
     "attention",
     "concat",
+    "control",
     "conv",
     "conv_implants",
     "elementwise",

@@ -13,10 +13,7 @@ from tools.node_tests import NodeCase, generated_cases, run_case
 # node runs in onnxruntime, where no gradient passes; a refused model raises an error that names the node. All
 # other cases must run by torch functions of ours or by the function bodies of the operators' schemas.
 OPERATORS = {
-    # control flow, boxes, text, trees
-    "If": ("opaque", "control flow"),
-    "Loop": ("opaque", "control flow"),
-    "Scan": ("opaque", "control flow"),
+    # optional values, boxes, text, trees
     "OptionalGetElement": ("opaque", "optional values"),
     "OptionalHasElement": ("opaque", "optional values"),
     "NonMaxSuppression": ("opaque", "a choice of boxes has no gradient"),
@@ -56,6 +53,7 @@ CASES = {
     "test_flexattention_relative_positional": ("refused", "a preview, with a graph inside"),
     "test_flexattention_score_mod": ("refused", "a preview, with a graph inside"),
     "test_flexattention_soft_cap": ("refused", "a preview, with a graph inside"),
+    "test_scan_sum": ("opaque", "the Scan of opset 8, over batches"),
     "test_training_dropout": ("wrong", "random numbers"),
     "test_training_dropout_default": ("wrong", "random numbers"),
     "test_training_dropout_default_mask": ("wrong", "random numbers"),
