@@ -29,10 +29,11 @@ import torch
 from torch import Tensor, nn
 
 from hap_onnx import ops  # noqa: F401  (registers the operators)
-from hap_onnx.calls import BodyCall, TorchCall, find_call, is_float_array
+from hap_onnx.calls import BodyCall, TorchCall, find_call, is_float_array, make_call
 from hap_onnx.errors import CalibrationError, ModelError
 from hap_onnx.opaque import OpaqueNode, captured_names, is_known, write_node
 from hap_onnx.ops.arguments import UnitShapes
+from hap_onnx.ops.registry import find_run
 
 logger = getLogger(__name__)
 
