@@ -26,6 +26,7 @@ import sys
 import time
 import traceback
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -251,11 +252,13 @@ def summarise(records: Sequence[Record]) -> list[str]:
     invalid = [name for name, facts in done.items() if facts.get("valid") is False]
     fixed = [name for name, facts in done.items() if facts.get("dynamic") is False]
     crashed = [name for name, facts in done.items() if facts.get("exit") not in (0, 3)]
+    ways = Counter(facts.get("options") or "the defaults" for facts in done.values())
     return [
         f"files: {len(records)} of {len(FILES)}; architectures: {len(NETWORKS)}",
         f"twin equals onnxruntime: {sum(twins)} of {len(twins)}",
         f"compress, architectures: {count(main)}",
         f"compress, all files: {count(done)}",
+        "options of compress: " + "; ".join(f"{way}: {n} files" for way, n in ways.most_common()),
         f"inexact: {len(inexact)} {inexact}; invalid: {len(invalid)} {invalid}; "
         f"no longer dynamic: {len(fixed)} {fixed}; failed otherwise: {len(crashed)} {crashed}",
     ]
