@@ -57,6 +57,8 @@ def test_a_file_goes_through_all_stages(folder: Path, name: str) -> None:
     done = record["compress"]
     assert record["twin"]["ok"]
     assert record["inspect"]["prunable_params"] > 0.9
+    assert record["inspect"]["half"]["exact"]
+    assert record["inspect"]["half"]["moved"] > 0.01
     assert (done["exit"], done["valid"], done["exact"], done["met"]) == (0, True, True, True)
     assert done["moved"] > 0.01  # or exactness would say nothing
     assert done.get("dynamic") is (True if "dynB" in name else None)
@@ -110,6 +112,18 @@ def test_a_changed_interface_and_a_batch_that_was_fixed_are_seen(folder: Path) -
     changed.graph.output[0].type.tensor_type.shape.dim[1].dim_param = "classes"
     onnx.save(changed, folder / "changed.onnx")
     assert not zoo_checks.check_valid(path, folder / "changed.onnx", data)["valid"]
+
+
+def test_a_cut_that_takes_other_channels_than_were_masked_is_seen(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, data = _export(folder, "mlp"), make_inputs(NETWORKS["mlp"], 8)
+    assert zoo_checks.check_inspect(path, data)["ok"]
+    right = zoo_checks.masked_reads
+    monkeypatch.setattr(zoo_checks, "masked_reads", lambda coupling, keep: right(coupling, np.roll(keep, 1)))
+    facts = zoo_checks.check_inspect(path, data)
+    assert not facts["ok"]
+    assert facts["half"]["exact_error"] > 0.01
 
 
 def test_a_process_that_hangs_dies_or_raises_is_reported(tmp_path: Path) -> None:

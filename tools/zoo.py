@@ -217,6 +217,8 @@ def table_rows(records: Sequence[Record]) -> list[tuple[str, ...]]:
         if done.get("met") is False:
             reasons.append("budget not met in the file")
         reasons += done.get("problems") or []
+        cuts = [(seen.get("half") or {}).get("exact"), done.get("exact")]
+        exact = False if False in cuts else True if True in cuts else None
         rows.append(
             (
                 record["name"],
@@ -225,7 +227,7 @@ def table_rows(records: Sequence[Record]) -> list[tuple[str, ...]]:
                 _percent(seen.get("prunable_params")),
                 _percent(done.get("kept_params")),
                 _percent(done.get("kept_macs")),
-                _mark(done.get("exact")),
+                _mark(exact),
                 _mark(done.get("valid")),
                 _mark(done.get("dynamic")),
                 f"{seconds:.0f}" if seconds else "–",
@@ -248,10 +250,12 @@ def summarise(records: Sequence[Record]) -> list[str]:
         refused = sum(entry.get("exit") == 3 for entry in facts.values())
         return f"{ok} of {len(facts)} reach the budget, {refused} refused with a reason (exit code 3)"
 
-    inexact = [name for name, facts in done.items() if facts.get("exact") is False]
     invalid = [name for name, facts in done.items() if facts.get("valid") is False]
     fixed = [name for name, facts in done.items() if facts.get("dynamic") is False]
-    proven = sum(facts.get("exact") is True for facts in done.values())
+    cuts = [(r["name"], (r.get("inspect", {}).get("half") or {}).get("exact")) for r in records]
+    cuts += [(name, facts.get("exact")) for name, facts in done.items()]
+    proven = sum(exact is True for _, exact in cuts)
+    inexact = [name for name, exact in cuts if exact is False]
     crashed = [name for name, facts in done.items() if facts.get("exit") not in (0, 3)]
     ways = Counter(facts.get("options") or "the defaults" for facts in done.values())
     return [
@@ -260,8 +264,9 @@ def summarise(records: Sequence[Record]) -> list[str]:
         f"compress, architectures: {count(main)}",
         f"compress, all files: {count(done)}",
         "options of compress: " + "; ".join(f"{way}: {n} files" for way, n in ways.most_common()),
-        f"cuts that equal the masked original: {proven}; inexact: {len(inexact)} {inexact}; invalid: {len(invalid)} {invalid}; "
-        f"no longer dynamic: {len(fixed)} {fixed}; failed otherwise: {len(crashed)} {crashed}",
+        f"cuts that equal the masked original: {proven}; inexact: {len(inexact)} {inexact}",
+        f"invalid: {len(invalid)} {invalid}; no longer dynamic: {len(fixed)} {fixed}; "
+        f"failed otherwise: {len(crashed)} {crashed}",
     ]
 
 

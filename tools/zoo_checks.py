@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import onnx
 import torch
+from numpy.typing import NDArray
 
 from hap_onnx.calibration import Batch
 from hap_onnx.choose import Choice, arrange
@@ -102,22 +103,21 @@ def check_twin(path: Path, data: Arrays) -> Facts:
     return facts
 
 
-def prepare_file(path: Path, data: Arrays) -> PreparedModel:
-    """Prepare a model as ``compress`` does, on the same shapes as a saved plan will name."""
+def check_inspect(path: Path, data: Arrays) -> Facts:
+    """How much of the model may be pruned, and why the rest may not; and that halves of it can go."""
+    start = time.perf_counter()
     source = load_model(path)
     session = make_session(source.proto, providers="cpu", threads=1)
-    return prepare(source, _first(data, max(2, session.fixed_batch or 2)))
-
-
-def check_inspect(path: Path, data: Arrays) -> Facts:
-    """How much of the model may be pruned, and why the rest may not."""
-    start = time.perf_counter()
-    report = inspect_report(path.name, prepare_file(path, data), "auto")
+    prepared = prepare(source, _first(data, max(2, session.fixed_batch or 2)))
+    report = inspect_report(path.name, prepared, "auto")
+    seconds = time.perf_counter() - start
     reasons: dict[str, int] = {}
     for entry in report.frozen:
         reasons[entry.reason] = reasons.get(entry.reason, 0) + 1
+    half = check_half(source, prepared, data)
     return {
-        "ok": True,
+        "ok": half["exact"] is not False,
+        "half": half,
         "params": report.size.params,
         "macs": report.size.macs,
         "prunable_params": report.prunable.params_ratio,
@@ -126,7 +126,7 @@ def check_inspect(path: Path, data: Arrays) -> Facts:
         "n_frozen": len(report.frozen),
         "frozen": dict(sorted(reasons.items(), key=lambda item: -item[1])[:8]),
         "trial_failures": sum(n for reason, n in reasons.items() if "for trial" in reason),
-        "seconds": time.perf_counter() - start,
+        "seconds": seconds,
     }
 
 
@@ -233,7 +233,21 @@ def check_exact(path: Path, plan_path: Path, data: Arrays) -> Facts:
     arranged, keep, _ = arrange(prepared, Choice(plan.decisions_for(prepared.coupling), plan.replacements))
     if keep.all():
         return {"exact": None}
-    graph = remove_channels(arranged.graph, arranged.coupling, keep, shapes=arranged.probe_shapes)
+    return compare_cut(source, arranged, keep, data)
+
+
+def check_half(source: SourceModel, prepared: PreparedModel, data: Arrays) -> Facts:
+    """Cut half of every group, drawn at random, all at once; compare as ``check_exact`` does."""
+    rng = np.random.default_rng(0)
+    keep = np.ones(prepared.coupling.n_elements, bool)
+    for group in prepared.coupling.groups:
+        keep[rng.choice(group.elements, group.size // 2, replace=False)] = False
+    return {"exact": None} if keep.all() else compare_cut(source, prepared, keep, data)
+
+
+def compare_cut(source: SourceModel, prepared: PreparedModel, keep: NDArray[np.bool_], data: Arrays) -> Facts:
+    """Compare the graph without the elements that are not kept with the original that has them masked."""
+    graph = remove_channels(prepared.graph, prepared.coupling, keep, shapes=prepared.probe_shapes)
     session = make_session(to_proto(graph, source), providers="cpu", threads=1)
     original = make_session(source.proto, providers="cpu", threads=1)
     inputs = _first(data, max(N_COMPARED, original.fixed_batch or 1))
@@ -241,7 +255,7 @@ def check_exact(path: Path, plan_path: Path, data: Arrays) -> Facts:
         run_outputs(one, [Batch(inputs, None)], batch_size=N_COMPARED) for one in (session, original)
     )
     with torch.no_grad():
-        masked = arranged.twin(_tensors(inputs), on_read=masked_reads(arranged.coupling, keep))
+        masked = prepared.twin(_tensors(inputs), on_read=masked_reads(prepared.coupling, keep))
     expected = {name: value.numpy() for name, value in masked.items()}
     error, moved = worst_excess(found, expected)[0], worst_excess(whole, expected)[0]
     return {"exact": bool(error <= CUT_TOLERANCE), "exact_error": error, "moved": moved}
