@@ -19,7 +19,7 @@ from hap_onnx.calibration import Subset
 from hap_onnx.choose import Choice, Slots, arrange, keep_mask
 from hap_onnx.errors import ModelError, SurgeryError
 from hap_onnx.events import OnEvent, ignore_event
-from hap_onnx.grafting import implant_weights, insert_implants
+from hap_onnx.grafting import implant_names, insert_implants
 from hap_onnx.implant_loss import CutLayer, ImplantLayer, ImplantLosses, bias_shift, cut_layer
 from hap_onnx.implants import Factors, factorise
 from hap_onnx.ops.implant import ImplantForm, implant_forms
@@ -73,14 +73,16 @@ class Compressed:
     def with_trained(self, values: Mapping[str, NDArray[np.generic]]) -> Compressed:
         """Return it with other values for initializers of its finished graph."""
         rest = dict(values)
-        names = implant_weights(with_weights(self.graph, self.weights), self.implants)
-        implants = {
-            node: (
-                kind,
-                tuple(rest.pop(name, array) for name, array in zip(names[node], arrays, strict=True)),
-            )
-            for node, (kind, arrays) in self.implants.items()
-        }
+        graph = with_weights(self.graph, self.weights)
+        names, tensors = implant_names(graph, self.implants), graph.tensors()
+        implants: dict[str, tuple[str, Arrays]] = {}
+        for node, (kind, arrays) in self.implants.items():
+            given, parts = names[node].weights, names[node].bias_parts
+            implants[node] = kind, tuple(map(rest.pop, given, arrays))
+            if any(part in rest for part in parts):
+                n_full = arrays[0].shape[0]
+                pieces = np.split(tensors[names[node].bias].values, [n_full])
+                rest[names[node].bias] = np.concatenate(list(map(rest.pop, parts, pieces)))
         return replace(self, weights={**self.weights, **rest}, implants=implants)
 
     def plan_weights(self) -> dict[str, NDArray[np.generic]]:

@@ -241,6 +241,26 @@ def arrange(prepared: PreparedModel, choice: Choice) -> tuple[PreparedModel, NDA
     the order: element e of the result is element order[e] of ``prepared``; None if nothing moved.
     """
     keep = keep_mask(prepared, choice.decisions)
+    order = _order_of(prepared, choice, keep)
+    if np.array_equal(order, np.arange(len(order))):
+        return prepared, keep, None
+    graph = permute_channels(prepared.graph, prepared.coupling, order)
+    twin = build_twin(graph, device=str(prepared.twin.device or "cpu"))
+    return replace(prepared, graph=graph, twin=twin), keep[order], order
+
+
+def moved_tensors(prepared: PreparedModel, choice: Choice) -> frozenset[str]:
+    """Return the tensors whose channels ``arrange`` brings into another order."""
+    order = _order_of(prepared, choice, keep_mask(prepared, choice.decisions))
+    is_moved = order != np.arange(len(order))
+    return frozenset(
+        name
+        for name, found in prepared.coupling.tensors.items()
+        if is_moved[found.ids[found.ids >= 0]].any()
+    )
+
+
+def _order_of(prepared: PreparedModel, choice: Choice, keep: NDArray[np.bool_]) -> Ints:
     order = np.arange(prepared.coupling.n_elements)
     nodes = {node.name: node for node in prepared.graph.nodes}
     axes = {(axis.initializer, axis.axis): axis.elements for axis in prepared.coupling.weights}
@@ -254,8 +274,4 @@ def arrange(prepared: PreparedModel, choice: Choice) -> tuple[PreparedModel, NDA
         is_last[replacement.channels] = True
         stays = keep[slots]
         order[slots] = np.concatenate([slots[stays & ~is_last], slots[stays & is_last], slots[~stays]])
-    if np.array_equal(order, np.arange(len(order))):
-        return prepared, keep, None
-    graph = permute_channels(prepared.graph, prepared.coupling, order)
-    twin = build_twin(graph, device=str(prepared.twin.device or "cpu"))
-    return replace(prepared, graph=graph, twin=twin), keep[order], order
+    return order

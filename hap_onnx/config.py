@@ -270,8 +270,8 @@ class CompressConfig:
         "are needed.", section="Method",
     )  # fmt: skip
     epochs: int | None = _option(
-        None, _whole(1), "Train for N passes over the data; implies --recover distill. "
-        f"Default there: {DEFAULT_EPOCHS}.", section="Method", metavar="N",
+        None, _whole(1), "Train for N passes over the data, in each round and for each candidate of a "
+        f"search; implies --recover distill. Default there: {DEFAULT_EPOCHS}.", section="Method", metavar="N",
     )  # fmt: skip
     rounds: int = _option(
         1, _whole(1), "Compress in N steps, with recovery and new sensitivities in between. Needs a budget.",
@@ -357,6 +357,11 @@ class CompressConfig:
             object.__setattr__(self, "recover", "distill")
         if self.rounds > 1 and not self.has_budget:
             raise UsageError("--rounds needs a budget: give --keep-params, --keep-macs or --max-bytes")
+        if self.rounds > 1 and self.method == "implant":
+            raise UsageError(
+                "--rounds has nothing to do after the first one with --method implant, which replaces a "
+                "layer only once: leave one away"
+            )
         if self.preset is not None and self.align != "auto":
             raise UsageError(f"--preset {self.preset} has widths of its own: leave --align away")
         if self.preset is not None and self.method == "implant":

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import onnx_graphsurgeon as gs
@@ -49,16 +50,28 @@ def insert_implants(graph: gs.Graph, implants: Mapping[str, tuple[str, Sequence[
     return _graft(graph, implants)[0]
 
 
-def implant_weights(
+@dataclass(frozen=True)
+class ImplantNames:
+    """What ``insert_implants`` calls the initializers of an implant.
+
+    ``bias_parts`` are pieces of the layer's ``bias``, in order, where parts side by side share it; () else.
+    """
+
+    weights: tuple[str, ...]
+    bias: str = ""
+    bias_parts: tuple[str, ...] = ()
+
+
+def implant_names(
     graph: gs.Graph, implants: Mapping[str, tuple[str, Sequence[np.ndarray]]]
-) -> dict[str, tuple[str, ...]]:
+) -> dict[str, ImplantNames]:
     """Return the names that ``insert_implants`` gives to the initializers of each implant, by its node."""
     return _graft(graph, implants)[1]
 
 
 def _graft(
     graph: gs.Graph, implants: Mapping[str, tuple[str, Sequence[np.ndarray]]]
-) -> tuple[gs.Graph, dict[str, tuple[str, ...]]]:
+) -> tuple[gs.Graph, dict[str, ImplantNames]]:
     result = graph.copy()
     by_name = {node.name: node for node in result.nodes}
     outer = result.tensors()
@@ -66,7 +79,7 @@ def _graft(
     pinned |= {tensor.name for tensor in result.outputs}
     taken = _Names(result)
     places: dict[int, list[gs.Node]] = {}
-    names: dict[str, tuple[str, ...]] = {}
+    names: dict[str, ImplantNames] = {}
     for name, (kind, weights) in implants.items():
         if name not in by_name:
             raise SurgeryError(f"there is no node '{name}' for an implant")
@@ -78,9 +91,15 @@ def _graft(
             gs.Constant(weight_name, np.ascontiguousarray(np.asarray(values).astype(dtype)))
             for weight_name, values in zip(form.weight_names, weights, strict=True)
         ]
-        places[id(node)] = form.build(node, constants, _activation(node, by_name, pinned))
-        taken.make_unique(places[id(node)])
-        names[name] = tuple(constant.name for constant in constants)
+        shared_out = form.kind == "pointwise" and len(node.inputs) > 2 and bool(node.inputs[2].name)
+        bias = node.inputs[2].name if shared_out else ""
+        placed = places[id(node)] = form.build(node, constants, _activation(node, by_name, pinned))
+        taken.make_unique(placed)
+        names[name] = ImplantNames(
+            weights=tuple(constant.name for constant in constants),
+            bias=bias,
+            bias_parts=tuple(part.inputs[2].name for part in placed[:2]) if shared_out else (),
+        )
     _place(result, places)
     return result.cleanup(remove_unused_graph_inputs=False), names
 

@@ -32,7 +32,7 @@ from hap_onnx.events import OnEvent, ignore_event
 from hap_onnx.grafting import permutable_groups
 from hap_onnx.implants import Metric, factorise, make_metric, rank_losses
 from hap_onnx.measure import Shapes, constants_of
-from hap_onnx.ops.implant import ImplantForm, implant_forms
+from hap_onnx.ops.implant import ImplantForm, implant_forms, is_of_implant
 from hap_onnx.ops.linear import LinearForm, linear_form
 from hap_onnx.prepare import PreparedModel
 from hap_onnx.twin import Twin
@@ -142,6 +142,8 @@ def _look_at_contractions(prepared: PreparedModel) -> dict[str, ImplantLayer | s
         forms = implant_forms(node)
         if {node.name, weight.name} & prepared.untouched:
             found[node.name] = "it is excluded"
+        elif is_of_implant(weight):
+            found[node.name] = "it is part of an implant already"
         elif readers[weight.name] != 1 or weight.name in outputs:
             found[node.name] = f"its weight '{weight.name}' is used elsewhere, too"
         elif bias is not None and not isinstance(bias, gs.Constant):

@@ -25,7 +25,6 @@ from hap_onnx.machine import (
     Stopwatch,
     check_loads,
     compare_speed,
-    make_folder,
     open_data,
     open_session,
     pick_device,
@@ -39,7 +38,7 @@ from hap_onnx.model_io import load_model, save_model
 from hap_onnx.plan import CompressionPlan, save_plan
 from hap_onnx.prepare import PreparedModel, prepare
 from hap_onnx.rounds import Candidate, Round, Workshop
-from hap_onnx.saving import count_saved_bytes
+from hap_onnx.saving import count_saved_bytes, make_folder
 from hap_onnx.summary import (
     facts_after,
     facts_before,
@@ -105,14 +104,16 @@ class Job:
                 device=pick_device(config.device),
             )
             self._check_twin()
-        key = job_key(
-            config, self.splits, self.source.sha256, installed_versions(), threads=torch.get_num_threads()
-        )
+        key = ""  # without a work folder nothing is kept
+        if config.work_dir is not None:
+            key = job_key(
+                config, self.splits, self.source.sha256, installed_versions(), threads=torch.get_num_threads()
+            )
         self.shop = Workshop(
             config=config,
             splits=self.splits,
             scales=self.scales,
-            scores=self.metric.output,
+            scores=self.scores,
             batch_size=self.batch_size,
             time=self._time,
             work=WorkFolder(config.work_dir, key),
@@ -152,6 +153,7 @@ class Job:
                 "from it; give samples that differ"
             )
         self.metric = choose_metric(self.config.metric, outputs=outputs, labels=first.labels)
+        self.scores = self._find_scores(outputs, first.labels)
         if self.metric.name == "accuracy":
             _refuse_chance(self.metric, outputs, first)
         elif self.splits.report.labels is not None and self.config.metric == "auto":
@@ -164,6 +166,15 @@ class Job:
             )
             if metric.name == "accuracy":
                 _refuse_chance(metric, outputs, part)
+
+    def _find_scores(self, outputs: Outputs, labels: np.ndarray | None) -> str | None:
+        """The output that holds class scores, whatever the metric is: training knows what to do with them."""
+        if self.metric.output is not None or self.config.metric == "auto":
+            return self.metric.output
+        try:
+            return choose_metric("auto", outputs=outputs, labels=labels).output
+        except CalibrationError:  # the labels are of another kind
+            return None
 
     def _check_twin(self) -> None:
         """Refuse a twin that does not equal onnxruntime on the data."""
@@ -205,7 +216,8 @@ class Job:
                 "no channel of the model can be removed: "
                 + "; ".join(f"'{entry.node}': {entry.reason}" for entry in self.prepared.coupling.frozen[:3])
             )
-        found = self._compress_in_rounds(self._budgets()) if config.has_budget else self._search()
+        with self.shop.work.lock():
+            found = self._compress_in_rounds(self._budgets()) if config.has_budget else self._search()
         return self._finish(found)
 
     def _budgets(self) -> dict[str, float | None]:
@@ -239,12 +251,24 @@ class Job:
                 name: None if limit is None else full[name] ** (1 - share) * limit**share
                 for name, limit in budgets.items()
             }
-            candidate = self._repair(now)
+            candidate = self._repair_in_round(done, now)
             self.note(f"round {done} of {n_rounds} is done")
             self.rounds.append(self._next_round(candidate))
         if self.config.max_bytes is not None:
             budgets = self._fit_bytes(self.config.max_bytes, budgets)
-        return self._repair(budgets)
+        return self._repair_in_round(n_rounds, budgets)
+
+    def _repair_in_round(self, number: int, budgets: Budgets) -> Candidate:
+        """Say of a budget that cannot be reached in which round that was: each has a model of its own."""
+        try:
+            return self._repair(budgets)
+        except BudgetError as error:
+            if number == 1:
+                raise
+            raise BudgetError(
+                f"round {number} of {self.config.rounds} cannot go on, by fractions of what the round before "
+                f"has left: {error}; or take fewer --rounds"
+            ) from error
 
     def _next_round(self, candidate: Candidate) -> Round:
         source = load_model(self._to_proto(candidate))
@@ -257,7 +281,8 @@ class Job:
             device=pick_device(self.config.device),
         )
         plan = candidate.plan
-        return Round(self.shop, prepared, (*plan.earlier, replace(plan, earlier=())))
+        earlier = (*plan.earlier, replace(plan, earlier=()))
+        return Round(self.shop, prepared, earlier, self.rounds[-1].moved_by(candidate))
 
     def _repair(self, budgets: Budgets) -> Candidate:
         """Compress to budgets in the round that is on, refit and train, as far as was asked for."""

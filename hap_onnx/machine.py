@@ -105,13 +105,6 @@ def whole_batches(part: Subset, unit: int) -> Subset:
     return part.take(part.n_samples // unit * unit)
 
 
-def make_folder(path: Path) -> None:
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValidationError(f"--work-dir {path} cannot be made: {error.strerror or error}") from error
-
-
 def protect_weights(source: SourceModel, outputs: Mapping[str, Path]) -> None:
     """Refuse outputs that would overwrite the files in which the model keeps its weights."""
     check_outputs(

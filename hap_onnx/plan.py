@@ -271,29 +271,44 @@ def load_plan(path: str | Path) -> CompressionPlan:
     try:
         _check_types(document)
         weights = _load_weights(plan_weights_path(path), document["weights"])
-        earlier = []
-        for index, entry in enumerate(document.get("earlier", [])):
+        rounds = [*document.get("earlier", []), document]
+        for entry in rounds:
             _check_types(entry)
-            prefix = _prefix(index)
-            names = [name for name in weights if name.startswith(prefix)]
-            earlier.append(_from_document(entry, {name[len(prefix) :]: weights.pop(name) for name in names}))
-        return replace(_from_document(document, weights), earlier=tuple(earlier))
+        *earlier, last = map(_from_document, rounds, _split_weights(weights, len(rounds)))
+        return replace(last, earlier=tuple(earlier))
     except (ValueError, KeyError, OverflowError) as error:
         what = f"{error} is missing" if isinstance(error, KeyError) else str(error)
         raise ModelError(f"the plan {path} is damaged: {what}") from error
 
 
 def _prefix(index: int) -> str:
-    """How the names of an earlier round's weights begin in the file."""
-    return f"earlier:{index}:"
+    """How the names of a round's weights begin in the file, if there are several rounds."""
+    return f"round:{index}:"
 
 
 def _all_weights(plan: CompressionPlan) -> dict[str, np.ndarray]:
-    """The weights of all rounds, those of earlier ones under names of their own."""
-    weights = dict(plan.weights)
-    for index, part in enumerate(plan.earlier):
-        weights.update({_prefix(index) + name: array for name, array in part.weights.items()})
-    return weights
+    """The weights of all rounds under names that tell them apart; those of a single round as they are."""
+    if not plan.earlier:
+        return dict(plan.weights)
+    rounds = (*plan.earlier, plan)
+    return {
+        _prefix(index) + name: array
+        for index, part in enumerate(rounds)
+        for name, array in part.weights.items()
+    }
+
+
+def _split_weights(weights: Mapping[str, np.ndarray], n_rounds: int) -> list[dict[str, np.ndarray]]:
+    """Undo ``_all_weights``; raises ValueError on a name that belongs to no round."""
+    if n_rounds == 1:
+        return [dict(weights)]
+    rounds: list[dict[str, np.ndarray]] = [{} for _ in range(n_rounds)]
+    for name, array in weights.items():
+        index = next((index for index in range(n_rounds) if name.startswith(_prefix(index))), None)
+        if index is None:
+            raise ValueError(f"the weight '{name}' belongs to no round")
+        rounds[index][name.removeprefix(_prefix(index))] = array
+    return rounds
 
 
 def _to_document(plan: CompressionPlan, weights_sha256: str) -> dict[str, Any]:
@@ -351,6 +366,7 @@ def _describe(plan: CompressionPlan) -> dict[str, Any]:
 
 
 def _from_document(document: Mapping[str, Any], weights: Mapping[str, np.ndarray]) -> CompressionPlan:
+    """Undo ``_describe``."""
     groups = document["groups"]
     return CompressionPlan(
         model_sha256=document["model_sha256"],
@@ -403,7 +419,23 @@ def _check_types(document: Any) -> None:
     for name, kind in (("training", dict), ("earlier", list)):
         if not isinstance(document.get(name, kind()), kind):
             raise ValueError(f"'{name}' is no {kind.__name__}")
+    for name, value in document.get("training", {}).items():
+        if name in _TRAINING_TYPES and (
+            not isinstance(value, _TRAINING_TYPES[name]) or isinstance(value, bool)
+        ):
+            raise ValueError(f"'{name}' of 'training' has the wrong type")
 
+
+_TRAINING_TYPES: Mapping[str, type | tuple[type, ...]] = MappingProxyType(
+    {
+        "epochs": int,
+        "best_epoch": (int, float),
+        "start_score": (int, float, type(None)),
+        "best_score": (int, float, type(None)),
+        "rollbacks": int,
+        "augmentations": list,
+    }
+)
 
 _IMPLANT_TYPES: Mapping[str, type | tuple[type, ...]] = MappingProxyType(
     {"node": str, "kind": str, "rank": int, "predicted_loss": (int, float), "expected_loss": (int, float)}

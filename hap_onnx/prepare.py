@@ -25,6 +25,7 @@ from hap_onnx.fusion import fold_batch_norms
 from hap_onnx.input_spec import InputSpec
 from hap_onnx.measure import count_params, model_size
 from hap_onnx.model_io import SourceModel, normalise
+from hap_onnx.ops.implant import layer_of
 from hap_onnx.surgery import masked_reads, remove_channels, shape_after
 from hap_onnx.twin import Twin, build_twin, probe_shapes
 
@@ -150,7 +151,7 @@ def _excluded(graph: gs.Graph, patterns: Iterable[str], reason: str, must_match:
     names = _names_of(graph)
     found: dict[str, str] = {}
     for pattern in patterns:
-        matches = fnmatch.filter(names, pattern)
+        matches = [name for name in names if fnmatch.filter((name, layer_of(name)), pattern)]
         if not matches and must_match:
             raise UsageError(
                 f"'{pattern}' matches no node and no initializer; 'hap-onnx inspect' lists their names"

@@ -222,7 +222,7 @@ def _reason_lines(frozen: Iterable[FrozenNode]) -> list[Text]:
 
 
 def _plural(number: int, word: str) -> str:
-    ending = "" if number == 1 else "es" if word.endswith("ch") else "s"
+    ending = "" if number == 1 else "es" if word.endswith("branch") else "s"
     return f"{number} {word}{ending}"
 
 
@@ -322,9 +322,6 @@ class EventPrinter:
 
     def _start(self, event: Event) -> None:
         """Begin a stage, or begin it again: some stages run once per round."""
-        if event.stage in self._tasks:
-            self._progress.reset(self._tasks[event.stage], total=event.total, words="")
-        else:
-            self._tasks[event.stage] = self._progress.add_task(
-                escape(event.stage), total=event.total, words=""
-            )
+        if event.stage in self._tasks:  # a task that was stopped keeps its time, even if it is reset
+            self._progress.remove_task(self._tasks[event.stage])
+        self._tasks[event.stage] = self._progress.add_task(escape(event.stage), total=event.total, words="")

@@ -7,7 +7,8 @@ the one before has compressed and repaired, and looks at sensitivities anew.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+import logging
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -15,12 +16,12 @@ import hap_onnx
 from hap_onnx.calibration import Splits, Subset
 from hap_onnx.candidates import Budgets, Setting, all_kinds, compress_to, sketch
 from hap_onnx.carry_out import Compressed, from_plan_weights, left_alone
-from hap_onnx.choose import Choice, predicted_losses
+from hap_onnx.choose import Choice, moved_tensors, predicted_losses
 from hap_onnx.config import CompressConfig
 from hap_onnx.cost_graph import cost_model
 from hap_onnx.decide import LossModel, build_loss_model
 from hap_onnx.distill import Recipe, distill
-from hap_onnx.errors import BudgetError
+from hap_onnx.errors import BudgetError, ModelError, SurgeryError
 from hap_onnx.events import Event, OnEvent
 from hap_onnx.implant_speed import faster_kinds
 from hap_onnx.machine import Stopwatch, open_session, pick_device
@@ -30,8 +31,12 @@ from hap_onnx.summary import explain_groups, explain_layers, plan_words, with_me
 from hap_onnx.validate import LatencyComparison
 from hap_onnx.work_folder import WorkFolder
 
+_log = logging.getLogger(__name__)
+
 N_STATISTICS = 1024
 """Most samples for sensitivities, refit and the choice between candidates: training takes all there are."""
+N_CHECKED = 4096
+"""Most samples that say which weights on the way of training are best: they are run many times."""
 
 
 @dataclass(frozen=True)
@@ -57,9 +62,9 @@ class Workshop:
     clock: Stopwatch
     on_event: OnEvent
 
-    def few(self, part: Subset) -> Subset:
-        """Return enough samples of a part for statistics, in whole batches."""
-        return part.take(max(1, N_STATISTICS // self.batch_size) * self.batch_size)
+    def few(self, part: Subset, n_most: int | None = None) -> Subset:
+        """Return enough samples of a part for statistics, or ``n_most``, in whole batches."""
+        return part.take(max(1, (n_most or N_STATISTICS) // self.batch_size) * self.batch_size)
 
     def note(self, text: str, *, kind: str = "note") -> None:
         """Tell the caller something that a user should know."""
@@ -77,14 +82,20 @@ class Candidate:
 class Round:
     """Makes candidates of one model.
 
-    ``earlier`` are the plans of the rounds before. Sensitivities are found when they are first needed: a job
-    that goes on after an interruption may have what it asks for already.
+    ``earlier`` are the plans of the rounds before, and ``moved`` the tensors whose channels have another
+    order since. Sensitivities are found when they are first needed: a job that goes on after an interruption
+    may have what it asks for already.
     """
 
     def __init__(
-        self, shop: Workshop, prepared: PreparedModel, earlier: Sequence[CompressionPlan] = ()
+        self,
+        shop: Workshop,
+        prepared: PreparedModel,
+        earlier: Sequence[CompressionPlan] = (),
+        moved: Collection[str] = (),
     ) -> None:
         self.shop, self.prepared, self.earlier = shop, prepared, tuple(earlier)
+        self.moved = frozenset(moved)
         self._last: tuple[str, Candidate] | None = None
 
     @cached_property
@@ -192,12 +203,13 @@ class Round:
                 original.graph,
                 finished,
                 shop.splits.calibrate,
-                shop.splits.choose,
+                shop.few(shop.splits.choose, N_CHECKED),
                 Recipe(config.n_epochs, shop.batch_size, seed=config.seed),
                 scales=shop.scales,
                 scores=shop.scores,
                 augment=config.augment == "auto",
                 leave=left_alone(original.graph, finished, self.prepared.untouched),
+                moved=self.moved_by(candidate),
                 folder=shop.work.training(name),
                 key=shop.work.key,
                 device=pick_device(config.device),
@@ -211,15 +223,23 @@ class Round:
         shop.work.drop_training(name)
         return Candidate(compressed, plan)
 
+    def moved_by(self, candidate: Candidate) -> frozenset[str]:
+        """The tensors of a candidate whose channels have another order than in the original."""
+        return self.moved | moved_tensors(self.prepared, candidate.compressed.choice)
+
     def kept(self, name: str) -> Candidate | None:
         """Return a candidate of an interrupted job from the work folder, if it is there."""
         plan = self.shop.work.load(name)
         if plan is None or plan.model_sha256 != self.prepared.source.sha256:
             return None
-        choice = Choice(plan.decisions_for(self.prepared.coupling), plan.replacements)
         words = plan_words(self.shop.config, self.prepared)  # budgets and gates may have other words by now
         plan = replace(plan, config=words, earlier=self.earlier)
-        return Candidate(from_plan_weights(self.prepared, choice, plan.weights), plan)
+        try:
+            choice = Choice(plan.decisions_for(self.prepared.coupling), plan.replacements)
+            return Candidate(from_plan_weights(self.prepared, choice, plan.weights), plan)
+        except (ModelError, SurgeryError) as error:
+            _log.warning("the candidate %s in the work folder is not used: %s", name, error)
+            return None
 
     def _explained(self, compressed: Compressed) -> Candidate:
         config, losses, choice = self.shop.config, self.losses, compressed.choice

@@ -226,12 +226,16 @@ def _round_summary(prepared: PreparedModel, plan: CompressionPlan) -> reports.Pl
     )
 
 
+def _as_tuple(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
 def recovery_summary(plan: CompressionPlan) -> tuple[reports.RoundRecovered, ...]:
     """How each round was repaired, for the report."""
     return tuple(
         reports.RoundRecovered(
             method=str(part.config.get("recover", "refit")),
-            **{name: part.training.get(name) for name in reports.TRAINING_FACTS},
+            **{name: _as_tuple(part.training.get(name)) for name in reports.TRAINING_FACTS},
         )
         for part in (*plan.earlier, plan)
     )

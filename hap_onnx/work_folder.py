@@ -10,20 +10,22 @@ import hashlib
 import json
 import logging
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from filelock import FileLock, Timeout
 
 from hap_onnx.calibration import Splits, Subset
 from hap_onnx.config import CompressConfig
-from hap_onnx.errors import ModelError
+from hap_onnx.errors import ModelError, ValidationError
 from hap_onnx.plan import CompressionPlan, load_plan, save_plan
+from hap_onnx.saving import make_folder
 
 _log = logging.getLogger(__name__)
 
-_N_HASHED = 16  # samples of each part: the data is too large to read it all, and hardly changes in part
 _NO_MATTER = (  # to what a candidate is; budgets are part of its name
     "output", "report", "save_plan", "work_dir", "dry_run", "json", "keep_rejected", "val", "max_drop",
     "keep_params", "keep_macs", "max_bytes",
@@ -36,6 +38,30 @@ class WorkFolder:
     def __init__(self, work_dir: Path | None, key: str) -> None:
         self._path = None if work_dir is None else work_dir / key
         self.key = key
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Keep other runs of the same job out of the folder; raises ValidationError if one is at work."""
+        if self._path is None:
+            yield
+            return
+        make_folder(self._path)
+        lock = FileLock(self._path / "job.lock", timeout=0)
+        try:
+            lock.acquire()
+        except Timeout as error:
+            raise ValidationError(
+                f"another run of the same command is at work in {self._path}; wait for it, or give another "
+                "--work-dir"
+            ) from error
+        except OSError as error:
+            raise ValidationError(
+                f"{self._path} cannot be locked ({error.strerror or error}); check --work-dir"
+            ) from error
+        try:
+            yield
+        finally:
+            lock.release()
 
     def load(self, name: str) -> CompressionPlan | None:
         """Return the plan of that name; None if there is none, or a damaged one."""
@@ -50,7 +76,7 @@ class WorkFolder:
     def save(self, name: str, plan: CompressionPlan) -> None:
         """Keep a plan, complete or not at all; raises ValidationError."""
         if self._path is not None:
-            self._path.mkdir(parents=True, exist_ok=True)
+            make_folder(self._path)
             save_plan(plan, self._file(name))
 
     def training(self, name: str) -> Path | None:
@@ -71,7 +97,10 @@ class WorkFolder:
 def job_key(
     config: CompressConfig, splits: Splits, sha256: str, versions: Mapping[str, str], **more: Any
 ) -> str:
-    """Return 16 hex digits for all that the candidates of a job depend on, apart from their budgets."""
+    """Return 16 hex digits for all that the candidates of a job depend on, apart from their budgets.
+
+    All samples are read for it.
+    """
     words = {name: value for name, value in config.to_dict().items() if name not in _NO_MATTER}
     digest = hashlib.sha256(json.dumps([words, sha256, dict(versions), more], sort_keys=True).encode())
     for part in (splits.calibrate, splits.choose):
@@ -83,7 +112,7 @@ def _add_samples(digest: Any, part: Subset) -> None:
     digest.update(np.ascontiguousarray(part.indices).tobytes())
     if part.labels is not None:
         digest.update(np.ascontiguousarray(part.labels).tobytes())
-    for batch in part.take(_N_HASHED).batches(_N_HASHED):
+    for batch in part.batches(64):
         for name, values in sorted(batch.inputs.items()):
             digest.update(repr((name, values.dtype.str, values.shape)).encode())
             digest.update(np.ascontiguousarray(values).tobytes())

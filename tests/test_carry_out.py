@@ -217,3 +217,9 @@ def test_factors_and_initializers_of_the_same_name_stay_apart() -> None:
     for name, (kind, arrays) in again.implants.items():
         assert kind == compressed.implants[name][0]
         assert all(map(np.array_equal, arrays, compressed.implants[name][1]))
+
+
+@pytest.mark.parametrize("name", ["residual", "dense_block", "other_rank_conv1d"])
+def test_trained_values_of_pointwise_implants_end_where_they_belong(name: str) -> None:
+    """The bias of such a layer is in two initializers of the finished graph."""
+    check_trained(name, ["pointwise"], 6)

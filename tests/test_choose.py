@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from functools import cache
 
 import numpy as np
 import pytest
+import torch
 from planning import (
     Job,
     check_carried_out,
     left_of,
     make_job,
     priced_totals,
+    random_choice,
     real_totals,
     slice_by_numpy,
     widths_of,
@@ -26,12 +29,15 @@ from hap_onnx.choose import (
     choose,
     decide_groups,
     keep_mask,
+    moved_tensors,
     predicted_losses,
     residual_groups,
 )
+from hap_onnx.curvature import to_tensors
 from hap_onnx.errors import BudgetError
 from hap_onnx.implant_loss import rank_coefficients
 from hap_onnx.plan import GroupDecision
+from hap_onnx.twin import run_captured
 from tests.helpers import make_coupling
 
 NAMES = """residual concat dense_block squeeze_and_excitation depthwise_plain grouped_wide other_rank_conv1d
@@ -260,6 +266,26 @@ def test_residual_groups_have_several_producers() -> None:
     assert residual_groups(job("16 16 16").prepared) == frozenset()
 
 
+@pytest.mark.parametrize("name", ["residual", "16 16 16"])
+def test_moved_tensors_are_those_whose_channels_change_places(name: str) -> None:
+    one, rng, n_moved = job(name), np.random.default_rng(0), 0
+    for _ in range(6):
+        choice = random_choice(one, rng, kinds=["pointwise"])
+        whole = tuple(GroupDecision.from_keep(d.group, d.size, range(d.size)) for d in choice.decisions)
+        choice = replace(choice, decisions=whole)  # so that shapes tell nothing
+        arranged, _, _ = arrange(one.prepared, choice)
+        moved = moved_tensors(one.prepared, choice)
+        found = [
+            run_captured(twin, to_tensors(one.inputs(), twin), list(one.prepared.coupling.tensors))
+            for twin in (one.prepared.twin, arranged.twin)
+        ]
+        for tensor in one.prepared.coupling.tensors:
+            stays = torch.allclose(found[0][tensor], found[1][tensor], atol=1e-4)
+            assert stays == (tensor not in moved)
+        n_moved += len(moved)
+    assert n_moved
+
+
 def test_without_pointwise_channels_nothing_moves() -> None:
     one = job("residual")
     choice = choose(one.prepared, one.losses, one.budgets(macs=0.5), align=1,
@@ -267,4 +293,5 @@ def test_without_pointwise_channels_nothing_moves() -> None:
     prepared, keep, order = arrange(one.prepared, choice)
     assert prepared is one.prepared
     assert order is None
+    assert not moved_tensors(one.prepared, choice)
     assert keep.tolist() == keep_mask(one.prepared, choice.decisions).tolist()

@@ -375,7 +375,7 @@ PAUSED_TRAINING = textwrap.dedent(
     import hap_onnx.cli as cli
     from hap_onnx import machine
     from hap_onnx.distill import checkpoint
-    from hap_onnx.distill.train import Trainer
+    from hap_onnx.distill.training import Trainer
 
     place, n = sys.argv.pop(1).split()
     machine.LATENCY_SECONDS = 0.1

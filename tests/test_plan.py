@@ -399,6 +399,8 @@ OPTIONAL = [
     ("groups", 0, "predicted_loss"), ("implants",), ("layers",), ("layers", "a"), ("training",),
     ("implants", 0, "measured"), ("earlier",), ("earlier", 0, "implants"), ("earlier", 1, "training"),
     ("earlier", 0, "implants", 0, "measured"), ("training", "epochs"),
+    ("earlier", 1, "training", "start_score"), ("earlier", 1, "training", "best_epoch"),
+    ("earlier", 1, "training", "epochs"),
 ]  # fmt: skip
 
 
@@ -497,9 +499,12 @@ def test_loading_refuses_values_that_make_no_sense(tmp_path: Path, where: tuple,
         (("earlier", 0, "implants", 0, "rank"), 0),
         (("earlier", 0, "implants", 0, "measured"), "spatial"),
         (("earlier", 1, "training"), []),
+        (("earlier", 1, "training", "start_score"), "high"),
+        (("earlier", 1, "training", "best_epoch"), None),
+        (("earlier", 1, "training", "epochs"), "x"),
         (("weights", "tensors"), {}),
-        (("weights", "tensors", "earlier:0:w"), "float32[3,2]"),
-        (("weights", "tensors", "earlier:1:earlier:0:w"), 3),
+        (("weights", "tensors", "round:0:w"), "float32[3,2]"),
+        (("weights", "tensors", "round:1:earlier:0:w"), 3),
     ],
 )
 def test_loading_refuses_damaged_rounds(tmp_path: Path, where: tuple, value: object) -> None:
@@ -530,3 +535,10 @@ def test_saving_fails_cleanly(tmp_path: Path) -> None:
     with pytest.raises(ValidationError, match="cannot be written"):
         save_plan(make_plan(), tmp_path / "p.json")
     assert not [file.name for file in tmp_path.iterdir() if file.name.startswith(".")]
+
+
+def test_weights_of_rounds_are_kept_apart_whatever_their_names(tmp_path: Path) -> None:
+    first = make_plan(weights={"w": np.ones(3), "round:1:w": np.ones(2)})
+    plan = make_plan(weights={"round:0:w": np.zeros(2), "round:": np.zeros(1)}, earlier=(first,))
+    save_plan(plan, tmp_path / "p.json")
+    check_equal(plan, load_plan(tmp_path / "p.json"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ import pytest
 from sample_models import fix_speed, images, residual_cnn, with_labels, write
 
 from hap_onnx import apply_plan, compress, inspect, job, rounds
-from hap_onnx.errors import ModelError, UsageError
+from hap_onnx.errors import BudgetError, ModelError, UsageError
 from hap_onnx.events import Event
 from hap_onnx.plan import load_plan
 from hap_onnx.report import CompressReport
@@ -272,8 +273,12 @@ def test_rounds_within_a_size_of_the_file(tmp_path: Path, data: dict[str, np.nda
 
 
 def test_rounds_of_implants_and_the_paper(tmp_path: Path, data: dict[str, np.ndarray]) -> None:
-    made = make(tmp_path, data, keep_macs=0.5, rounds=2, method="implant")
-    assert made.report.plan.implants
+    with pytest.raises(UsageError, match="--method implant, which replaces a layer only once"):
+        make(tmp_path, data, keep_macs=0.5, rounds=2, method="implant")
+    made = make(tmp_path, data, keep_macs=0.3, rounds=3)
+    names = [tensor.name for tensor in onnx.load(tmp_path / "o.onnx").graph.initializer]
+    assert any("_hap_" in name for name in names)
+    assert not any(name.count("_hap_") > 1 for name in names)  # no implant of an implant
     check_applied(tmp_path, made)
     made = make(tmp_path, data, keep_macs=0.5, rounds=2, preset="paper", probes=4)
     check_applied(tmp_path, made)
@@ -498,3 +503,47 @@ def test_budgets_of_one_job_share_a_folder_and_are_kept_apart(
         made = make(tmp_path, data, work_dir=work, keep_macs=ratio)
         assert made.model == model == make(tmp_path, data, keep_macs=ratio).model
         assert made.report.budget.reached["keep_macs"] <= ratio
+
+
+def test_implants_of_the_paper_are_trained(tmp_path: Path, data: dict[str, np.ndarray]) -> None:
+    """Pointwise implants share the bias of their layer between two nodes."""
+    made = make(tmp_path, data, keep_macs=0.6, preset="paper", probes=8, epochs=3)
+    assert {entry.kind for entry in made.report.plan.implants} == {"pointwise"}
+    check_applied(tmp_path, made)
+
+
+def test_a_search_may_train_implants(tmp_path: Path, labelled: dict[str, np.ndarray]) -> None:
+    made = make(tmp_path, labelled, max_drop=0.25, epochs=2)
+    check_applied(tmp_path, made)
+
+
+def test_patterns_go_on_naming_a_layer_that_has_become_an_implant(
+    tmp_path: Path, data: dict[str, np.ndarray]
+) -> None:
+    made = make(tmp_path, data, keep_macs=0.8, rounds=3, only=["make_b2", "make_a2", "make_b1", "make_a1"])
+    implants = [entry.node for entry in made.report.plan.implants]
+    assert implants
+    assert all(node.startswith(("make_a", "make_b")) for node in implants)
+    check_applied(tmp_path, made)
+
+
+def test_a_budget_that_a_later_round_cannot_reach_is_told_with_the_round(
+    tmp_path: Path, data: dict[str, np.ndarray]
+) -> None:
+    words: dict[str, Any] = {"only": ["make_a1"], "method": "prune", "recover": "none"}
+    with pytest.raises(BudgetError, match="the least is") as found:
+        make(tmp_path, data, keep_macs=0.01, **words)
+    least = float(re.search(r"the least is ([0-9.]+)", str(found.value))[1])  # type: ignore[index]
+    with pytest.raises(BudgetError, match=r"round 2 of 2 cannot go on, .*; or take fewer --rounds"):
+        make(tmp_path, data, keep_macs=0.99 * least, rounds=2, **words)
+
+
+def test_the_metric_does_not_decide_whether_labels_are_learned(
+    tmp_path: Path, labelled: dict[str, np.ndarray]
+) -> None:
+    words = {"keep_macs": 0.5, "epochs": 1, "metric": "r2", "method": "prune"}
+    first = make(tmp_path, labelled, **words)
+    others = {**labelled, "labels": (labelled["labels"] + 1) % (labelled["labels"].max() + 1)}
+    second = make(tmp_path, others, **words)
+    starts = [made.report.recovery[0].start_score for made in (first, second)]
+    assert starts[1] > 1.2 * starts[0]  # these labels contradict the original

@@ -11,7 +11,7 @@ from sample_reports import compress_report, inspect_report, validate_report
 
 from hap_onnx.events import Event
 from hap_onnx.render import EventPrinter, render_json, render_report
-from hap_onnx.report import Fidelity, ModelFacts, Quality
+from hap_onnx.report import Fidelity, ModelFacts, Quality, RoundRecovered
 
 
 def test_the_keys_of_a_compress_report_are_the_contract():
@@ -147,3 +147,14 @@ def test_a_terminal_gets_bars(monkeypatch):
     text = play(Terminal(), quiet=False)
     assert "refit" in text
     assert "a [note]" in text
+
+
+@pytest.mark.parametrize(("n", "words"), [(1, "1 epoch"), (4, "4 epochs")])
+def test_the_table_tells_of_training(n, words):
+    entry = RoundRecovered("distill", n, 0.5, 0.25, 0.125, 2, ())
+    text = " ".join(render_report(compress_report(recovery=(entry,)), io.StringIO()).split())
+    assert f"training: distance to the original 0.25 -> 0.125, best after 0.5 of {words}, 2 rollbacks" in text
+    rounds = (RoundRecovered("refit"), entry)
+    text = " ".join(render_report(compress_report(recovery=rounds), io.StringIO()).split())
+    assert f"training in round 2: distance to the original 0.25 -> 0.125, best after 0.5 of {words}" in text
+    assert "round 1" not in text

@@ -24,7 +24,7 @@ from hap_onnx.errors import BudgetError
 from hap_onnx.events import Event
 from hap_onnx.machine import Stopwatch
 from hap_onnx.model_io import load_model, to_proto
-from hap_onnx.plan import plan_hash
+from hap_onnx.plan import GroupDecision, plan_hash
 from hap_onnx.prepare import PreparedModel, prepare
 from hap_onnx.rounds import Candidate, Round, Workshop
 from hap_onnx.twin import build_twin
@@ -266,3 +266,18 @@ def test_excluded_nodes_are_not_trained() -> None:
     kept = [name for name in ("head.w", "head.b", "b2.b") if before[name] == original[name].tobytes()]
     assert len(kept) == 3
     assert not changed & set(kept)
+
+
+def test_a_candidate_that_does_not_fit_the_model_is_made_again(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Such as one whose file was changed by hand: its weights still belong to it."""
+    shop = make_shop(tmp_path)
+    here = Round(shop, prepared())
+    plan = here.compress_to(budgets()).plan
+    decisions = (*plan.decisions, GroupDecision.from_keep("more", 2, [0]))
+    shop.work.save(here.name_of(budgets()), replace(plan, decisions=decisions))
+    with caplog.at_level(logging.WARNING):
+        found = Round(make_shop(tmp_path), prepared()).compress_to(budgets())
+    assert "not used" in caplog.text
+    assert plan_hash(found.plan) == plan_hash(plan)

@@ -13,6 +13,7 @@ import pytest
 
 from hap_onnx.calibration import InputSpec, Splits, open_dataset, split_dataset
 from hap_onnx.config import CompressConfig
+from hap_onnx.errors import ValidationError
 from hap_onnx.plan import CompressionPlan, GroupDecision, plan_hash
 from hap_onnx.work_folder import WorkFolder, job_key
 from tests.helpers import rand
@@ -207,3 +208,31 @@ def test_the_state_of_training_goes_when_it_is_over(tmp_path: Path) -> None:
     folder.drop_training("one")
     assert not path.exists()
     assert other.exists()
+
+
+def test_a_folder_that_cannot_be_made_is_a_validation_error(tmp_path: Path) -> None:
+    (tmp_path / "key").write_text("a file")
+    with pytest.raises(ValidationError, match="key"):
+        WorkFolder(tmp_path, "key").save("one", make_plan())
+
+
+def test_two_runs_of_one_job_are_not_at_work_at_once(tmp_path: Path) -> None:
+    first, second, other = WorkFolder(tmp_path, "key"), WorkFolder(tmp_path, "key"), WorkFolder(tmp_path, "2")
+    with first.lock():
+        with pytest.raises(ValidationError, match=r"another run .* at work in .*key; wait"), second.lock():
+            raise AssertionError("both have the lock")
+        with other.lock():
+            pass
+    with second.lock():
+        pass
+    with WorkFolder(None, "key").lock(), WorkFolder(None, "key").lock():
+        assert not list(tmp_path.rglob("*.safetensors"))
+
+
+def test_every_sample_changes_the_key() -> None:
+    x = rand(400, 4)
+    parts = open_splits({"x": x})
+    for part in (parts.calibrate, parts.choose):
+        changed = x.copy()
+        changed[part.indices[-1]] += 1
+        assert key_of(parts=open_splits({"x": changed})) != key_of(parts=parts)

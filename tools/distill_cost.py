@@ -10,6 +10,8 @@ steps add to a process of their own at its peak (Linux only).
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import io
 import json
 import statistics
@@ -32,7 +34,7 @@ from hap_onnx.curvature import output_scales, to_tensors
 from hap_onnx.distill.augment import find_augmenter
 from hap_onnx.distill.learned import find_learned
 from hap_onnx.distill.objective import Objective, find_hidden, find_scores
-from hap_onnx.distill.train import Recipe, Trainer
+from hap_onnx.distill.training import Recipe, Trainer
 from hap_onnx.model_io import load_model, normalise
 from hap_onnx.twin import build_twin
 from tools.networks import resnet56
@@ -124,6 +126,8 @@ def _memory(field: str) -> int:
 
 
 def _memory_added(step: Step, n_steps: int) -> int:
+    gc.collect()
+    ctypes.CDLL("libc.so.6").malloc_trim(0)  # what was freed before must not hide what the steps take
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
     before = _memory("VmRSS")
     for _ in range(n_steps):

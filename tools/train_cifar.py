@@ -10,10 +10,14 @@ the exported model are ``(x / 255 - mean) / std`` with the ImageNet mean and std
 from __future__ import annotations
 
 import io
+import math
 import time
+import warnings
 from collections.abc import Mapping
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import click
 import numpy as np
@@ -66,6 +70,83 @@ def accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
     return 100.0 * int(torch.stack(hits).sum()) / len(labels)
 
 
+@dataclass(frozen=True)
+class Schedule:
+    """How to train: one cycle of the learning rate over ``epochs``, shortened to fit into ``minutes``."""
+
+    epochs: int = 4
+    minutes: float = 60.0
+    batch_size: int = 128
+    rate: float = 0.1
+    bfloat16: bool = False
+    threads: int = 1
+    seed: int = 0
+
+
+def make_optimizer(model: nn.Module, rate: float) -> torch.optim.Optimizer:
+    decayed = [parameter for parameter in model.parameters() if parameter.ndim > 1]
+    plain = [parameter for parameter in model.parameters() if parameter.ndim <= 1]
+    groups = [{"params": decayed, "weight_decay": 5e-4}, {"params": plain, "weight_decay": 0.0}]
+    return torch.optim.SGD(groups, lr=rate, momentum=0.9, nesterov=True)
+
+
+def train(model: nn.Module, images: Tensor, labels: Tensor, schedule: Schedule) -> None:
+    optimizer = make_optimizer(model, schedule.rate)
+    generator = torch.Generator().manual_seed(schedule.seed)
+    n_steps = schedule.epochs * math.ceil(len(labels) / schedule.batch_size)
+    step, done, start = 0, 0.0, time.perf_counter()
+    while done < 1:
+        for chosen in torch.randperm(len(labels), generator=generator).split(schedule.batch_size):
+            if done >= 1:
+                break
+            # One cycle over the share of the schedule that is done, by steps or by time.
+            used = (time.perf_counter() - start) / (60 * schedule.minutes)
+            done = max((step + 1) / n_steps, used)
+            factor = done / 0.2 if done <= 0.2 else (1.0 - done) / 0.8
+            for group in optimizer.param_groups:
+                group["lr"] = schedule.rate * max(factor, 1e-3)
+            model.train()
+            x = to_input(images[chosen], augment=generator).to(memory_format=torch.channels_last)
+            with torch.autocast("cpu", torch.bfloat16, enabled=schedule.bfloat16):
+                logits = model(x)
+            loss = F.cross_entropy(logits.float(), labels[chosen])
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 5.0)
+            optimizer.step()
+            step += 1
+            if step % 50 == 0:
+                seconds = time.perf_counter() - start
+                click.echo(f"step {step} ({done:.0%}) loss {loss:.3f} {seconds:.0f} s")
+
+
+def export(model: nn.Module, example: Tensor, output: Path) -> None:
+    """Write a network with a dynamic batch; BatchNormalization is folded, as exporters do."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # the newer exporter needs onnxscript
+        torch.onnx.export(
+            model.to(memory_format=torch.contiguous_format).eval(), (example,), str(output),
+            input_names=["input"], output_names=["logits"],
+            dynamic_axes={"input": {0: "N"}, "logits": {0: "N"}}, dynamo=False,
+        )  # fmt: skip
+
+
+def train_network(network: str, data: Path, output: Path, *, width: float, schedule: Schedule) -> None:
+    """Train a network of ``CIFAR_NETWORKS`` and write it to ``output``."""
+    torch.set_num_threads(schedule.threads)
+    torch.manual_seed(schedule.seed)
+    with np.load(data, allow_pickle=False) as arrays:
+        images, labels = read_images(arrays, "train")
+        test_images, test_labels = read_images(arrays, "test")
+    model = CIFAR_NETWORKS[network](width).to(memory_format=torch.channels_last)
+    n_params = sum(parameter.numel() for parameter in model.parameters())
+    click.echo(f"{network}: {n_params / 1e6:.2f} M parameters, {len(labels)} training images")
+    train(model, images, labels, schedule)
+    value = accuracy(model, test_images, test_labels)
+    click.echo(f"{network}: {value:.2f} % on {len(test_labels)} test images")
+    export(model, to_input(test_images[:2]), output)
+
+
 @click.command(help=__doc__)
 @click.argument("network", type=click.Choice(sorted(CIFAR_NETWORKS)))
 @click.option("--data", required=True, type=click.Path(exists=True, path_type=Path))
@@ -78,66 +159,8 @@ def accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
 @click.option("--bfloat16/--float32", default=False, help="Multiply in bfloat16 (faster where the CPU can).")
 @click.option("--threads", default=1)
 @click.option("--seed", default=0)
-def main(
-    network: str,
-    data: Path,
-    output: Path,
-    width: float,
-    epochs: int,
-    minutes: float,
-    batch_size: int,
-    rate: float,
-    bfloat16: bool,
-    threads: int,
-    seed: int,
-) -> None:
-    torch.set_num_threads(threads)
-    torch.manual_seed(seed)
-    with np.load(data, allow_pickle=False) as arrays:
-        images, labels = read_images(arrays, "train")
-        test_images, test_labels = read_images(arrays, "test")
-    model = CIFAR_NETWORKS[network](width).to(memory_format=torch.channels_last)
-    n_params = sum(parameter.numel() for parameter in model.parameters())
-    click.echo(f"{network}: {n_params / 1e6:.1f} M parameters, {len(labels)} training images")
-    decayed = [parameter for parameter in model.parameters() if parameter.ndim > 1]
-    plain = [parameter for parameter in model.parameters() if parameter.ndim <= 1]
-    groups = [{"params": decayed, "weight_decay": 5e-4}, {"params": plain, "weight_decay": 0.0}]
-    optimizer = torch.optim.SGD(groups, lr=rate, momentum=0.9, nesterov=True)
-    generator = torch.Generator().manual_seed(seed)
-    n_steps = epochs * (len(labels) // batch_size)
-    step, done, start = 0, 0.0, time.perf_counter()
-    while done < 1:
-        for chosen in torch.randperm(len(labels), generator=generator).split(batch_size)[:-1]:
-            if done >= 1:
-                break
-            # One cycle over the share of the schedule that is done, by steps or by time.
-            used = (time.perf_counter() - start) / (60 * minutes)
-            done = max((step + 1) / n_steps, used)
-            factor = min(done / 0.2, 1.0) * (1.0 - done) / 0.8 if done > 0.2 else done / 0.2
-            for group in optimizer.param_groups:
-                group["lr"] = rate * max(factor, 1e-3)
-            model.train()
-            x = to_input(images[chosen], augment=generator).to(memory_format=torch.channels_last)
-            with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
-                logits = model(x)
-            loss = F.cross_entropy(logits.float(), labels[chosen])
-            optimizer.zero_grad()
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 5.0)
-            optimizer.step()
-            step += 1
-            if step % 50 == 0:
-                seconds = time.perf_counter() - start
-                click.echo(f"step {step} ({done:.0%}) loss {loss:.3f} {seconds:.0f} s")
-    value = accuracy(model, test_images, test_labels)
-    click.echo(f"{network}: {value:.2f} % on {len(test_labels)} test images")
-    model = model.to(memory_format=torch.contiguous_format).eval()
-    example = to_input(test_images[:2])
-    dynamic = {"input": {0: "N"}, "logits": {0: "N"}}
-    torch.onnx.export(
-        model, (example,), str(output), input_names=["input"], output_names=["logits"],
-        dynamic_axes=dynamic, dynamo=False,
-    )  # fmt: skip
+def main(network: str, data: Path, output: Path, width: float, **words: Any) -> None:
+    train_network(network, data, output, width=width, schedule=Schedule(**words))
 
 
 if __name__ == "__main__":

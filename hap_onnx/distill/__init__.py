@@ -7,6 +7,7 @@ weights, biases and scales change, so the graph stays the one that was planned.
 from __future__ import annotations
 
 import hashlib
+import math
 import tempfile
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -24,9 +25,10 @@ from hap_onnx.curvature import to_tensors
 from hap_onnx.distill.augment import find_augmenter
 from hap_onnx.distill.learned import find_learned
 from hap_onnx.distill.objective import Objective, find_hidden, find_scores
-from hap_onnx.distill.train import Recipe, Trainer, train
+from hap_onnx.distill.training import Recipe, Trainer, train
 from hap_onnx.events import Event, OnEvent, ignore_event
 from hap_onnx.measure import constants_of
+from hap_onnx.saving import make_folder
 from hap_onnx.twin import Twin, build_twin, unfix_batch
 
 __all__ = ["Distilled", "Recipe", "distill"]
@@ -42,15 +44,16 @@ class Distilled:
         weights: new values of initializers of the compressed graph, float32.
         augmentations: what was done to the images.
         start_score, best_score: distance to the original (and to labels) on the samples set aside, before
-            training and with ``weights``; never larger after than before.
+            training and with ``weights``; never larger after than before. None if nothing could be trained
+            or they are no finite number.
         best_epoch: where the weights were found, 0 for those before training.
         n_rollbacks: how often training failed, and went back with half the rate.
     """
 
     weights: Mapping[str, np.ndarray]
     augmentations: tuple[str, ...]
-    start_score: float
-    best_score: float
+    start_score: float | None
+    best_score: float | None
     best_epoch: float
     n_rollbacks: int
 
@@ -77,6 +80,7 @@ def distill(
     scores: str | None = None,
     augment: bool = True,
     leave: Collection[str] = (),
+    moved: Collection[str] = (),
     folder: Path | None = None,
     key: str = "",
     device: str = "cpu",
@@ -92,6 +96,7 @@ def distill(
         scores: the output that holds class scores [N, C], if there is one.
         augment: whether images may be flipped and shifted, if the original hardly notices.
         leave: nodes of ``compressed`` whose weights are not to be touched.
+        moved: tensors of ``compressed`` whose channels have another order than in the original.
         folder: where the state of training is kept, for going on after an interruption with the same
             arguments; default: a temporary folder.
         key: what else the state depends on, such as the data.
@@ -110,18 +115,18 @@ def distill(
     one_by_one = not (unfix_batch(teacher, inputs) and unfix_batch(student, inputs))
     objective = Objective(
         scales=scales,
-        hidden={} if one_by_one else find_hidden(teacher, student, inputs),
+        hidden={} if one_by_one else find_hidden(teacher, student, inputs, leave=moved),
         scores=None if scores is None else find_scores(scores, expected[scores]),
     )
     learned = find_learned(compressed, leave=leave)
     reached = _reached(student, learned, objective, inputs)
-    if len(reached) < len(learned):
-        n_left = len(learned) - len(reached)
+    blocked = _read_before(compressed, objective.outputs).intersection(learned).difference(reached)
+    if blocked:
         why = "no gradient reaches them, because a node behind them runs in onnxruntime only"
-        _note(on_event, f"{n_left} of {len(learned)} weights are not trained: {why}")
+        _note(on_event, f"{len(blocked)} of {len(learned)} weights are not trained: {why}")
     if not reached:
         _note(on_event, "nothing of the model can be trained, so it stays as it is", kind="warning")
-        return Distilled({}, (), 0.0, 0.0, 0.0, 0)
+        return Distilled({}, (), None, None, 0.0, 0)
     augmenter = None
     if augment:
         augmenter = find_augmenter(
@@ -129,19 +134,25 @@ def distill(
         )
     kinds = augmenter.kinds if augmenter is not None else ()
     how = f", images augmented by {' and '.join(kinds)}" if kinds else ""
-    _note(on_event, f"training on {calibrate.n_samples} samples for {recipe.epochs} epochs{how}")
+    length = f"{recipe.epochs} epoch{'' if recipe.epochs == 1 else 's'}"
+    _note(on_event, f"training on {calibrate.n_samples} samples for {length}{how}")
     trainer = Trainer(teacher, student, reached, objective, augmenter, calibrate, choose, recipe)
     with _folder(folder) as place:
-        trained = train(trainer, place, _key(compressed, recipe, objective, kinds, key), on_event=on_event)
+        state_key = _key(compressed, recipe, objective, (kinds, reached, key))
+        trained = train(trainer, place, state_key, on_event=on_event)
     progress = trained.progress
     return Distilled(
         weights=trained.weights,
         augmentations=kinds,
-        start_score=progress.start_score,
-        best_score=progress.best_score,
+        start_score=_finite(progress.start_score),
+        best_score=_finite(progress.best_score),
         best_epoch=progress.best_step / trainer.steps_per_epoch,
         n_rollbacks=progress.n_rollbacks,
     )
+
+
+def _finite(score: float) -> float | None:
+    return score if math.isfinite(score) else None
 
 
 def _note(on_event: OnEvent, text: str, *, kind: Literal["note", "warning"] = "note") -> None:
@@ -152,6 +163,8 @@ def _reached(
     student: Twin, learned: Sequence[str], objective: Objective, inputs: Mapping[str, Tensor]
 ) -> tuple[str, ...]:
     """Return those of the weights on which the outputs depend in a way that torch can differentiate."""
+    if not learned:
+        return ()
     outputs = student(inputs)
     total = sum(outputs[name].float().sum() for name in objective.outputs)
     parameters = [student.parameter_of[name] for name in learned]
@@ -161,19 +174,35 @@ def _reached(
     return tuple(name for name, gradient in zip(learned, gradients, strict=True) if gradient is not None)
 
 
+def _read_before(graph: gs.Graph, outputs: Collection[str]) -> set[str]:
+    """Return the initializers that the graph reads on the way to some of its outputs."""
+    found: set[str] = set()
+    seen: set[int] = set()
+    waiting = [tensor for tensor in graph.outputs if tensor.name in outputs]
+    while waiting:
+        tensor = waiting.pop()
+        if isinstance(tensor, gs.Constant):
+            found.add(tensor.name)
+        for node in tensor.inputs:
+            if id(node) not in seen:
+                seen.add(id(node))
+                waiting.extend(node.inputs)
+    return found
+
+
 @contextmanager
 def _folder(path: Path | None) -> Iterator[Path]:
     if path is not None:
-        path.mkdir(parents=True, exist_ok=True)
+        make_folder(path)
         yield path
         return
     with tempfile.TemporaryDirectory(prefix="hap-onnx-distill-", ignore_cleanup_errors=True) as temporary:
         yield Path(temporary)
 
 
-def _key(compressed: gs.Graph, recipe: Recipe, objective: Objective, kinds: Sequence[str], key: str) -> str:
+def _key(compressed: gs.Graph, recipe: Recipe, objective: Objective, more: Any) -> str:
     """Tell apart what is trained, how, and towards what."""
-    digest = hashlib.sha256(repr((key, recipe, objective, tuple(kinds))).encode())
+    digest = hashlib.sha256(repr((recipe, objective, more)).encode())
     for node in compressed.nodes:
         digest.update(repr((node.name, node.op, [tensor.name for tensor in node.inputs])).encode())
         for tensor in constants_of(node):

@@ -7,7 +7,7 @@ they are. That leaves out whatever is not consistent with the labels, too.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -27,6 +27,8 @@ SHIFT = 0.125
 INVARIANCE = 0.8
 """Agreement or r2 of the original's outputs before and after an augmentation that is used."""
 N_TRIED = 256
+TRIED_BYTES = 1 << 28
+"""Most that the samples on which augmentations are tried take up, with the outputs for them."""
 
 Augmentation = Callable[[Tensor, np.random.Generator], Tensor]
 
@@ -80,21 +82,35 @@ def find_augmenter(
     The model must have one input, and that images with one, three or four channels. ``outputs`` are those
     that count.
     """
-    part = subset.take(N_TRIED)
-    batches = [to_tensors(batch.inputs, teacher) for batch in part.batches(teacher.batch_limit or batch_size)]
-    place = _find_images(batches[0])
+    size = teacher.batch_limit or batch_size
+    first = to_tensors(next(iter(subset.batches(size))).inputs, teacher)
+    place = _find_images(first)
     if place is None:
         return None
-    before = _run(teacher, batches, outputs)
+    part = subset.take(_count_tried(first, _run(teacher, [first], outputs), size))
+
+    def batches() -> Iterator[dict[str, Tensor]]:  # read anew each time rather than kept
+        return (to_tensors(batch.inputs, teacher) for batch in part.batches(size))
+
+    before = _run(teacher, batches(), outputs)
     metric = choose_metric("auto", outputs=before, labels=None)
     kinds = []
     for kind in AUGMENTATIONS:
         augmenter = Augmenter(place[0], (kind,), place[1])
         generator = np.random.default_rng(seed)
-        after = _run(teacher, [augmenter(batch, generator) for batch in batches], outputs)
+        after = _run(teacher, (augmenter(batch, generator) for batch in batches()), outputs)
         if metric.evaluate(before, after) >= INVARIANCE:
             kinds.append(kind)
     return Augmenter(place[0], tuple(kinds), place[1]) if kinds else None
+
+
+def _count_tried(inputs: Mapping[str, Tensor], outputs: Mapping[str, np.ndarray], size: int) -> int:
+    """How many samples fit into ``TRIED_BYTES``, given a batch of them: whole batches, at least one."""
+    n_samples = len(next(iter(inputs.values())))
+    n_bytes = sum(tensor.nbytes for tensor in inputs.values())
+    n_bytes += 2 * sum(array.nbytes for array in outputs.values())  # before and after
+    n_fitting = TRIED_BYTES * n_samples // max(n_bytes, 1)
+    return max(1, min(N_TRIED, n_fitting) // size) * size
 
 
 def _find_images(inputs: Mapping[str, Tensor]) -> tuple[str, bool] | None:
@@ -114,6 +130,12 @@ def _find_images(inputs: Mapping[str, Tensor]) -> tuple[str, bool] | None:
 
 
 @torch.no_grad()
-def _run(twin: Twin, batches: list[dict[str, Tensor]], outputs: Collection[str]) -> dict[str, np.ndarray]:
-    parts = [twin(batch) for batch in batches]
-    return {name: np.concatenate([part[name].cpu().numpy() for part in parts]) for name in outputs}
+def _run(
+    twin: Twin, batches: Iterable[Mapping[str, Tensor]], outputs: Collection[str]
+) -> dict[str, np.ndarray]:
+    parts: dict[str, list[np.ndarray]] = {name: [] for name in outputs}
+    for batch in batches:
+        found = twin(batch)
+        for name in outputs:
+            parts[name].append(found[name].cpu().numpy())
+    return {name: np.concatenate(arrays) for name, arrays in parts.items()}

@@ -46,6 +46,8 @@ def save_state(path: Path, key: str, progress: Progress, tensors: dict[str, Tens
     try:
         contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
         safetensors.torch.save_file(contiguous, temporary, metadata={_ENTRY: entry})
+        with temporary.open("rb") as stream:
+            os.fsync(stream.fileno())
         os.replace(temporary, path)
     except (OSError, safetensors.SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
@@ -64,6 +66,8 @@ def load_state(path: Path, key: str) -> tuple[Progress, dict[str, Tensor]] | Non
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             entry = json.loads((file.metadata() or {}).get(_ENTRY, "{}"))
+            if not isinstance(entry, dict):
+                raise ValueError("its description is no object")
             if entry.pop("key", None) != key:
                 _log.info("%s belongs to other work and is not used", path)
                 return None

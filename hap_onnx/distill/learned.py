@@ -8,6 +8,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from hap_onnx.measure import is_float_type
+from hap_onnx.opaque import captured_names
 from hap_onnx.ops.elementwise import is_addition
 from hap_onnx.ops.registry import find_macs, learned_inputs
 from hap_onnx.surgery import CONSTANT_SUFFIX
@@ -17,25 +18,26 @@ def find_learned(graph: gs.Graph, *, leave: Collection[str] = ()) -> tuple[str, 
     """Return the float initializers that hold weights, biases or scales, in graph order.
 
     Other constants (bounds, anchors, masks, tables, running statistics) mean something by themselves and
-    stay. A bias may also be a vector that is added to what a contraction gives.
+    stay, and so does what is both, or an output of the model. A bias may also be a vector that is added to
+    what a contraction gives.
 
     Args:
         leave: names of nodes whose initializers are not to be touched.
     """
     found: dict[str, None] = {}
-    kept: set[str] = set()
+    kept = {tensor.name for tensor in graph.outputs}
+    outer = graph.tensors()
     for node in graph.nodes:
-        names = {
-            tensor.name: None
-            for index, tensor in enumerate(node.inputs)
-            if isinstance(tensor, gs.Constant)
-            and is_float_type(np.dtype(tensor.values.dtype))
-            and (index in learned_inputs(node.op, domain=node.domain or "") or _is_added_bias(node, tensor))
-        }
-        if node.name in leave:
-            kept.update(names)
-        else:
-            found.update(names)
+        kept.update(captured_names(node, outer))
+        for index, tensor in enumerate(node.inputs):
+            if not isinstance(tensor, gs.Constant):
+                continue
+            is_learned = index in learned_inputs(node.op, domain=node.domain or "")
+            is_learned = is_learned or _is_added_bias(node, tensor)
+            if is_learned and node.name not in leave and is_float_type(np.dtype(tensor.values.dtype)):
+                found[tensor.name] = None
+            else:
+                kept.add(tensor.name)
     return tuple(name for name in found if name not in kept)
 
 

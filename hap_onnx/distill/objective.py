@@ -8,7 +8,7 @@ what is added to all scores of a sample, nor serve embeddings, which look like c
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -22,7 +22,7 @@ TEMPERATURE = 3.0
 """Of the softened distributions, in standard deviations of the original's logits."""
 N_HIDDEN = 9
 """How many tensors inside are compared, besides the outputs."""
-HIDDEN_SHARE = 0.5
+HIDDEN_SHARE = 8.0
 """Weight of the tensors inside, on average, against that of the outputs."""
 LABEL_SHARE = 0.5
 """Weight of the labels against the original's scores."""
@@ -103,7 +103,7 @@ class Objective:
         temperature = TEMPERATURE * self.scores.scale
         soft, target = (F.log_softmax(logits / temperature, dim=1) for logits in pair)
         divergence = F.kl_div(soft, target, log_target=True, reduction="batchmean")
-        # Nearly half the mean squared error of the logits, relative to their variance: of the distance's size.
+        # About half the squared error of the logits relative to their variance: of the size of the distance.
         return loss + TEMPERATURE**2 * divergence
 
 
@@ -116,10 +116,13 @@ def find_scores(name: str, scores: Tensor) -> Scores:
     return replace(raw, scale=max(deviation, _TINY))
 
 
-def find_hidden(teacher: Twin, student: Twin, inputs: Mapping[str, Tensor]) -> dict[str, float]:
+def find_hidden(
+    teacher: Twin, student: Twin, inputs: Mapping[str, Tensor], *, leave: Collection[str] = ()
+) -> dict[str, float]:
     """Choose tensors inside whose shapes have survived, evenly along the depth, with the scale of each.
 
-    Sums come first, since they carry what all layers behind them read; without any, all tensors do.
+    Those to ``leave`` mean something else in the student. Sums come first, since they carry what all layers
+    behind them read; without any, all tensors do.
     """
     shapes = probe_shapes(student, inputs)
     expected = probe_shapes(teacher, inputs)
@@ -129,6 +132,7 @@ def find_hidden(teacher: Twin, student: Twin, inputs: Mapping[str, Tensor]) -> d
         for step in teacher.steps
         for name in step.outputs
         if name in shapes
+        and name not in leave
         and shapes[name] == expected[name]
         and len(shapes[name]) > 2
         and shapes[name][0] == n_samples

@@ -165,7 +165,9 @@ def _pointwise_attributes(window: _Window, tap: int) -> dict[str, Any]:
 def _can_split_bias(node: gs.Node, window: _Window) -> bool:
     if len(node.inputs) < 3 or not node.inputs[2].name:
         return True
-    return constant_input(node, 2) is not None and tuple(node.inputs[2].shape) == (window.n_out,)
+    if constant_input(node, 2) is None or tuple(node.inputs[2].shape) != (window.n_out,):
+        return False
+    return len(node.inputs[2].outputs) == 1  # what others read, too, cannot be trained in parts
 
 
 def _pointwise(node: gs.Node, window: _Window, tap: int) -> ImplantForm:

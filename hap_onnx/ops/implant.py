@@ -11,6 +11,7 @@ that the original padded its input with.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -26,6 +27,8 @@ FIRST, SECOND = "_hap_first", "_hap_second"
 """What the names of the two factors end in; the second node keeps the name of the node."""
 FULL, POINTWISE, JOINED = "_hap_full", "_hap_pointwise", "_hap_concat"
 """What the names of the parts side by side end in; the node with the full kernels keeps its name."""
+
+_ENDINGS = re.compile(rf"(?:(?:{'|'.join((FIRST, SECOND, FULL, POINTWISE, JOINED))})(?:_\d+)?)+$")
 
 Shape = tuple[int, ...]
 _FLOATS = ("float16", "bfloat16", "float32", "float64")
@@ -75,6 +78,16 @@ class ImplantForm:
             for array in arrays
         ]
         return tuple(np.ascontiguousarray(array) for array in self.reorder(plain))
+
+
+def layer_of(name: str) -> str:
+    """Return the name that a node or an initializer of an implant had before: that of the layer's own."""
+    return _ENDINGS.sub("", name)
+
+
+def is_of_implant(weight: gs.Tensor) -> bool:
+    """Whether an initializer is one of those that an implant has in place of a layer's weight."""
+    return layer_of(weight.name) != weight.name
 
 
 def implant_forms(node: gs.Node) -> tuple[ImplantForm, ...]:

@@ -41,6 +41,7 @@ from hap_onnx.refit.rows import Options
 from hap_onnx.refit.schedule import ImplantFit, Task, WeightFit, plan_tasks
 from hap_onnx.refit.spec import FittedImplant, ImplantSpec, Refitted
 from hap_onnx.refit.store import COMPRESSED, ORIGINAL, Store
+from hap_onnx.saving import make_folder
 from hap_onnx.surgery import Kept
 
 __all__ = ["FittedImplant", "ImplantSpec", "Refitted", "refit"]
@@ -93,7 +94,7 @@ def refit(
         CalibrationError: there are too few samples, or the disk is too full for what does not fit in memory.
     """
     if work_dir is not None:
-        work_dir.mkdir(parents=True, exist_ok=True)
+        make_folder(work_dir)
     options = Options(ridge=ridge, n_positions=n_positions, n_relu_rounds=n_relu_rounds, seed=seed)
     with (
         torch.no_grad(),

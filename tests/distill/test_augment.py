@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hap_onnx.calibration import InputSpec, Subset, open_dataset
+from hap_onnx.distill import augment
 from hap_onnx.distill.augment import (
     AUGMENTATIONS,
     MIN_SIZE,
@@ -289,3 +290,17 @@ def test_sequences_and_integers_are_not_augmented() -> None:
     )
     model.graph.input[0].type.tensor_type.shape.dim[0].dim_param = "N"
     assert find(model, x=pixels) is None
+
+
+@pytest.mark.parametrize(("limit", "n"), [(1 << 28, 96), (1, 32), (3 * 32 * 3 * SIZE * SIZE * 4, 64)])
+def test_as_many_images_are_tried_as_fit_in_memory(
+    monkeypatch: pytest.MonkeyPatch, limit: int, n: int
+) -> None:
+    monkeypatch.setattr(augment, "TRIED_BYTES", limit)
+    seen: list[int] = []
+    twin = make_twin(classifier())
+    twin.register_forward_hook(lambda module, args, output: seen.append(len(output["scores"])))
+    found = find_augmenter(twin, subset_of(x=bright()), outputs=["scores"], batch_size=32, seed=0)
+    assert found is not None
+    assert seen[0] == 32  # the one that says how large samples are
+    assert sum(seen[1:]) == 3 * n  # as they are, flipped, shifted

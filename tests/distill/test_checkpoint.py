@@ -189,3 +189,14 @@ def test_nothing_half_written_is_left_and_the_older_state_stays(
     with pytest.raises(ValidationError, match="check the folder and free space"):
         save_state(path, "key", Progress(9, 1, 1, 9), TENSORS)
     assert path.read_bytes() == older
+
+
+@pytest.mark.parametrize("text", ["3", '"key"', "null"])
+def test_entries_that_are_no_objects_are_not_used_and_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, text: str
+) -> None:
+    path = tmp_path / "now.safetensors"
+    damage_metadata(path, text)
+    with caplog.at_level(logging.WARNING):
+        assert load_state(path, "key") is None
+    assert "damaged" in caplog.text

@@ -20,7 +20,8 @@ from hap_onnx.carry_out import compress_layers, cut_model
 from hap_onnx.choose import choose
 from hap_onnx.distill import Recipe
 from hap_onnx.distill.learned import find_learned
-from hap_onnx.distill.train import Trainer
+from hap_onnx.distill.training import Trainer
+from hap_onnx.errors import ValidationError
 from hap_onnx.events import Event
 from hap_onnx.surgery import with_weights
 from hap_onnx.twin import build_twin, run_captured
@@ -242,7 +243,7 @@ def test_a_model_without_any_gradient_stays_and_that_is_a_warning() -> None:
     case, events = Case(net.model("y"), {"x": rand(N, 3, 6, 6)}), []
     found = case.distill(perturbed(case.graph), events=events)
     assert not found.weights
-    assert found.best_score == found.start_score == 0
+    assert found.best_score is found.start_score is None
     assert notes(events, "warning") == ["nothing of the model can be trained, so it stays as it is"]
     assert not [event for event in events if event.kind == "start"]
 
@@ -447,3 +448,35 @@ def test_casts_and_integers_survive_mixed_precision() -> None:
         found = twin({"x": torch.from_numpy(case.inputs["x"])})
     assert found["top"].dtype == torch.int64
     np.testing.assert_allclose(found["p"].float().numpy(), case.outputs["p"], atol=0.02)
+
+
+def test_a_model_that_equals_the_original_is_no_failure() -> None:
+    """There is nothing to gain, but nothing goes wrong either: the user need not be warned."""
+    events: list[Event] = []
+    case = classifier()
+    found = case.distill(case.graph.copy(), events=events)
+    assert notes(events, "warning") == []
+    assert found.n_rollbacks == 0
+
+
+def test_weights_that_reach_no_output_are_no_opaque_weights() -> None:
+    """A head that does not count is left alone, but for another reason than a node in onnxruntime."""
+    case, events = topology("two_inputs_two_outputs"), []
+    case.distill(
+        perturbed(case.graph), Recipe(1, batch_size=8), scales={"y": case.scales["y"]}, events=events
+    )
+    assert not any("onnxruntime only" in text for text in notes(events))
+
+
+def test_a_model_that_is_excluded_as_a_whole_stays_and_that_is_a_warning() -> None:
+    case, events = classifier(), []
+    found = case.distill(perturbed(case.graph), leave={n.name for n in case.graph.nodes}, events=events)
+    assert not found.weights
+    assert notes(events, "warning") == ["nothing of the model can be trained, so it stays as it is"]
+
+
+def test_a_folder_that_cannot_be_made_is_a_validation_error(tmp_path: Path) -> None:
+    (tmp_path / "work").write_text("a file")
+    case = classifier()
+    with pytest.raises(ValidationError, match="work"):
+        case.distill(perturbed(case.graph), folder=tmp_path / "work" / "one.training")

@@ -69,6 +69,23 @@ def test_running_statistics_stay_though_they_are_of_the_shape_of_scales() -> Non
     assert {mean, variance}.isdisjoint(find_learned(graph))
 
 
+def test_what_is_a_scale_here_and_a_statistic_there_stays() -> None:
+    net = Net()
+    net.norm(net.conv("x", 3, 4, bias=False), 4)
+    weight, _, _, bias, _ = net.weights
+    norm = net.nodes[-1]
+    norm.input[1] = norm.input[4]  # the variance is the scale, too: exporters share equal arrays
+    assert find_learned(gs.import_onnx(net.model(norm.output[0]))) == (weight, bias)
+
+
+def test_a_weight_that_is_data_elsewhere_stays() -> None:
+    graph = graph_of(TOPOLOGIES["weight_is_an_output"]().model)
+    weights = {node.name: node.inputs[1].name for node in graph.nodes if node.op == "Conv"}
+    learned = find_learned(graph)
+    assert weights["make_a"] not in learned  # an output of the model is its sum
+    assert weights["make_y"] in learned
+
+
 @pytest.mark.parametrize("op_type", ["Add", "Sum"])
 @pytest.mark.parametrize("first", [False, True])
 def test_a_bias_added_after_a_contraction_is_learned(op_type: str, first: bool) -> None:
@@ -168,7 +185,9 @@ def test_all_that_is_learned_is_a_float_initializer_and_weights_of_convolutions_
     constants = {n: t for n, t in graph.tensors().items() if isinstance(t, gs.Constant)}
     assert len(set(learned)) == len(learned)
     assert {constants[one].values.dtype.kind for one in learned} <= {"f"}
-    weights = {n.inputs[1].name for n in graph.nodes if n.op in ("Conv", "ConvTranspose", "Gemm")}
+    contractions = [n for n in graph.nodes if n.op in ("Conv", "ConvTranspose", "Gemm")]
+    others = {t.name for n in graph.nodes if n not in contractions for t in n.inputs}
+    weights = {n.inputs[1].name for n in contractions} - others
     assert weights & set(constants) <= set(learned)
 
 

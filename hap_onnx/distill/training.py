@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -33,7 +33,9 @@ WARMUP = 0.1
 AVERAGE_SHARE = 0.02
 """Share of all updates over which weights are averaged."""
 DIVERGED = 3.0
-"""A score this many times the one before training is taken for divergence."""
+"""A score this many times the one before training is taken for divergence ..."""
+NEAR = 0.01
+"""... unless it is below this (an r2 of 0.98): next to the original there is nothing to compare with."""
 MAX_ROLLBACKS = 4
 MAX_PERIOD = 500
 """Most updates between two looks at the samples set aside."""
@@ -135,7 +137,8 @@ class Trainer:
         self.optimizer.step()
         # A short memory at first, so that the average does not hang on to where it began.
         horizon = min(max(1.0, AVERAGE_SHARE * self.n_steps), (step + 10) / 9)
-        torch._foreach_lerp_(list(self.average.values()), list(self.parameters.values()), 1 / horizon)
+        latest = [parameter.detach() for parameter in self.parameters.values()]
+        torch._foreach_lerp_(list(self.average.values()), latest, 1 / horizon)
         return value
 
     def _loss(self, inputs: Mapping[str, Tensor], labels: np.ndarray | None) -> Tensor:
@@ -245,7 +248,8 @@ def _parameter_groups(parameters: Sequence[nn.Parameter], weight_decay: float) -
     for parameter in parameters:
         size = float(parameter.detach().double().square().mean().sqrt())
         scale = 2.0 ** round(math.log2(max(size, SMALLEST_SIZE)))
-        groups.setdefault((scale, weight_decay if parameter.ndim > 1 else 0.0), []).append(parameter)
+        is_weight = sum(length > 1 for length in parameter.shape) > 1  # no bias, whatever its number of axes
+        groups.setdefault((scale, weight_decay if is_weight else 0.0), []).append(parameter)
     return [
         {"params": group, "scale": scale, "weight_decay": decay} for (scale, decay), group in groups.items()
     ]
@@ -268,7 +272,7 @@ def train(trainer: Trainer, folder: Path, key: str, *, on_event: OnEvent) -> Tra
     """
     now, best = folder / "training.safetensors", folder / "best.safetensors"
     found = load_state(now, key)
-    if found is None:
+    if found is None or load_state(best, key) is None:
         start, words = trainer.score()
         progress = Progress(0, start, start, 0)
         save_state(now, key, progress, trainer.tensors())
@@ -281,17 +285,23 @@ def train(trainer: Trainer, folder: Path, key: str, *, on_event: OnEvent) -> Tra
     on_event(Event(STAGE, "start", total=trainer.n_steps))
     on_event(Event(STAGE, "advance", words, amount=progress.step))
     try:
-        while progress.step < trainer.n_steps:
+        while progress.step < trainer.n_steps and progress.n_rollbacks <= MAX_ROLLBACKS:
             end = _end_of_period(trainer, progress.step)
+            n_done = 0
+
+            def advance(text: str) -> None:
+                nonlocal n_done
+                n_done += 1
+                on_event(Event(STAGE, "advance", text))
+
             try:
-                _run_period(trainer, progress, end, words, on_event)
+                _run_period(trainer, progress, end, words, advance)
                 score, words = trainer.score()
-                if not score <= DIVERGED * progress.start_score:
+                if not score <= max(DIVERGED * progress.start_score, NEAR) or score == math.inf:
                     raise Diverged(f"the score is {score:.3g}, after {progress.start_score:.3g} at the start")
             except Diverged as reason:
                 progress = _roll_back(trainer, progress, now, key, reason, on_event)
-                if progress.n_rollbacks > MAX_ROLLBACKS:
-                    break
+                on_event(Event(STAGE, "advance", words, amount=-n_done))
                 continue
             if score < progress.best_score:
                 progress = replace(progress, best_score=score, best_step=end)
@@ -303,7 +313,7 @@ def train(trainer: Trainer, folder: Path, key: str, *, on_event: OnEvent) -> Tra
     kept = load_state(best, key)
     assert kept is not None  # written above, or by the run that was interrupted
     weights = {name: tensor.cpu().numpy() for name, tensor in kept[1].items()}
-    return Trained(weights, progress)
+    return Trained(weights, replace(progress, best_score=kept[0].best_score, best_step=kept[0].best_step))
 
 
 def _end_of_period(trainer: Trainer, step: int) -> int:
@@ -312,14 +322,16 @@ def _end_of_period(trainer: Trainer, step: int) -> int:
     return step - in_epoch + min(trainer.steps_per_epoch, in_epoch + MAX_PERIOD)
 
 
-def _run_period(trainer: Trainer, progress: Progress, end: int, words: str, on_event: OnEvent) -> None:
+def _run_period(
+    trainer: Trainer, progress: Progress, end: int, words: str, advance: Callable[[str], None]
+) -> None:
     recipe, mean = trainer.recipe, 0.0
     batches = _batches(trainer, progress.step, end)
     for index, (step, batch) in enumerate(zip(range(progress.step, end), batches, strict=True)):
         loss = trainer.update(step, batch, progress.rate_factor * trainer.rate_at(step))
         mean += (loss - mean) / (index + 1)
         text = f"loss {mean:.3g}" + (f", {words}" if words else "")
-        on_event(Event(STAGE, "advance", text))
+        advance(text)
     _log.info("updates %d to %d of %d at batch size %d: mean loss %.4g", progress.step, end, trainer.n_steps,
               recipe.batch_size, mean)  # fmt: skip
 

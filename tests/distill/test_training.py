@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -15,20 +14,19 @@ import onnx_graphsurgeon as gs
 import pytest
 import torch
 from sample_models import images, residual_cnn
-from topologies import TOPOLOGIES
+from topologies import TOPOLOGIES, Net
 
 from hap_onnx.curvature import to_tensors
-from hap_onnx.distill import Distilled, Recipe
+from hap_onnx.distill import Distilled, Recipe, training
 from hap_onnx.distill.learned import find_learned
 from hap_onnx.distill.objective import Objective, find_hidden, find_scores
-from hap_onnx.distill.train import Trainer
+from hap_onnx.distill.training import Trainer
 from hap_onnx.errors import ValidationError
 from hap_onnx.events import Event
 from hap_onnx.twin import build_twin
 from tests.distill.cases import RECIPE, Case, Interrupted, as_bytes, interrupt_at, perturbed
 from tests.helpers import rand
 
-train = importlib.import_module("hap_onnx.distill.train")  # in the package, that name is a function
 N_STEPS = 12  # of RECIPE: three epochs of four updates
 N_SAVED = 1 + 1 + 3 + 3  # both states at the start, and at most both after each epoch
 
@@ -71,7 +69,7 @@ def test_the_rate_rises_and_then_falls_along_a_cosine(epochs: int) -> None:
     trainer = make_trainer(recipe=replace(RECIPE, epochs=epochs))
     assert trainer.n_steps == 4 * epochs
     rates = np.array([trainer.rate_at(step) for step in range(trainer.n_steps)])
-    n_warm = max(1, round(train.WARMUP * trainer.n_steps))
+    n_warm = max(1, round(training.WARMUP * trainer.n_steps))
     peak = RECIPE.rate
     np.testing.assert_allclose(rates[:n_warm], peak * np.arange(1, n_warm + 1) / n_warm)
     rest = np.arange(trainer.n_steps - n_warm) / max(trainer.n_steps - n_warm, 1)
@@ -86,13 +84,13 @@ def test_each_epoch_sees_every_sample_once_in_an_order_of_its_own() -> None:
     number_of = {x[index].tobytes(): index for index in range(len(x))}
     orders = []
     for epoch in range(3):
-        batches = train._batches(trainer, 4 * epoch, 4 * epoch + 4)
+        batches = training._batches(trainer, 4 * epoch, 4 * epoch + 4)
         orders.append([number_of[image.tobytes()] for batch in batches for image in batch.inputs["x"]])
     calibrate = set(case().subsets()[0].indices.tolist())
     assert all(set(order) == calibrate and len(order) == len(calibrate) for order in orders)
     assert orders[0] != orders[1] != orders[2]
     again = make_trainer()
-    rest = [batch.inputs["x"] for batch in train._batches(again, 5, 8)]  # from within the second epoch
+    rest = [batch.inputs["x"] for batch in training._batches(again, 5, 8)]  # from within the second epoch
     assert [number_of[image.tobytes()] for part in rest for image in part] == orders[1][16:]
 
 
@@ -100,7 +98,7 @@ def test_only_what_is_learned_changes() -> None:
     trainer = make_trainer()
     before = {name: p.detach().clone() for name, p in trainer.student.parameter_of.items()}
     original = {name: p.detach().clone() for name, p in trainer.teacher.parameter_of.items()}
-    (batch,) = train._batches(trainer, 0, 1)
+    (batch,) = training._batches(trainer, 0, 1)
     trainer.update(0, batch, RECIPE.rate)
     changed = {name for name, p in trainer.student.parameter_of.items() if not torch.equal(p, before[name])}
     assert changed == set(find_learned(broken()))
@@ -110,7 +108,7 @@ def test_only_what_is_learned_changes() -> None:
 def test_an_update_moves_each_weight_by_about_the_rate_relative_to_its_size() -> None:
     trainer = make_trainer(recipe=replace(RECIPE, weight_decay=0.0))
     before = {name: p.detach().clone() for name, p in trainer.parameters.items()}
-    (batch,) = train._batches(trainer, 0, 1)
+    (batch,) = training._batches(trainer, 0, 1)
     trainer.update(0, batch, 1e-3)
     for name, parameter in trainer.parameters.items():
         size = float(before[name].square().mean().sqrt())
@@ -137,7 +135,7 @@ def test_only_weights_decay(name: str) -> None:
 
 def test_the_score_is_that_of_averaged_weights_and_changes_nothing() -> None:
     trainer = make_trainer()
-    for step, batch in enumerate(train._batches(trainer, 0, 4)):
+    for step, batch in enumerate(training._batches(trainer, 0, 4)):
         trainer.update(step, batch, RECIPE.rate)
     before = {name: p.detach().clone() for name, p in trainer.parameters.items()}
     average = {name: tensor.detach().clone() for name, tensor in trainer.average.items()}
@@ -154,7 +152,7 @@ def test_the_score_is_that_of_averaged_weights_and_changes_nothing() -> None:
 
 def test_a_state_brings_all_back_that_an_update_depends_on() -> None:
     first, second = make_trainer(), make_trainer()
-    batches = list(train._batches(first, 0, 4))
+    batches = list(training._batches(first, 0, 4))
     for step in range(2):
         first.update(step, batches[step], RECIPE.rate)
     state = {name: tensor.detach().clone() for name, tensor in first.tensors().items()}
@@ -170,8 +168,8 @@ def test_outputs_of_the_original_are_computed_once_unless_they_are_large(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     scores = []
-    for limit, n_runs in ((train.CACHE_BYTES, 2), (1, 6)):
-        monkeypatch.setattr(train, "CACHE_BYTES", limit)
+    for limit, n_runs in ((training.CACHE_BYTES, 2), (1, 6)):
+        monkeypatch.setattr(training, "CACHE_BYTES", limit)
         trainer = make_trainer()
         n_seen = 0
 
@@ -259,7 +257,7 @@ def test_a_gradient_that_is_not_finite_is_a_failure_too(monkeypatch: pytest.Monk
         found = real(parameters, norm)
         return found * math.nan if len(calls) == 3 else found
 
-    monkeypatch.setattr(train.nn.utils, "clip_grad_norm_", clip)
+    monkeypatch.setattr(training.nn.utils, "clip_grad_norm_", clip)
     events: list[Event] = []
     found = case().distill(broken(), events=events)
     assert found.n_rollbacks == 1
@@ -270,8 +268,8 @@ def test_after_too_many_failures_training_stops_with_the_best(monkeypatch: pytes
     rates = spoil(monkeypatch, lambda call: call >= 6)
     events: list[Event] = []
     found = case().distill(broken(), events=events)
-    assert found.n_rollbacks == train.MAX_ROLLBACKS + 1
-    assert sorted(set(rates)) == [2.0**-power for power in range(train.MAX_ROLLBACKS, -1, -1)]
+    assert found.n_rollbacks == training.MAX_ROLLBACKS + 1
+    assert sorted(set(rates)) == [2.0**-power for power in range(training.MAX_ROLLBACKS, -1, -1)]
     warnings = [event.message for event in events if event.kind == "warning"]
     assert len(warnings) == found.n_rollbacks
     assert warnings[-1].endswith("going back, stopping with the best so far")
@@ -369,7 +367,7 @@ def test_a_finished_run_is_not_repeated(tmp_path: Path, monkeypatch: pytest.Monk
 
 @pytest.mark.parametrize("period", [1, 3, 100])
 def test_long_epochs_are_kept_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, period: int) -> None:
-    monkeypatch.setattr(train, "MAX_PERIOD", period)
+    monkeypatch.setattr(training, "MAX_PERIOD", period)
     expected = case().distill(broken())
     for n in (3, 2):
         with pytest.raises(Interrupted):
@@ -384,7 +382,7 @@ def test_long_epochs_are_kept_in_parts(tmp_path: Path, monkeypatch: pytest.Monke
 
 def stop_while_saving(monkeypatch: pytest.MonkeyPatch, n: int, *, before: bool) -> None:
     """Interrupt right before or right after the n-th state is written."""
-    real, n_calls = train.save_state, 0
+    real, n_calls = training.save_state, 0
 
     def save(path: Path, *args: Any) -> None:
         nonlocal n_calls
@@ -395,7 +393,7 @@ def stop_while_saving(monkeypatch: pytest.MonkeyPatch, n: int, *, before: bool) 
         if n_calls == n:
             raise Interrupted
 
-    monkeypatch.setattr(train, "save_state", save)
+    monkeypatch.setattr(training, "save_state", save)
 
 
 @pytest.mark.parametrize("before", [True, False])
@@ -438,3 +436,133 @@ def test_a_folder_that_takes_no_files_is_a_validation_error(tmp_path: Path) -> N
     (folder / "training.safetensors").mkdir()
     with pytest.raises(ValidationError, match="cannot be written"):
         case().distill(broken(), folder=folder)
+
+
+def test_biases_of_more_axes_do_not_decay() -> None:
+    """Such as what is left of a removed branch, [1, C, 1, 1]."""
+    net = Net()
+    x = net.op("Add", net.conv("x", 3, 4, bias=False), net.rand(1, 4, 1, 1))
+    net.conv(net.op("PRelu", x, net.rand(4, 1, 1)), 4, 2, out="y")
+    one = Case(net.model("y"), {"x": rand(30, 3, 6, 6)})
+    trainer = make_trainer(one.graph, of=one)
+    assert len(trainer.parameters) == 5
+    for group in trainer.optimizer.param_groups:
+        for parameter in group["params"]:
+            is_weight = sum(size > 1 for size in parameter.shape) > 1
+            assert group["weight_decay"] == (RECIPE.weight_decay if is_weight else 0)
+
+
+@pytest.mark.parametrize("what", ["missing", "damaged"])
+def test_the_best_state_may_be_missing_or_damaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    """As after a kill between the first two files, or a disk that has lost one; here nothing gets better."""
+    spoil(monkeypatch, lambda call: True)
+    expected = case().distill(broken())
+    with pytest.raises(Interrupted):
+        case().distill(broken(), folder=tmp_path, on_event=stop_at_start)
+    best = tmp_path / "best.safetensors"
+    if what == "missing":
+        best.unlink()
+    else:
+        best.write_bytes(best.read_bytes()[:100])
+    assert as_bytes(case().distill(broken(), folder=tmp_path)) == as_bytes(expected)
+
+
+def stop_at_start(event: Event) -> None:
+    if event.kind == "start":
+        raise Interrupted
+
+
+def test_other_nodes_to_leave_start_anew(tmp_path: Path) -> None:
+    with pytest.raises(Interrupted):
+        case().distill(broken(), folder=tmp_path, leave={"make_a1"}, on_event=interrupt_at(9))
+    assert as_bytes(case().distill(broken(), folder=tmp_path)) == as_bytes(uninterrupted())
+
+
+def test_after_too_many_failures_an_interrupted_run_is_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was killed before its plan was kept; the facts of training are part of that plan."""
+    with monkeypatch.context() as patch:
+        spoil(patch, lambda call: call >= 6)
+        expected = case().distill(broken(), folder=tmp_path)
+    assert expected.n_rollbacks == training.MAX_ROLLBACKS + 1
+    spoil(monkeypatch, lambda call: True)
+    found = case().distill(broken(), folder=tmp_path)
+    assert as_bytes(found) == as_bytes(expected)
+    assert found.facts(3) == expected.facts(3)
+
+
+def test_averaged_weights_keep_no_history_of_gradients() -> None:
+    trainer = make_trainer()
+    for step, batch in enumerate(training._batches(trainer, 0, 4)):
+        trainer.update(step, batch, RECIPE.rate)
+    assert not any(tensor.requires_grad for tensor in trainer.average.values())
+
+
+def test_an_average_over_several_updates_survives_all_that_happens(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a short run the average is the last weights, unless its share is larger: nothing would tell."""
+    monkeypatch.setattr(training, "AVERAGE_SHARE", 0.5)
+    expected = case().distill(broken())
+    assert expected.best_epoch > 0
+    assert expected.best_score == pytest.approx(case().score(broken(), expected.weights), rel=1e-3)
+    for n in (3, 6, 5):
+        with pytest.raises(Interrupted):
+            case().distill(broken(), folder=tmp_path, on_event=interrupt_at(n))
+    assert as_bytes(case().distill(broken(), folder=tmp_path)) == as_bytes(expected)
+    trainer = make_trainer()
+    for step, batch in enumerate(training._batches(trainer, 0, 4)):
+        trainer.update(step, batch, RECIPE.rate)
+    name, latest = next(iter(trainer.parameters.items()))
+    assert not torch.equal(trainer.average[name], latest)  # or this test would show nothing
+
+
+def test_each_update_augments_in_its_own_way() -> None:
+    class Recorder:
+        kinds = ()
+
+        def __init__(self) -> None:
+            self.numbers: list[float] = []
+
+        def __call__(self, inputs: Any, generator: np.random.Generator) -> Any:
+            self.numbers.append(generator.random())
+            return inputs
+
+    numbers = []
+    for _ in range(2):
+        trainer = make_trainer()
+        trainer.augmenter = recorder = Recorder()
+        for epoch in range(2):
+            batches = training._batches(trainer, 4 * epoch, 4 * epoch + 4)
+            for step, batch in enumerate(batches, start=4 * epoch):
+                trainer.update(step, batch, RECIPE.rate)
+        numbers.append(recorder.numbers)
+    assert numbers[0] == numbers[1]
+    assert len(set(numbers[0])) == 8
+
+
+def test_weights_come_with_the_score_that_they_have(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the state says in which training ended."""
+    with pytest.raises(Interrupted):
+        case().distill(broken(), folder=tmp_path, on_event=interrupt_at(11))
+    spoil(monkeypatch, lambda call: True)
+    found = case().distill(broken(), folder=tmp_path)
+    assert 0 < found.best_epoch <= 2
+    assert found.best_score == pytest.approx(case().score(broken(), found.weights), rel=1e-3)
+
+
+def test_the_bar_ends_where_it_should_though_updates_are_done_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    spoil(monkeypatch, lambda call: call == 5)
+    events: list[Event] = []
+    case().distill(broken(), events=events)
+    assert sum(event.amount for event in events if event.kind == "advance") == N_STEPS
+
+
+def test_a_start_that_is_no_number_is_none_in_the_facts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Trainer, "score", lambda self: (math.inf, "r2 nan"))
+    found = case().distill(broken())
+    assert found.n_rollbacks == training.MAX_ROLLBACKS + 1
+    assert found.facts(3)["start_score"] is found.facts(3)["best_score"] is None
