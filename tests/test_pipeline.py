@@ -996,10 +996,10 @@ def test_inspect_answers_for_every_layer_and_its_shares_are_counted(tmp_path: Pa
     assert list(layers) == "make_stem make_a1 make_b1 make_a2 make_b2 make_s2 make_scores".split()
     assert sum(layer.macs for layer in report.layers) == report.size.macs
     assert sum(layer.params for layer in report.layers) == report.size.params
-    for node, layer in layers.items():
+    for name, layer in layers.items():
         assert bool(layer.groups) != bool(layer.prune)
         assert bool(layer.implants) != bool(layer.implant)
-        assert (node == "make_scores") == bool(layer.prune)
+        assert (name == "make_scores") == bool(layer.prune)
     assert "output 'scores'" in layers["make_scores"].prune
     assert layers["make_a1"].groups == ("make_a1",)
     assert {"lowrank", "spatial"} <= set(layers["make_a1"].implants)
