@@ -111,6 +111,9 @@ def prepare(
     probe = {name: values[:n_probe] for name, values in probe.items()}
     tensors = to_tensors(probe, twin)
     shapes = probe_shapes(twin, tensors)
+    if twin.batch_limit is not None:  # it runs in parts, and those were the shapes of one
+        probe = {name: values[: twin.batch_limit] for name, values in probe.items()}
+        shapes = probe_shapes(twin, to_tensors(probe, twin))
     first = {name: values[:1] for name, values in probe.items()}
     try:
         one = probe_shapes(twin, to_tensors(first, twin))

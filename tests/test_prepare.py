@@ -68,6 +68,25 @@ def test_parameters_are_counted_without_what_is_computed_beforehand() -> None:
     assert result.n_params == 1 + 30 * 8 + 8 * 2  # and not 300 for the table
 
 
+def test_a_model_that_runs_sample_by_sample_is_probed_with_one() -> None:
+    model = make_model(
+        [
+            node("Conv", ["x", "w"], ["a"]),
+            node("ReduceMean", ["a"], ["m"], axes=[0], keepdims=1),
+            node("Mul", ["a", "m"], ["s"]),
+            node("Conv", ["s", "v"], ["y"]),
+        ],
+        inputs={"x": [1, 3, 4, 4]},
+        outputs=["y"],
+        weights={"w": rand(8, 3, 1, 1), "v": rand(2, 8, 1, 1)},
+    )
+    result = prepare(load_model(model), {"x": rand(2, 3, 4, 4)})
+    assert result.twin.batch_limit == 1
+    assert result.probe_shapes["x"] == (1, 3, 4, 4)
+    assert result.probe_shapes["a"] == (1, 8, 4, 4)
+    assert [group.size for group in result.coupling.groups] == [8]
+
+
 def test_a_declared_batch_is_the_probe() -> None:
     result = prepared(residual_cnn(batch=4))
     assert groups_of(result) == ALL
@@ -102,7 +121,7 @@ def test_heads_beside_a_written_batch_are_proved(name: str) -> None:
     """The model is written for one sample and probed with two, on the axis that has the heads as well."""
     result = prepare(load_model(TOPOLOGIES[name]().model), {"x": rand(4, 5, 12)})
     assert [group.size for group in result.coupling.groups] == [3]
-    assert result.probe_shapes != result.shapes
+    assert result.probe_shapes != result.shapes or result.twin.batch_limit == 1
     assert all("trial" not in entry.reason for entry in result.coupling.frozen)
 
 

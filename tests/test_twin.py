@@ -14,6 +14,7 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor
 
+from hap_onnx import twin as twin_module
 from hap_onnx.errors import CalibrationError, ModelError
 from hap_onnx.model_io import load_model, normalise
 from hap_onnx.twin import Step, Twin, build_twin, probe_shapes, unfix_batch
@@ -453,6 +454,27 @@ def test_integers_that_are_the_same_in_the_first_samples_do_not_hide_what_reads_
     assert twin.batch_limit == 1
     later = {"x": torch.from_numpy(rand(2, 3)), "mask": torch.tensor([[1, 1, 1], [1, 0, 1]])}
     assert torch.equal(twin(later)["y"], later["x"] * later["mask"])
+
+
+def test_rounding_that_floats_cannot_tell_from_errors_does_not_fix_the_batch(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    right = twin_module._close
+    monkeypatch.setattr(
+        twin_module, "_close", lambda ours, expected: ours.dtype == torch.float64 and right(ours, expected)
+    )
+    x = torch.from_numpy(rand(2, 4, 6))
+    twin = make_twin(attention_net())
+    before = {name: parameter.detach().clone() for name, parameter in twin.parameter_of.items()}
+    assert unfix_batch(twin, {"x": x})
+    assert twin.dtype == torch.float32
+    assert all(torch.equal(parameter, before[name]) for name, parameter in twin.parameter_of.items())
+    mixing = make_model(
+        [node("ReduceMean", ["x"], ["m"], axes=[0], keepdims=1), node("Sub", ["x", "m"], ["y"])],
+        inputs={"x": [1, 4, 6]},
+        outputs=["y"],
+    )
+    assert not unfix_batch(make_twin(mixing), {"x": x})
 
 
 def test_unfix_batch_says_before_whether_any_batch_runs() -> None:

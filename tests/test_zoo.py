@@ -147,5 +147,7 @@ def test_what_is_done_is_not_done_again(folder: Path) -> None:
         return zoo._wanted_stages(record, "compress", **words)
 
     assert wanted() == ["compress"]
+    record["compress"] = {"ok": False, "exit": 143}
+    assert wanted() == ["compress"]
     assert wanted(failed=True) == ["inspect", "compress"]
     assert wanted(again=True) == wanted(mtime=2.0) == ["twin", "inspect", "compress"]

@@ -186,7 +186,11 @@ def _wanted_stages(record: Record, until: str, *, again: bool, failed: bool, mti
     if again or record.get("mtime") != mtime:
         return list(stages)
     return [
-        stage for stage in stages if stage not in record or (failed and not record[stage].get("ok", False))
+        stage
+        for stage in stages
+        if stage not in record
+        or record[stage].get("exit") in (130, 143)  # stopped by a signal
+        or (failed and not record[stage].get("ok", False))
     ]
 
 

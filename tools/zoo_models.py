@@ -452,9 +452,10 @@ def _fit_statistics(
     def fit(norm: nn.Module, arguments: tuple[Tensor, ...]) -> None:
         x = arguments[0]
         axes = [axis for axis in range(x.ndim) if axis != 1]
-        mean, variance = x.mean(axes), x.var(axes, unbiased=False)
-        # A channel that hardly varies around a large mean would blow rounding up, too.
-        variance = torch.maximum(variance, 0.25 * mean**2)
+        # Of the second moment, not the variance: channels that hardly vary, around a large mean or on these
+        # few samples, would blow rounding up, too.
+        mean, variance = x.mean(axes), x.square().mean(axes)
+        variance = variance.clamp_min(0.5 * float(variance.mean()))
         norm.running_mean = mean + variance.sqrt() * uniform(mean, -0.5, 0.5)
         norm.running_var = variance * uniform(mean, 0.6, 1.6) + 1e-3
 
