@@ -1,6 +1,7 @@
 """The operators, one module per family; importing this package registers them all."""
 
 from hap_onnx.ops import (
+    attention_heads,
     concat,
     conv,
     conv_implants,
@@ -15,6 +16,7 @@ from hap_onnx.ops import (
 )
 
 __all__ = [
+    "attention_heads",
     "concat",
     "conv",
     "conv_implants",
