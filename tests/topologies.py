@@ -1029,6 +1029,27 @@ def weight_of_three_axes() -> Topology:
 
 
 @topology
+def group_norm() -> Topology:
+    net = Net(opset=21)
+    x = net.op("GroupNormalization", net.conv("x", 3, 8), net.rand(8), net.rand(8), num_groups=4)
+    net.conv(net.relu(x), 8, 3, out="y")
+    model = net.model("y")
+    # Nothing infers the type of what this operator makes.
+    model.graph.output[0].CopyFrom(helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, ["N", 3, 6, 6]))
+    return Topology(model, (4,))
+
+
+@topology
+def sums_and_triangles() -> Topology:
+    """Along other axes than that of the channels."""
+    net = Net()
+    x = net.op("Trilu", net.op("CumSum", net.conv("x", 3, 8), net.const(np.int64(-1))))
+    net.op("CumSum", net.conv("x", 3, 2, out="a"), net.const(np.int64(1)), out="sums")
+    net.conv(net.op("Concat", x, "sums", axis=1), 10, 3, out="y")
+    return Topology(net.model("y"), (8,), {"make_a": "CumSum adds up channels"})
+
+
+@topology
 def pixel_shuffle_by_reshape() -> Topology:
     net = Net()
     x = net.op("Reshape", net.conv("x", 3, 32), net.ints(0, 8, 2, 2, 6, 6))

@@ -160,3 +160,15 @@ def CumSum(x: Tensor, axis: Tensor, *, exclusive: int = 0, reverse: int = 0) -> 
         first = torch.zeros_like(total.narrow(along, 0, 1))
         total = torch.cat([first, total.narrow(along, 0, x.shape[along] - 1)], along)
     return total.flip(along) if reverse else total
+
+
+@flow_op("CumSum")
+def _flow_cumsum(node: gs.Node, flow: Flow) -> None:
+    found = flow.ids(node.inputs[0])
+    if found is None:
+        return
+    axis = read_ints(node, 1, "axis")
+    if axis is None or axis[0] % len(flow.shape(node.inputs[0])) == found.axis:
+        flow.freeze(found, node, "CumSum adds up channels, or along an axis that is computed")
+        return
+    flow.put(node.outputs[0], found.axis, found.ids)
