@@ -255,7 +255,7 @@ def test_a_channel_count_that_hides_in_a_computed_shape_freezes_its_group() -> N
 
 def test_float_noise_is_told_from_errors() -> None:
     """The last bit of a sum decides the sine of a million times it: only double precision proves a cut."""
-    weights = {"w1": rand(8, 30, seed=1), "w2": rand(30, 2, seed=2), "big": np.float32(1e6)}
+    weights = {"w1": rand(8, 300, seed=1), "w2": rand(300, 5, seed=2), "big": np.float32(1e6)}
     nodes = [
         node("MatMul", ["x", "w1"], ["a"]),
         node("MatMul", ["a", "w2"], ["b"]),

@@ -295,6 +295,48 @@ def scores_as_an_output() -> Topology:
     return Topology(net.done(x, "scores"), (4, 4))
 
 
+@variants(
+    heads=(4, 3, 3), merged=(3, 3, 3), grouped=(4, 4, 2), grouped_merged=(3, 4, 2),
+    biased=(4, 3, 3, (1, 3, 5, 5)), masked=(3, 3, 3, (5, 5)),
+)  # fmt: skip
+def attention_in_one_node(how) -> Topology:
+    """The operator of opset 23, on [B, H, S, W] or on [B, S, H * W]."""
+    ndim, n_queries, n_keys, *mask = how
+    net = Attention(opset=23)
+    parts = [
+        net.dense("x", 12, n * 4, out=name)
+        for name, n in zip("qkv", (n_queries, n_keys, n_keys), strict=True)
+    ]
+    attributes = {}
+    if ndim == 4:
+        parts = [net.heads(x, n) for x, n in zip(parts, (n_queries, n_keys, n_keys), strict=True)]
+    else:
+        attributes = {"q_num_heads": n_queries, "kv_num_heads": n_keys}
+    y = net.op("Attention", *parts, *[net.const(net.normal(*shape)) for shape in mask], **attributes)
+    if ndim == 4:
+        y = net.op("Transpose", y, perm=[0, 2, 1, 3])
+    return Topology(net.done(net.finish(y, width=n_queries * 4)), (n_keys,))
+
+
+@topology
+def attention_with_a_past() -> Topology:
+    net = Attention(opset=23)
+    q, k, v = net.qkv("x")
+    inputs: Shapes = {**TOKENS, "keys": ("N", 3, 2, 4), "values": ("N", 3, 2, 4)}
+    y = net.many("Attention", q, k, v, "", "keys", "values", outputs=["mixed", "k_new", "v_new"])[0]
+    x = net.finish(net.op("Transpose", y, perm=[0, 2, 1, 3]))
+    return Topology(net.done(x, inputs=inputs), (), {"make_q1": "Attention with a past"})
+
+
+@topology
+def recurrent_layer() -> Topology:
+    net = Attention()
+    x = net.op("Transpose", net.dense(net.op("Relu", net.dense("x", 12, 8)), 8, 6, out="b"), perm=[1, 0, 2])
+    x = net.many("LSTM", x, net.rand(1, 48, 6), net.rand(1, 48, 12), outputs=["lstm"], hidden_size=12)[0]
+    x = net.op("Transpose", net.op("Squeeze", x, net.ints(1)), perm=[1, 0, 2])
+    return Topology(net.done(x), (8,), {"make_b": "LSTM reads them at every step"})
+
+
 # --- biases and masks of scores ---
 
 

@@ -2,6 +2,7 @@
 
 from hap_onnx.ops import (
     attention,
+    attention_heads,
     concat,
     control,
     conv,
@@ -22,6 +23,7 @@ from hap_onnx.ops import (
 
 __all__ = [
     "attention",
+    "attention_heads",
     "concat",
     "control",
     "conv",

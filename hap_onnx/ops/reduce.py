@@ -178,6 +178,18 @@ def CumSum(x: Tensor, axis: Tensor, *, exclusive: int = 0, reverse: int = 0) -> 
     return _accumulate(x, axis, torch.cumsum, start=0, exclusive=exclusive, reverse=reverse)
 
 
+@flow_op("CumSum")
+def _flow_cumsum(node: gs.Node, flow: Flow) -> None:
+    found = flow.ids(node.inputs[0])
+    if found is None:
+        return
+    axis = read_ints(node, 1, "axis")
+    if axis is None or axis[0] % len(flow.shape(node.inputs[0])) == found.axis:
+        flow.freeze(found, node, "CumSum adds up channels, or along an axis that is computed")
+        return
+    flow.put(node.outputs[0], found.axis, found.ids)
+
+
 @run_op("CumProd", since=26)
 def CumProd(x: Tensor, axis: Tensor, *, exclusive: int = 0, reverse: int = 0) -> Tensor:
     """Running products along ``axis``, without the element itself if exclusive, from the end if reverse."""

@@ -316,3 +316,14 @@ def Trilu(x: Tensor, k: Tensor | None = None, *, upper: int = 1) -> Tensor:
     """Keep the upper or lower triangle of the last two axes."""
     diagonal = int(k) if k is not None else 0
     return torch.triu(x, diagonal) if upper else torch.tril(x, diagonal)
+
+
+@flow_op("Trilu")
+def _flow_trilu(node: gs.Node, flow: Flow) -> None:
+    found = flow.ids(node.inputs[0])
+    if found is None:
+        return
+    if found.axis >= len(flow.shape(node.inputs[0])) - 2:
+        flow.freeze(found, node, "Trilu tells the positions of channels apart")
+        return
+    flow.put(node.outputs[0], found.axis, found.ids)
