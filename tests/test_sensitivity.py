@@ -604,14 +604,13 @@ def test_a_model_that_takes_single_samples_only() -> None:
 
 
 def test_elements_behind_an_opaque_node_are_kept() -> None:
-    body = onnx.helper.make_graph(
-        [node("Mul", ["b", "b"], ["squared"])], "body", [], [onnx.ValueInfoProto(name="squared")]
-    )
     model = make_model(
         [
             node("MatMul", ["x", "w1"], ["a"]),
             node("MatMul", ["a", "w2"], ["b"]),
-            node("If", ["yes"], ["c"], then_branch=body, else_branch=body),
+            node("Mul", ["b", "b"], ["squared"]),
+            node("SequenceConstruct", ["squared"], ["parts"]),
+            node("ConcatFromSequence", ["parts"], ["c"], axis=0),
             node("MatMul", ["c", "w3"], ["d"]),
             node("MatMul", ["d", "w4"], ["y"]),
         ],
@@ -622,7 +621,6 @@ def test_elements_behind_an_opaque_node_are_kept() -> None:
             "w2": rand(4, 2, seed=1),
             "w3": rand(2, 5, seed=2),
             "w4": rand(5, 2, seed=3),
-            "yes": np.array(True),
         },
     )
     case = make_case(model, {"x": (3,)}, owned=[("w1", 1), ("w3", 1)])

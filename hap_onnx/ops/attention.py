@@ -205,7 +205,7 @@ def TensorScatter(
     mode: str = "linear",
 ) -> Tensor:
     """Write ``update`` into ``cache`` along ``axis``, of each sample from its write index on."""
-    cache, update = together(cache, update)
+    cache, update = together(cache, update.to(cache.dtype))
     axis = normalise_axis(axis, cache.ndim)
     steps = torch.arange(update.shape[axis], device=cache.device)[None]
     if write_indices is not None:

@@ -114,7 +114,7 @@ def ScatterElements(
     x: Tensor, indices: Tensor, updates: Tensor, *, axis: int = 0, reduction: str = "none"
 ) -> Tensor:
     """Write (or add, multiply, ...) single elements along ``axis``."""
-    x, indices, updates = together(x, indices, updates)
+    x, indices, updates = together(x, indices, updates.to(x.dtype))
     index = _from_front(indices, x.shape[axis])
     if reduction == "none":
         return x.scatter(axis, index, updates)
@@ -126,7 +126,7 @@ def ScatterElements(
 @run_op("ScatterND")
 def ScatterND(x: Tensor, indices: Tensor, updates: Tensor, *, reduction: str = "none") -> Tensor:
     """Write (or add, multiply, ...) slices at index tuples."""
-    x, indices, updates = together(x, indices, updates)
+    x, indices, updates = together(x, indices, updates.to(x.dtype))
     depth = indices.shape[-1]
     inner, rest = tuple(x.shape[:depth]), x.shape[depth:]
     flat = _flat_index(indices, inner).reshape(-1)

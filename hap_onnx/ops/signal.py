@@ -80,6 +80,8 @@ def STFT(
     onesided: int = 1,
 ) -> Tensor:
     """Transform frames of a signal [B, samples, 1 or 2], cut every ``frame_step``: [B, frames, bins, 2]."""
+    if signal.ndim == 2:  # as torch exports a real signal, and onnxruntime reads it
+        signal = signal.unsqueeze(-1)
     if frame_length is not None:
         width = as_int(frame_length)
     else:

@@ -37,10 +37,11 @@ def test_the_inverse_of_a_one_sided_spectrum_is_the_signal() -> None:
 
 @pytest.mark.parametrize("with_window", [False, True])
 @pytest.mark.parametrize("onesided", [0, 1])
-def test_stft_equals_onnxruntime(with_window: bool, onesided: int) -> None:
+@pytest.mark.parametrize("shape", [(2, 40, 1), (2, 40)])
+def test_stft_equals_onnxruntime(with_window: bool, onesided: int, shape: tuple[int, ...]) -> None:
     window = rand(8, seed=1) if with_window else None
     check_node(
-        "STFT", rand(2, 40, 1), np.array(5), window, np.array(8), constants=(1, 3), onesided=onesided,
+        "STFT", rand(*shape), np.array(5), window, np.array(8), constants=(1, 3), onesided=onesided,
         tolerance=1e-4,
     )  # fmt: skip
 
