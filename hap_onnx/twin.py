@@ -17,7 +17,7 @@ the model once per written batch and joins the outputs (``Twin.batch_limit``).
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from logging import getLogger
 from types import MappingProxyType
 from typing import Any
@@ -62,13 +62,14 @@ class Step:
 class _BatchState:
     """What the twin has learnt about running other batch sizes than the one written into the model.
 
-    ``unit`` is that size, None if there is none. The proof is made once per ``signature``: the shapes of
-    the inputs without their batch axis.
+    ``unit`` is that size, None if there is none; it may be a guess, that only a failure of the model as it is
+    confirms. The proof is made once per ``signature``: the shapes of the inputs without their batch axis.
     """
 
     unit: int | None
-    loops: dict[tuple[tuple[int, ...], ...], bool]
-    shapes: dict[int, list[UnitShapes]]  # of steps, by position
+    is_guess: bool = False
+    loops: dict[tuple[tuple[int, ...], ...], bool] = field(default_factory=dict)
+    shapes: dict[int, list[UnitShapes]] = field(default_factory=dict)  # of steps, by position
 
 
 class Twin(nn.Module):
@@ -87,12 +88,13 @@ class Twin(nn.Module):
         output_names: Sequence[str],
         constants: Mapping[str, np.ndarray],
         unit_batch: int | None,
+        unit_is_guess: bool,
     ) -> None:
         super().__init__()
         self._steps = list(steps)
         self._position = {step.name: position for position, step in enumerate(steps)}
         self._calls: list[Callable[..., tuple[Any, ...]]] = list(calls)
-        self._batch = _BatchState(unit_batch, {}, {})
+        self._batch = _BatchState(unit_batch, unit_is_guess)
         self._fallbacks = list(fallbacks)
         self._input_shapes = dict(inputs)
         self.input_names = tuple(inputs)
@@ -345,8 +347,23 @@ class Twin(nn.Module):
         batched = self._batched(values)
         signature = tuple(tuple(tensor.shape[name in batched :]) for name, tensor in values.items())
         if signature not in self._batch.loops:
+            if self._batch.is_guess and self._runs_as_it_is(values):
+                self._batch = _BatchState(None)  # what the model computes, onnxruntime computes, too
+                return False
             self._batch.loops[signature] = not self._prove_batch(values, n_units)
         return self._batch.loops[signature]
+
+    @torch.no_grad()
+    def _runs_as_it_is(self, values: Mapping[str, Tensor]) -> bool:
+        """Say whether no literal of the model stands against a batch of this size."""
+        before, self._batch.shapes = self._batch.shapes, {}
+        try:
+            self._execute(values, None, None)
+        except ModelError:
+            return False
+        finally:
+            self._batch.shapes = before
+        return True
 
     @torch.no_grad()
     def _prove_batch(self, values: Mapping[str, Tensor], n_units: int) -> bool:
@@ -542,6 +559,7 @@ def build_twin(graph: gs.Graph, *, device: str | torch.device = "cpu") -> Twin:
         calls.append(fallback() if call is None else call)
         fallbacks.append(fallback)
     _check_sessions(calls, _known_types(graph))
+    declared = _declared_batch(graph, input_names)
     twin = Twin(
         steps=steps,
         calls=calls,
@@ -551,7 +569,8 @@ def build_twin(graph: gs.Graph, *, device: str | torch.device = "cpu") -> Twin:
         },
         output_names=output_names,
         constants=constants,
-        unit_batch=_written_batch(graph, input_names, calls, reads, constants),
+        unit_batch=_guess_batch(calls, reads, constants) if declared is None else declared,
+        unit_is_guess=declared is None,
     )
     return twin.to(device)
 
@@ -708,23 +727,19 @@ def _tensor_names(graph: gs.Graph) -> frozenset[str]:
     return frozenset(names | {tensor.name for tensor in [*graph.inputs, *graph.outputs]})
 
 
-def _written_batch(
-    graph: gs.Graph,
-    input_names: Sequence[str],
+def _declared_batch(graph: gs.Graph, input_names: Sequence[str]) -> int | None:
+    """Return the batch size in the declared shape of the first input, None if it is dynamic."""
+    shapes = [tensor.shape for tensor in graph.inputs if tensor.name in input_names]
+    size = shapes[0][0] if shapes and shapes[0] else None
+    return size if isinstance(size, int) and size > 0 else None
+
+
+def _guess_batch(
     calls: Sequence[Callable[..., Any]],
     reads: Sequence[tuple[str, ...]],
     constants: Mapping[str, np.ndarray],
 ) -> int | None:
-    """Return the batch size that the exporter wrote into the model, None if there seems to be none.
-
-    It is in the declared shape of the inputs; where that is dynamic, a shape literal that begins with 1 still
-    suggests that the model was exported from a single sample.
-    """
-    declared = [
-        tensor.shape[0] if tensor.shape else None for tensor in graph.inputs if tensor.name in input_names
-    ]
-    if declared and isinstance(declared[0], int) and declared[0] > 0:
-        return declared[0]
+    """Return 1 where a shape literal begins with 1: the model may have been exported from a single sample."""
     for call, names in zip(calls, reads, strict=True):
         if isinstance(call, TorchCall) and call.takes_unit:
             literals = [constants[name] for name in names if name in constants]

@@ -387,6 +387,41 @@ def attention_net() -> onnx.ModelProto:
     )
 
 
+def samples_that_meet(how: str) -> onnx.ModelProto:
+    """A dynamic batch, a literal of one sample beside it, and outputs in which samples meet."""
+    nodes = [
+        node("Shape", ["x"], ["shape"]),
+        node("Gather", ["shape", "zero"], ["n"], axis=0),
+        node("Concat", ["one", "n", "width"] if how == "mean" else ["n", "one", "width"], ["target"], axis=0),
+        node("Expand", ["token", "target"], ["tokens"]),
+        node("Unsqueeze", ["x", "zero" if how == "mean" else "one"], ["rows"]),
+        node("Add", ["tokens", "rows"], ["sums"]),
+        node("Squeeze", ["sums", "zero" if how == "mean" else "one"], ["a"]),
+    ]
+    if how == "mean":  # over the batch
+        nodes += [node("ReduceMean", ["a"], ["mean"], axes=[0]), node("Sub", ["a", "mean"], ["y"])]
+    else:  # the similarity of all pairs
+        nodes += [node("Transpose", ["a"], ["b"], perm=[1, 0]), node("MatMul", ["x", "b"], ["y"])]
+    weights = {
+        "zero": np.array([0]), "one": np.array([1]), "width": np.array([6]), "token": rand(1, 1, 6),
+    }  # fmt: skip
+    return make_model(nodes, inputs={"x": ["N", 6]}, outputs=["y"], weights=weights, opset=17)
+
+
+@pytest.mark.parametrize("how", ["mean", "pairs"])
+def test_a_dynamic_batch_in_which_samples_meet_is_run_as_it_is(how: str) -> None:
+    model = samples_that_meet(how)
+    twin = make_twin(model)
+    session = ort.InferenceSession(model.SerializeToString())
+    for n in (3, 1, 4):
+        x = rand(n, 6, seed=n)
+        with torch.no_grad():
+            found = twin({"x": torch.from_numpy(x)})["y"].numpy()
+        np.testing.assert_allclose(found, session.run(None, {"x": x})[0], rtol=1e-4, atol=1e-5)
+    assert twin.batch_limit is None
+    assert unfix_batch(make_twin(model), {"x": torch.from_numpy(rand(1, 6))})
+
+
 def test_attention_with_written_shapes_takes_any_batch() -> None:
     assert _compare_with_single_runs(attention_net(), {"x": rand(4, 4, 6)}).batch_limit is None
 
