@@ -263,6 +263,8 @@ def _source_index(size: int, begin: int, end: int, mode: str) -> Tensor:
     if mode == "edge":
         return index.clamp(0, size - 1)
     if mode == "wrap":
+        if begin < 0 or end < 0:
+            raise NotImplementedError("onnxruntime wraps before it crops")
         return index.remainder(size)
     if mode != "reflect":
         raise ValueError(f"unknown Pad mode {mode!r}")

@@ -27,6 +27,8 @@ Cell = Callable[[Tensor, tuple[Tensor, ...]], tuple[Tensor, ...]]
 
 # --- Activations ---
 
+_DISPUTED = {"affine": 2, "scaledtanh": 2, "thresholdedrelu": 1}
+"""How many parameters these activations have: onnxruntime has other defaults than the specification."""
 # By lower-case name: the function of x, alpha and beta, and the defaults of those it uses.
 _ACTIVATIONS: dict[str, tuple[Callable[..., Tensor], float | None, float | None]] = {
     "affine": (lambda x, alpha, beta: alpha * x + beta, 1.0, 0.0),
@@ -59,6 +61,8 @@ def _activations(
     for name in names:
         if name.lower() not in _ACTIVATIONS:
             raise NotImplementedError(f"the activation {name!r} in a recurrent layer")
+        if name.lower() in _DISPUTED and len(left_alphas) + len(left_betas) < _DISPUTED[name.lower()]:
+            raise NotImplementedError(f"the activation {name!r} without its parameters")
         function, alpha, beta = _ACTIVATIONS[name.lower()]
         found.append(partial(function, alpha=_take(left_alphas, alpha), beta=_take(left_betas, beta)))
     return found

@@ -50,12 +50,11 @@ def test_slice_equals_onnxruntime(starts: list, ends: list, axes: list | None, s
     "pads", [[0, 0, 1, 2, 0, 0, 3, 1], [0, 0, -1, 2, 0, 0, 0, -2], [1, 2, 0, 0, 1, 1, 0, 0]]
 )
 def test_pad_equals_onnxruntime(mode: str, pads: list[int]) -> None:
-    if mode == "wrap" and min(pads) < 0:
-        pytest.skip("onnxruntime wraps before it crops")
     x = rand(3, 4, 5, 6)
     opset = 19 if mode == "wrap" else 17
     value = np.float32(1.5) if mode == "constant" else None
-    check_node("Pad", x, np.array(pads), value, mode=mode, opset=opset)
+    crops = mode == "wrap" and min(pads) < 0  # onnxruntime wraps before it crops, and goes its own way
+    check_node("Pad", x, np.array(pads), value, mode=mode, opset=opset, opaque=crops)
     if mode != "wrap":
         check_node("Pad", x, mode=mode, pads=pads, opset=10, **({"value": 0.5} if mode == "constant" else {}))
 

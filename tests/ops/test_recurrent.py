@@ -130,3 +130,9 @@ def test_layer_is_twice_differentiable(op_type: str, layer: Any) -> None:
 def test_macs_count_both_products_at_each_step() -> None:
     shapes = [(STEPS, BATCH, INPUTS), (2, 4 * HIDDEN, INPUTS), (2, 4 * HIDDEN, HIDDEN)]
     assert _macs_recurrent(None, shapes, []) == STEPS * BATCH * 2 * 4 * HIDDEN * (INPUTS + HIDDEN)
+
+
+@pytest.mark.parametrize("name", ["Affine", "ScaledTanh", "ThresholdedRelu"])
+def test_activations_whose_defaults_are_disputed_run_in_onnxruntime(name: str) -> None:
+    inputs = rand(5, 2, 3), rand(1, 4, 3, seed=1), rand(1, 4, 4, seed=2)
+    check_node("RNN", *inputs, hidden_size=4, activations=[name], n_outputs=2, opset=17, opaque=True)
