@@ -44,7 +44,7 @@ class PreparedModel:
 
     ``shapes`` are those of one sample (what costs are counted at), ``probe_shapes`` those of the probe
     (two samples where the model allows); ``coupling`` belongs to the latter. ``untouched`` names nodes and
-    initializers that were excluded.
+    initializers that were excluded; ``implants_stay`` says that no implant takes the place of another.
     """
 
     source: SourceModel
@@ -56,6 +56,7 @@ class PreparedModel:
     probe_shapes: Shapes
     coupling: Coupling
     untouched: frozenset[str] = frozenset()
+    implants_stay: bool = False
 
 
 def make_probe(inputs: Sequence[InputSpec], *, sizes: Mapping[str, tuple[int, ...]] | None = None) -> Arrays:
@@ -89,6 +90,7 @@ def prepare(
     exclude: Sequence[str] = (),
     only: Sequence[str] = (),
     must_match: bool = True,
+    implants_stay: bool = False,
     device: str = "cpu",
 ) -> PreparedModel:
     """Normalise a model, build its twin, couple its channels and prove on trial cuts that it can be cut.
@@ -97,6 +99,7 @@ def prepare(
         probe: a few samples; the first two are used, or the batch that the model declares.
         exclude, only: patterns for names of nodes or initializers.
         must_match: whether a pattern that matches nothing is an error.
+        implants_stay: whether the implants that the model has are not to be replaced by others.
 
     Raises:
         ModelError: the model cannot be run.
@@ -133,7 +136,11 @@ def prepare(
             "not among what --only names",
         )
     untouched = frozenset(reasons)
-    return _prove(PreparedModel(source, n_params, graph, twin, probe, one, shapes, coupling, untouched))
+    return _prove(
+        PreparedModel(
+            source, n_params, graph, twin, probe, one, shapes, coupling, untouched, implants_stay
+        )
+    )
 
 
 def _declared_batch(graph: gs.Graph) -> int:
