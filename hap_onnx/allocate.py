@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from math import prod
+from math import gcd, prod
 
 import numpy as np
 
-from hap_onnx.channels import Coupling
+from hap_onnx.channels import ChannelGroup, Coupling
 from hap_onnx.cost import METRICS, CostModel, Ints
 from hap_onnx.errors import BudgetError
 from hap_onnx.moves import Floats, Point, Search
@@ -76,14 +76,16 @@ def find_options(
     """Return the allowed widths of each group of ``coupling``, in its order.
 
     Widths are multiples of ``align``, at least one of them and at least ``min_ratio`` of the group, or the
-    full width, or 0 for a group of ``removable``. ``auto`` means multiples of 8 from 64 elements on, of 4
-    from 16, of 2 from 8: onnxruntime computes channels in blocks, and odd widths are slow. A frozen group
-    stays whole.
+    full width, or 0 for a group of ``removable``. ``auto`` means multiples of 8 from 64 channels on, of 4
+    from 16, of 2 from 8: onnxruntime computes channels in blocks, and odd widths are slow. It is channels
+    that are counted: of attention heads, each has as many as it is wide. A frozen group stays whole.
     """
     may_go = set(removable)
     result = []
     for group in coupling.groups:
-        unit = _unit(group.size) if isinstance(align, str) else align
+        channels = _channels_per_element(coupling, group)
+        unit = _unit(group.size * channels) if isinstance(align, str) else align
+        unit //= gcd(unit, channels)
         least = max(unit, int(np.ceil(min_ratio * group.size - 1e-9)))
         aligned = np.arange(unit, group.size, unit)
         narrower = [0] if group.name in may_go else []
@@ -91,6 +93,15 @@ def find_options(
         widths = [group.size] if group.frozen else [*narrower, group.size]
         result.append(GroupOptions(group.name, np.array(widths)))
     return tuple(result)
+
+
+def _channels_per_element(coupling: Coupling, group: ChannelGroup) -> int:
+    """How many channels of its largest producer an element of a group has."""
+    producers = {(w.initializer, w.axis): w.elements for w in coupling.weights if w.role == "producer"}
+    counts = [
+        (len(producers[name, axis]), count) for name, axis, count in group.axes if (name, axis) in producers
+    ]
+    return max(counts)[1] if counts else 1
 
 
 def _unit(size: int) -> int:

@@ -8,8 +8,8 @@ the same axes in the same way form a *channel group*, the unit of planning: whic
 of sensitivity, how many is a matter of cost.
 
 A tensor carries ids along at most one axis. That is no restriction of the method: a tensor is a regular
-grid, so it can lose slices along one axis only. Where a Reshape spreads ids over two axes (channel
-shuffle, grouped weights), they are joined along one of them; the finer alternative is tried first.
+grid, so it can lose slices along one axis only. Where a Reshape spreads ids over two axes (channel shuffle,
+grouped weights, the heads of attention), they are joined along one of them; ``merging`` finds out which.
 
 What is not understood is frozen, with a reason: an operator without a rule, an output of the model,
 a normalisation over the channels. A frozen channel is never removed.
@@ -17,7 +17,6 @@ a normalisation over the channels. A frozen channel is never removed.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
@@ -28,10 +27,11 @@ from numpy.typing import NDArray
 from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 
+from hap_onnx.merging import Choice, Merge, choose, count_left, varies
 from hap_onnx.opaque import captured_names
+from hap_onnx.ops.elementwise import is_elementwise
 from hap_onnx.ops.registry import find_flow
-
-_log = logging.getLogger(__name__)
+from hap_onnx.ops.shape import asks_shape_only
 
 Ids = NDArray[np.int64]
 Role = Literal["producer", "follower", "consumer"]
@@ -117,29 +117,30 @@ class Coupling:
     initializer_nodes: Mapping[str, tuple[str, ...]]
 
 
-@dataclass(frozen=True)
-class Merge:
-    """Where ids were joined along one of ``n_alternatives`` axes, to leave ``n_left`` elements of ``ids``."""
-
-    ids: Ids
-    n_alternatives: int
-    n_left: int
-
-
 @dataclass
 class Flow:
-    """The ids of a graph while they flow; what the rules in ``hap_onnx.ops`` work on."""
+    """The ids of a graph while they flow; what the rules in ``hap_onnx.ops`` work on.
+
+    ``sources`` are constants that are data rather than weights (tables of positions, a scale per head), with
+    the axis along which they carry ids from the start; ``wishes`` are further ones that would help.
+    ``heads`` are ids along which products of two activations run in parallel.
+    """
 
     graph: gs.Graph
     shapes: Mapping[str, tuple[int, ...]]
     representative: Ids = field(default_factory=lambda: np.zeros(1, np.int64))
-    merge_choices: dict[str, int] = field(default_factory=dict)
+    choice: Choice = field(default_factory=Choice)
+    static: frozenset[str] = frozenset()
+    sources: Mapping[str, int] = field(default_factory=dict)
+    wishes: dict[str, int] = field(default_factory=dict)
+    asked: set[str] = field(default_factory=set)
     n_ids: int = 1
     tensors: dict[str, IdAxis] = field(default_factory=dict)
     bound: dict[tuple[str, int], tuple[Ids, Role]] = field(default_factory=dict)
     binders: dict[tuple[str, int], set[str]] = field(default_factory=dict)
     users: dict[str, list[str]] = field(default_factory=dict)
     reads: list[tuple[str, int, str, IdAxis]] = field(default_factory=list)
+    heads: list[Ids] = field(default_factory=list)
     edges: list[tuple[Ids, Ids]] = field(default_factory=list)
     marks: list[tuple[Ids, str, str]] = field(default_factory=list)
     merges: dict[str, Merge] = field(default_factory=dict)
@@ -151,7 +152,8 @@ class Flow:
         return self.shapes[tensor.name]
 
     def ids(self, tensor: gs.Tensor) -> IdAxis | None:
-        """The channel axis of an activation, or None if it carries no channels."""
+        """The channel axis of a tensor, or None if it carries no channels."""
+        self.asked.add(tensor.name)
         return self.tensors.get(tensor.name)
 
     def fresh(self, n: int) -> Ids:
@@ -208,39 +210,85 @@ class Flow:
             self.reads.append((node.name, index, tensor.name, found))
 
     def merge(self, node: gs.Node, ids: Ids) -> tuple[int, Ids]:
-        """Join ids that spread over several axes until they vary along one; return it and its ids.
-
-        Of the axes along which ``ids`` (any number of axes, size 1 where constant) vary, the one that
-        leaves the most elements is taken, unless ``merge_choices`` names another for this node.
-        """
-        varying = [axis for axis in range(ids.ndim) if _varies(ids, axis)]
+        """Join ids that spread over several axes until they vary along one; return it and its ids."""
+        varying = [axis for axis in range(ids.ndim) if varies(ids, axis)]
+        index = tuple(slice(None) if axis in varying else slice(0, 1) for axis in range(ids.ndim))
+        ids, full = ids[index], ids
         if len(varying) <= 1:
-            axis = varying[0] if varying else int(np.argmax(ids.shape))
-            index = tuple(slice(None) if a == axis else 0 for a in range(ids.ndim))
-            return axis, np.ascontiguousarray(ids[index])
-        by_size = sorted(varying, key=lambda axis: (-_n_left(ids, axis), axis))
-        choice = self.merge_choices.get(node.name, 0)
-        axis = by_size[choice % len(by_size)]
-        self.merges[node.name] = Merge(np.unique(ids), len(by_size), _n_left(ids, axis))
+            axis = varying[0] if varying else int(np.argmax(full.shape))
+            return axis, np.broadcast_to(ids.ravel(), full.shape[axis]).copy()
+        n_left = {axis: count_left(ids, axis) for axis in varying}
+        axis = self.choice.pick(node.name, n_left)
+        self.merges[node.name] = Merge(np.unique(ids), axis, n_left)
         rows = np.moveaxis(ids, axis, 0).reshape(ids.shape[axis], -1)
         first = np.ascontiguousarray(rows[:, 0])
         self.join(np.repeat(first, rows.shape[1]), rows.ravel())
         return axis, first
 
+    def wish(self, tensor: gs.Tensor, size: int) -> None:
+        """Look for constants behind ``tensor`` that could carry the ids that it lacks.
 
-def _varies(ids: Ids, axis: int) -> bool:
-    return ids.shape[axis] > 1 and bool((ids != np.take(ids, [0], axis=axis)).any())
+        A guess is enough: what flows from a constant is checked like everything else.
+        """
+        queue, seen = [tensor], {tensor.name}
+        while queue and len(seen) < _MAX_WALK:
+            tensor = queue.pop()
+            if isinstance(tensor, gs.Constant):
+                axes = [axis for axis, length in enumerate(tensor.shape) if length == size > 1]
+                before = self.sources.get(tensor.name, len(tensor.shape))
+                left = [axis for axis in axes if axis < before]  # what has been tried is of no use
+                if left and np.asarray(tensor.values).dtype.kind == "f":
+                    self.wishes.setdefault(tensor.name, left[-1])
+                continue
+            for node in tensor.inputs:
+                passes = is_elementwise(node.op, domain=node.domain or "")
+                for behind in node.inputs:
+                    known = behind.name in self.static or isinstance(behind, gs.Constant)
+                    carries = behind.name in self.tensors and not isinstance(behind, gs.Constant)
+                    if behind.name and behind.name not in seen and (known or passes) and not carries:
+                        seen.add(behind.name)
+                        queue.append(behind)
+
+    # --- what the ids come to in the end ---
+
+    def representatives(self) -> Ids:
+        """Map each id to the smallest id that it is joined with."""
+        n = self.n_ids
+        if self.edges:
+            rows = np.concatenate([a for a, _ in self.edges])
+            columns = np.concatenate([b for _, b in self.edges])
+        else:
+            rows = columns = np.zeros(0, np.int64)
+        # Ids of an earlier pass are already replaced by their representatives: join those too.
+        known = np.arange(min(n, len(self.representative)))
+        rows = np.concatenate([rows, known])
+        columns = np.concatenate([columns, self.representative[known]])
+        edges = coo_matrix((np.ones(len(rows)), (rows, columns)), shape=(n, n))
+        _, labels = connected_components(edges, directed=False)
+        smallest = np.full(labels.max() + 1, n, np.int64)
+        np.minimum.at(smallest, labels, np.arange(n))
+        return smallest[labels]
+
+    def frozen_ids(self) -> NDArray[np.bool_]:
+        """Say of each id whether it must stay, by itself or by what it is joined with."""
+        roots = self.representatives()
+        frozen = np.zeros(self.n_ids, bool)
+        frozen[roots[FIXED]] = True
+        for ids, _, _ in self.marks:
+            frozen[roots[ids]] = True
+        return frozen[roots]
+
+    def free_ids(self) -> NDArray[np.bool_]:
+        """Say of each id whether it can be removed: something produces it, and nothing keeps it."""
+        roots = self.representatives()
+        produced = np.zeros(self.n_ids, bool)
+        for ids, role in self.bound.values():
+            if role == "producer":
+                produced[roots[ids]] = True
+        return produced[roots] & ~self.frozen_ids()
 
 
-def _n_left(ids: Ids, axis: int) -> int:
-    """Count the elements that are left when ids are joined until they vary along ``axis`` only."""
-    rows = np.moveaxis(ids, axis, 0).reshape(ids.shape[axis], -1)
-    dense = np.unique(rows, return_inverse=True)[1].reshape(-1)  # some versions of numpy keep the shape
-    first = np.repeat(dense[:: rows.shape[1]], rows.shape[1])
-    graph = coo_matrix((np.ones(dense.size), (first, dense)))
-    n = int(dense.max()) + 1
-    graph.resize((n, n))
-    return int(connected_components(graph, directed=False)[0])
+_MAX_WALK = 200
 
 
 def find_groups(
@@ -257,55 +305,53 @@ def find_groups(
             batch and channels cannot be mixed up.
         exclude: names of nodes or initializers whose channels must stay, with the reason.
     """
-    def settle(choices: dict[str, int]) -> Flow:
-        return _settle(graph, shapes, choices, exclude or {})
+    static = _static_tensors(graph)
 
-    choices: dict[str, int] = {}
-    best = settle(choices)
-    # Where a merge ended in a frozen group, or in fewer elements than it promised, try its alternatives: of
-    # a GroupNormalization spelled as Reshape and InstanceNormalization whole groups can go, single channels
-    # cannot. First all together: those along one residual stream have to agree.
-    poor = _poor_merges(best)
-    if len(poor) > 1:
-        trial = settle(dict.fromkeys(poor, 1))
-        if _n_free(trial) > _n_free(best):
-            best, choices = trial, dict.fromkeys(poor, 1)
-    for name in _poor_merges(best)[:_MAX_RETRIES]:
-        for choice in range(best.merges[name].n_alternatives):
-            changed = {**choices, name: choice}
-            trial = settle(changed) if choice != choices.get(name, 0) else best
-            if _n_free(trial) > _n_free(best):
-                best, choices = trial, changed
-    return _collect(best)
+    def settle(choice: Choice) -> Flow:
+        return _settle(graph, shapes, choice, exclude or {}, static)
+
+    return _collect(choose(settle))
 
 
-_MAX_RETRIES = 64
+# --- the flow itself ---
 
 
-def _poor_merges(flow: Flow) -> list[str]:
-    """Merges whose ids ended frozen, or joined further than the merge itself asked for."""
-    roots, frozen = _representatives(flow), _frozen_ids(flow)
-    return [
-        name
-        for name, merge in flow.merges.items()
-        if frozen[merge.ids].any() or len(np.unique(roots[merge.ids])) < merge.n_left
-    ]
+def _static_tensors(graph: gs.Graph) -> frozenset[str]:
+    """Names of tensors that constants and shapes alone decide."""
+    changing = {tensor.name for tensor in graph.inputs}
+    static: set[str] = set()
+    for node in graph.nodes:
+        names = {tensor.name for tensor in node.inputs} | set(captured_names(node, changing))
+        is_static = names.isdisjoint(changing) or asks_shape_only(node)
+        (static if is_static else changing).update(tensor.name for tensor in node.outputs if tensor.name)
+    return frozenset(static)
+
+
+_MAX_PASSES = 8
 
 
 def _settle(
     graph: gs.Graph,
     shapes: Mapping[str, tuple[int, ...]],
-    choices: dict[str, int],
+    choice: Choice,
     exclude: Mapping[str, str],
+    static: frozenset[str],
 ) -> Flow:
     """Flow until joins that were found late no longer change the merges that were chosen early."""
     representative = np.zeros(1, np.int64)
     merges: dict[str, Merge] = {}
-    for _ in range(4):
-        flow = Flow(graph, shapes, representative=representative, merge_choices=choices)
+    sources: dict[str, int] = {}
+    for _ in range(_MAX_PASSES):
+        flow = Flow(
+            graph, shapes, representative=representative, choice=choice, static=static, sources=sources
+        )
         _flow_once(flow, exclude)
+        if flow.wishes:  # begin anew: other constants carry ids
+            sources = {**sources, **flow.wishes}
+            representative, merges = np.zeros(1, np.int64), {}
+            continue
         merges = flow.merges = {**flow.merges, **merges}  # later passes do not see what is joined already
-        joined = _representatives(flow)
+        joined = flow.representatives()
         if np.array_equal(joined, representative):
             break
         representative = joined
@@ -314,15 +360,26 @@ def _settle(
 
 def _flow_once(flow: Flow, exclude: Mapping[str, str]) -> None:
     graph = flow.graph
+    constants = graph.tensors() if flow.sources else {}
+    for name, axis in flow.sources.items():
+        flow.put(constants[name], axis, flow.fresh(constants[name].shape[axis]))
     for node in graph.nodes:
         rule = find_flow(node.op, domain=node.domain or "")
         n_before = len(flow.bound)
+        flow.asked.clear()
         if rule is None:
             reason = f"{node.op} is not an operator that channels are followed through"
             for tensor in node.inputs:
                 flow.freeze(flow.ids(tensor), node, reason)
         else:
             rule(node, flow)
+        for tensor in node.inputs:
+            if tensor.name in flow.sources:
+                found = flow.tensors[tensor.name]
+                if tensor.name in flow.asked:
+                    flow.bind(tensor, found.axis, found.ids, "follower", node)
+                else:
+                    flow.freeze(found, node, f"{node.op} uses '{tensor.name}' as a weight")
         for name in captured_names(node, flow.shapes):  # what a subgraph reads is out of sight
             flow.freeze(flow.tensors.get(name), node, f"a subgraph of {node.op} reads them")
         if node.name in exclude:
@@ -362,46 +419,9 @@ def _constants_read(node: gs.Node) -> set[str]:
     return names
 
 
-def _representatives(flow: Flow) -> Ids:
-    """Map each id to the smallest id that it is joined with."""
-    n = flow.n_ids
-    if flow.edges:
-        rows = np.concatenate([a for a, _ in flow.edges])
-        columns = np.concatenate([b for _, b in flow.edges])
-    else:
-        rows = columns = np.zeros(0, np.int64)
-    # Ids of an earlier pass are already replaced by their representatives: join those too.
-    known = np.arange(min(n, len(flow.representative)))
-    rows = np.concatenate([rows, known])
-    columns = np.concatenate([columns, flow.representative[known]])
-    edges = coo_matrix((np.ones(len(rows)), (rows, columns)), shape=(n, n))
-    _, labels = connected_components(edges, directed=False)
-    smallest = np.full(labels.max() + 1, n, np.int64)
-    np.minimum.at(smallest, labels, np.arange(n))
-    return smallest[labels]
-
-
-def _frozen_ids(flow: Flow) -> NDArray[np.bool_]:
-    roots = _representatives(flow)
-    frozen = np.zeros(flow.n_ids, bool)
-    frozen[roots[FIXED]] = True
-    for ids, _, _ in flow.marks:
-        frozen[roots[ids]] = True
-    return frozen[roots]
-
-
-def _n_free(flow: Flow) -> int:
-    roots = _representatives(flow)
-    producers = [ids for ids, role in flow.bound.values() if role == "producer"]
-    if not producers:
-        return 0
-    ids = np.unique(roots[np.concatenate(producers)])
-    return int((~_frozen_ids(flow)[ids]).sum())
-
-
 def _collect(flow: Flow) -> Coupling:
-    roots = _representatives(flow)
-    frozen = _frozen_ids(flow)
+    roots = flow.representatives()
+    frozen = flow.frozen_ids()
     reasons: dict[int, tuple[str, str]] = {}
     for ids, node, reason in flow.marks:
         for root in np.unique(roots[ids]):

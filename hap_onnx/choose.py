@@ -20,7 +20,9 @@ from hap_onnx.errors import BudgetError
 from hap_onnx.grafting import content_positions, permute_channels
 from hap_onnx.implant_loss import ImplantLayer, LayerMenu, cut_layer, implant_menu
 from hap_onnx.implants import pointwise_order
+from hap_onnx.measure import constants_of
 from hap_onnx.ops.linear import linear_form
+from hap_onnx.ops.registry import find_macs
 from hap_onnx.plan import GroupDecision, NodeReplacement
 from hap_onnx.prepare import PreparedModel
 from hap_onnx.surgery import kept_positions
@@ -181,7 +183,22 @@ def predicted_losses(model: LossModel, decisions: tuple[GroupDecision, ...]) -> 
 
 def residual_groups(prepared: PreparedModel) -> frozenset[str]:
     """Groups that several nodes produce: the channels of residual streams, which every later layer reads."""
-    return frozenset(group.name for group in prepared.coupling.groups if len(group.producers) > 1)
+    several = {group.name for group in prepared.coupling.groups if len(group.producers) > 1}
+    return frozenset(several - head_groups(prepared))
+
+
+def head_groups(prepared: PreparedModel) -> frozenset[str]:
+    """Groups of attention heads: products of two activations run side by side, one for each element."""
+    tensors, found = prepared.coupling.tensors, set()
+    for node in prepared.graph.nodes:
+        if find_macs(node.op, domain=node.domain or "") is None or any(True for _ in constants_of(node)):
+            continue
+        names = [tensor.name for tensor in (*node.inputs, *node.outputs) if tensor.name]
+        if len(names) > 2 and all(name in tensors for name in names):
+            found.update(set.intersection(*(set(tensors[name].ids.tolist()) for name in names)))
+    return frozenset(
+        group.name for group in prepared.coupling.groups if not found.isdisjoint(group.elements.tolist())
+    )
 
 
 # --- where channels go ---

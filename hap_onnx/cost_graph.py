@@ -246,7 +246,8 @@ def _macs_axes(
                 doubled = int(rule(node, inputs, outputs))
                 sizes[index] = shape
                 if doubled != macs:
-                    assert doubled == 2 * macs, f"{node.name}: multiply-accumulates are no product of axes"
+                    if doubled != 2 * macs:  # no product of axes: count no saving
+                        return (macs,), {}
                     factors.append((shape[axis], length))
     rest = macs // prod(size for size, _ in factors)
     return (rest, *(size for size, _ in factors)), {i + 1: length for i, (_, length) in enumerate(factors)}
@@ -258,7 +259,16 @@ def _lengths_of(
     if isinstance(tensor, gs.Constant):
         return sliced.get(tensor.name, {})
     found = network.coupling.tensors.get(tensor.name)
-    return {} if found is None else {found.axis: network.length(found.ids)}
+    if found is None:
+        return {}
+    length = network.length(found.ids)
+    size = network.shapes[tensor.name][found.axis]
+    if size != len(found.ids):  # heads lie on one axis with the batch, of which the probe had more
+        length = AxisLength(
+            length.fixed * size // len(found.ids),
+            tuple((group, n * size // len(found.ids)) for group, n in length.multiples),
+        )
+    return {found.axis: length}
 
 
 def _shape(tensor: gs.Tensor, shapes: Shapes) -> tuple[int, ...] | None:

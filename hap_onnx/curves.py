@@ -9,7 +9,7 @@ Between the measured widths the ratio of measured to predicted loss is interpola
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import onnx_graphsurgeon as gs
@@ -27,6 +27,7 @@ MEASURED_WIDTHS = (0.0, 0.25, 0.5, 0.75)
 _TINY = 1e-12
 
 Overrides = Mapping[tuple[str, int], Tensor]
+Masks = Mapping[tuple[str, int], tuple[int, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,8 @@ def measure_curves(
                 continue
             removed = ranking.order[: group.size - width]
             overrides = _overrides(group, removed, coupling, parts, nodes, twin, curvature)
-            forks.append(Fork((group.name, width), min(readers), overrides))
+            masks = _masks(group, removed, coupling, overrides)
+            forks.append(Fork((group.name, width), min(readers), overrides, masks))
     measured = run_forks(twin, subset, forks, scales=scales, batch_size=batch_size, on_event=on_event)
     return tuple(
         _correct(ranking, {width: loss for (name, width), loss in measured.items() if name == ranking.group})
@@ -104,11 +106,15 @@ def measure_curves(
 
 @dataclass(frozen=True)
 class Fork:
-    """One way to run the model from step ``start`` on: with other values for some inputs of its nodes."""
+    """One way to run the model from step ``start`` on: with other values for some inputs of its nodes.
+
+    ``masks`` holds positions that are zero instead, (axis, indices), of inputs that are activations.
+    """
 
     key: tuple[str, int]
     start: int
     overrides: Overrides
+    masks: Masks = field(default_factory=dict)
 
 
 def run_forks(
@@ -154,9 +160,9 @@ def _run_all(
             values: dict[str, Tensor] = dict(inputs)
             for index, step in enumerate(twin.steps):
                 for fork in forks.get(index, ()):
-                    outputs = _run_from(twin, index, values, fork.overrides)
+                    outputs = _run_from(twin, index, values, fork)
                     yield fork.key, output_distance(outputs, expected, scales)
-                _advance(twin, step, values, {})
+                _advance(twin, step, values)
 
 
 def output_distance(
@@ -169,20 +175,22 @@ def output_distance(
     )
 
 
-def _run_from(
-    twin: Twin, start: int, values: Mapping[str, Tensor], overrides: Overrides
-) -> dict[str, Tensor]:
+def _run_from(twin: Twin, start: int, values: Mapping[str, Tensor], fork: Fork) -> dict[str, Tensor]:
     own = dict(values)
     for step in twin.steps[start:]:
-        _advance(twin, step, own, overrides)
+        _advance(twin, step, own, fork)
     return {name: own[name] for name in twin.output_names if name in own}
 
 
-def _advance(twin: Twin, step: Step, values: dict[str, Tensor], overrides: Overrides) -> None:
+def _advance(twin: Twin, step: Step, values: dict[str, Tensor], fork: Fork | None = None) -> None:
     def on_read(step: Step, index: int, tensor: Tensor) -> Tensor:
-        return overrides.get((step.name, index), tensor)
+        assert fork is not None
+        if (step.name, index) in fork.masks:
+            axis, gone = fork.masks[step.name, index]
+            return tensor.index_fill(axis, gone.to(tensor.device), 0.0)
+        return fork.overrides.get((step.name, index), tensor)
 
-    outputs = twin.run_step(step, values, on_read=on_read if overrides else None)
+    outputs = twin.run_step(step, values, on_read=on_read if fork is not None else None)
     for name, tensor in zip(step.outputs, outputs, strict=False):
         if name:
             values[name] = tensor
@@ -218,6 +226,20 @@ def _overrides(
                 weight.index_fill_(axis, torch.from_numpy(np.flatnonzero(hit)).to(weight.device), 0.0)
                 result[read.node, index] = weight
     return result
+
+
+def _masks(
+    group: ChannelGroup, removed: NDArray[np.int64], coupling: Coupling, overrides: Overrides
+) -> dict[tuple[str, int], tuple[int, Tensor]]:
+    """What goes of activations that no changed weight reads: the width of heads, in a product of two."""
+    gone = group.elements[removed]
+    masks = {}
+    changed = {node for node, _ in overrides}
+    for read in coupling.reads:
+        hit = np.isin(read.elements, gone)
+        if read.node not in changed and hit.any():
+            masks[read.node, read.index] = (read.axis, torch.from_numpy(np.flatnonzero(hit)))
+    return masks
 
 
 def _correct(ranking: GroupRanking, measured: Mapping[int, float]) -> GroupCurve:

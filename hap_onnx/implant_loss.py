@@ -142,7 +142,7 @@ def _look_at_contractions(prepared: PreparedModel) -> dict[str, ImplantLayer | s
         forms = implant_forms(node)
         if {node.name, weight.name} & prepared.untouched:
             found[node.name] = "it is excluded"
-        elif is_of_implant(weight):
+        elif prepared.implants_stay and is_of_implant(weight):
             found[node.name] = "it is part of an implant already"
         elif readers[weight.name] != 1 or weight.name in outputs:
             found[node.name] = f"its weight '{weight.name}' is used elsewhere, too"

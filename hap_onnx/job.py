@@ -278,6 +278,7 @@ class Job:
             exclude=self.config.exclude,
             only=self.config.only,
             must_match=False,  # what a pattern named may be gone
+            implants_stay=True,  # of an implant only the rank shrinks from round to round
             device=pick_device(self.config.device),
         )
         plan = candidate.plan

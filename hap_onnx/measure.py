@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
+import onnx
 import onnx_graphsurgeon as gs
+from onnx import ModelProto
 
 from hap_onnx import ops  # noqa: F401  (registers the counting rules)
 from hap_onnx.ops.registry import find_macs
-from hap_onnx.protos import export_constant, n_data_bytes
+from hap_onnx.protos import export_constant, n_data_bytes, walk_tensors
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -50,6 +53,18 @@ def model_size(graph: gs.Graph, shapes: Shapes) -> ModelSize:
         macs=sum(node_macs(node, shapes) for node in graph.nodes),
         bytes=sum(_n_bytes(tensor) for tensor in constants.values()),
     )
+
+
+def count_params(proto: ModelProto) -> int:
+    """Count the elements of float weights as a file holds them, wherever they are; sparse ones in full."""
+    total = 0
+    for _, tensor in walk_tensors(proto):
+        if tensor.data_type and is_float_type(onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)):
+            total += math.prod(tensor.dims)
+    for sparse in proto.graph.sparse_initializer:
+        if is_float_type(onnx.helper.tensor_dtype_to_np_dtype(sparse.values.data_type)):
+            total += math.prod(sparse.dims) - math.prod(sparse.values.dims)
+    return total
 
 
 def node_costs(graph: gs.Graph, shapes: Shapes) -> tuple[NodeCost, ...]:

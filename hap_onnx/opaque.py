@@ -23,8 +23,12 @@ from hap_onnx.protos import subgraphs
 
 Value = Tensor | list[Tensor]  # a list is an ONNX sequence, which only opaque nodes read and write
 
+Arrays = np.ndarray | list[np.ndarray]
+
 # onnxruntime refuses an IR version it does not know; a one-node model needs nothing newer.
 _IR_VERSION = 10
+_MAX_SESSIONS = 16  # of one node, for inputs of different types or, for control flow, shapes
+_WRITABLE_TYPES = ("tensor_type", "sequence_type", "sparse_tensor_type")
 
 
 @cache
@@ -76,13 +80,27 @@ def captured_names(node: gs.Node, outer: Collection[str]) -> list[str]:
 
 
 def write_node(node: gs.Node, *, captured: Collection[str]) -> onnx.NodeProto:
-    """Return a node as protobuf; what its subgraphs capture is left to be read from outside."""
+    """Return a node as protobuf; what its subgraphs capture is left to be read from outside.
+
+    Raises ModelError for a subgraph over optional values, which onnx-graphsurgeon cannot write.
+    """
+    for graph in subgraphs_of(node):
+        for tensor in [*graph.inputs, *graph.outputs]:
+            if isinstance(tensor, gs.Variable) and tensor.type not in _WRITABLE_TYPES:
+                raise ModelError(
+                    f"node {node.name!r} ({node.op}) has a subgraph whose {tensor.name!r} is an optional "
+                    "value, which hap-onnx cannot hold; export the model without optional values"
+                )
     proto: onnx.NodeProto = OnnxExporter.export_node(node)
 
     def strip(graph: onnx.GraphProto) -> None:
         kept = [tensor for tensor in graph.initializer if tensor.name not in captured]
         del graph.initializer[:]
         graph.initializer.extend(kept)
+        for value in [*graph.input, *graph.output, *graph.value_info]:
+            kind = value.type.WhichOneof("value")
+            if kind == "tensor_type" and not value.type.tensor_type.elem_type:
+                value.ClearField("type")  # onnx-graphsurgeon writes an unknown type as that of no number
         for child in graph.node:
             for subgraph in subgraphs(child):
                 strip(subgraph)
@@ -98,22 +116,23 @@ def _to_array(tensor: Tensor) -> np.ndarray:
     return (tensor.float() if tensor.is_floating_point() else tensor).numpy()
 
 
-def _to_arrays(value: Value) -> np.ndarray | list[np.ndarray]:
+def _to_arrays(value: Value) -> Arrays:
     return [_to_array(tensor) for tensor in value] if isinstance(value, list) else _to_array(value)
 
 
-def _element_types(arrays: np.ndarray | list[np.ndarray]) -> str:
+def _describe(arrays: Arrays, *, with_shape: bool) -> str:
     if isinstance(arrays, list):
         return "sequence " + "".join(sorted({array.dtype.str for array in arrays}))
-    return arrays.dtype.str
+    return f"{arrays.dtype.str} {arrays.shape}" if with_shape else arrays.dtype.str
 
 
-def _value_info(name: str, arrays: np.ndarray | list[np.ndarray]) -> onnx.ValueInfoProto:
+def _value_info(name: str, arrays: Arrays, *, with_shape: bool) -> onnx.ValueInfoProto:
     if isinstance(arrays, list):
         dtype = arrays[0].dtype if arrays else np.dtype(np.float32)
         element = onnx.helper.np_dtype_to_tensor_dtype(dtype)
         return onnx.helper.make_tensor_sequence_value_info(name, element, None)
-    return onnx.helper.make_tensor_value_info(name, onnx.helper.np_dtype_to_tensor_dtype(arrays.dtype), None)
+    element = onnx.helper.np_dtype_to_tensor_dtype(arrays.dtype)
+    return onnx.helper.make_tensor_value_info(name, element, list(arrays.shape) if with_shape else None)
 
 
 class OpaqueNode:
@@ -135,6 +154,7 @@ class OpaqueNode:
         self.input_names = tuple(input_names)
         self._fixed = dict(fixed)
         self._opsets = list(opsets)
+        self._has_subgraphs = any(True for _ in subgraphs(proto))
         self._sessions: dict[tuple[str, ...], ort.InferenceSession] = {}
 
     def __call__(self, *inputs: Value | None) -> tuple[Value, ...]:
@@ -144,27 +164,44 @@ class OpaqueNode:
             for name, value in zip(self.input_names, inputs, strict=True)
             if name and name not in self._fixed and value is not None
         }
-        key = tuple(_element_types(array) for array in feeds.values())
-        if key not in self._sessions:
-            self._sessions[key] = self._build(feeds)
         try:
-            outputs = iter(self._sessions[key].run(None, feeds))
-        except Exception as error:  # onnxruntime raises many unrelated types from its bindings
-            raise ModelError(f"{self._label} failed in onnxruntime: {error}") from error
+            outputs = iter(self._run(feeds, with_shape=False))
+        except ModelError:
+            if not self._has_subgraphs:
+                raise
+            outputs = iter(self._run(feeds, with_shape=True))  # a Scan wants to know the shapes inside it
         return tuple(self._to_value(next(outputs)) if name else torch.empty(0) for name in self._proto.output)
 
+    def _run(self, feeds: Mapping[str, Arrays], *, with_shape: bool) -> list[Arrays]:
+        session = self._session(feeds, with_shape=with_shape)
+        try:
+            return session.run(None, dict(feeds))
+        except Exception as error:  # onnxruntime raises many unrelated types from its bindings
+            raise ModelError(f"{self._label} failed in onnxruntime: {error}") from error
+
+    def _session(self, feeds: Mapping[str, Arrays], *, with_shape: bool) -> ort.InferenceSession:
+        key = tuple(_describe(array, with_shape=with_shape) for array in feeds.values())
+        if key not in self._sessions:
+            if len(self._sessions) == _MAX_SESSIONS:
+                del self._sessions[next(iter(self._sessions))]
+            self._sessions[key] = self._build(feeds, with_shape=with_shape)
+        return self._sessions[key]
+
     def prepare(self, dtypes: Sequence[np.dtype | None]) -> None:
-        """Build the session now for inputs of these types; raises ModelError if onnxruntime refuses."""
+        """Build the session now for inputs of these types; raises ModelError if onnxruntime refuses.
+
+        Control flow, which may want shapes too, waits for its first call.
+        """
+        if self._has_subgraphs:
+            return
         feeds = {
             name: np.empty(0, np.float32 if dtype.kind == "f" else dtype)
             for name, dtype in zip(self.input_names, dtypes, strict=True)
             if name and name not in self._fixed and dtype is not None
         }
-        key = tuple(_element_types(array) for array in feeds.values())
-        if key not in self._sessions:
-            self._sessions[key] = self._build(feeds)
+        self._session(feeds, with_shape=False)
 
-    def _to_value(self, output: np.ndarray | list[np.ndarray]) -> Value:
+    def _to_value(self, output: Arrays) -> Value:
         try:
             if isinstance(output, list):
                 return [torch.from_numpy(np.array(array)) for array in output]
@@ -178,8 +215,8 @@ class OpaqueNode:
             f"node {self._proto.name!r} ({self._proto.op_type}, domain {self._proto.domain or 'ai.onnx'!r})"
         )
 
-    def _build(self, feeds: Mapping[str, np.ndarray | list[np.ndarray]]) -> ort.InferenceSession:
-        inputs = [_value_info(name, arrays) for name, arrays in feeds.items()]
+    def _build(self, feeds: Mapping[str, Arrays], *, with_shape: bool) -> ort.InferenceSession:
+        inputs = [_value_info(name, arrays, with_shape=with_shape) for name, arrays in feeds.items()]
         outputs = [onnx.ValueInfoProto(name=name) for name in self._proto.output if name]
         initializers = [onnx.numpy_helper.from_array(array, name) for name, array in self._fixed.items()]
         graph = onnx.helper.make_graph([self._proto], "opaque", inputs, outputs, initializers)

@@ -32,6 +32,7 @@ from hap_onnx.errors import (
     UsageError,
 )
 from hap_onnx.events import Event, OnEvent, ignore_event
+from hap_onnx.inspection import inspect_report
 from hap_onnx.job import Job
 from hap_onnx.machine import check_loads, compare_speed, protect_weights, use_threads, write_proto
 from hap_onnx.measure import model_size
@@ -44,7 +45,6 @@ from hap_onnx.summary import (
     facts_after,
     facts_before,
     frozen_nodes,
-    inspect_report,
     installed_versions,
     judge_quality,
     plan_summary,

@@ -35,6 +35,7 @@ from hap_onnx.report import (
     Quality,
     Report,
     RoundRecovered,
+    Share,
     ValidateReport,
 )
 
@@ -169,16 +170,27 @@ def _plan_text(plan: PlanSummary) -> str:
 def _layout_inspect(report: InspectReport) -> RenderableType:
     size = report.size
     facts = f"{_count(size.params)} parameters, {_count(size.macs)} MACs, {_bytes(size.bytes)}"
-    share = f"prunable: {100 * report.prunable.params_ratio:.1f} % of the parameters"
-    if report.prunable.macs_ratio is not None:
-        share += f", {100 * report.prunable.macs_ratio:.1f} % of the MACs"
     title = Text(report.model, style="bold", overflow="fold")
-    parts: list[RenderableType] = [title, Text(facts), Text(share)]
+    parts: list[RenderableType] = [title, Text(facts), *_share_lines(report)]
     if report.groups:
         parts += [Text(""), _groups_table(report)]
     if report.frozen:
-        parts += [Text(""), Text("frozen", style="bold"), *_frozen_lines(report.frozen)]
+        parts += [Text(""), Text("why not pruned", style="bold"), *_reason_lines(report.frozen)]
+    refused = [FrozenNode(layer.node, layer.implant) for layer in report.layers if layer.implant]
+    if refused:
+        parts += [Text(""), Text("why no implant", style="bold"), *_reason_lines(refused)]
     return Group(*parts)
+
+
+def _share_lines(report: InspectReport) -> list[Text]:
+    lines = []
+    for name in ("prunable", "implantable", "fixed"):
+        share: Share = getattr(report, name)
+        text = f"{name + ':':<13}{100 * share.params_ratio:5.1f} % of the parameters"
+        if share.macs_ratio is not None:
+            text += f", {100 * share.macs_ratio:5.1f} % of the MACs"
+        lines.append(Text(text))
+    return lines
 
 
 def _groups_table(report: InspectReport) -> Table:
@@ -193,7 +205,7 @@ def _groups_table(report: InspectReport) -> Table:
     return table
 
 
-def _frozen_lines(frozen: Iterable[FrozenNode]) -> list[Text]:
+def _reason_lines(frozen: Iterable[FrozenNode]) -> list[Text]:
     """One line per reason: a hundred nodes often share one."""
     nodes_by_reason: dict[str, list[str]] = {}
     for entry in frozen:

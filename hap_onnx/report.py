@@ -188,7 +188,8 @@ class CompressReport:
 class GroupInfo:
     """One channel group that may shrink.
 
-    ``role`` says where it is, such as ``inner`` or ``residual``; channels go in steps of
+    ``role`` says what it is: ``inner``, ``residual`` (a stream that several layers add to) or ``heads``
+    (of attention); channels go in steps of
     ``multiple``; ``params`` and ``macs`` are what removing all of it could save at most.
     """
 
@@ -201,22 +202,47 @@ class GroupInfo:
 
 
 @dataclass(frozen=True)
-class Prunable:
-    """Share of the model in [0, 1] that belongs to groups that may shrink."""
+class Share:
+    """A part of the model in [0, 1]; ``macs_ratio`` is None where nothing is counted."""
 
     params_ratio: float
     macs_ratio: float | None
 
 
 @dataclass(frozen=True)
+class LayerInfo:
+    """What can be done to one layer, and if nothing can, why.
+
+    ``groups`` are those whose channels it makes, ``prune`` says why these are none; ``implants`` are the
+    kinds that can take its place, ``implant`` says why these are none. A reason that is not needed is "".
+    """
+
+    node: str
+    op_type: str
+    params: int
+    macs: int
+    groups: tuple[str, ...]
+    prune: str
+    implants: tuple[str, ...]
+    implant: str
+
+
+@dataclass(frozen=True)
 class InspectReport:
-    """The result of ``inspect``: size, channel groups, and what is frozen and why."""
+    """The result of ``inspect``: size, channel groups, and what is frozen and why.
+
+    ``prunable`` belongs to groups that may shrink, ``implantable`` to layers that implants can replace, and
+    ``fixed`` to neither.
+    """
 
     model: str
     size: ModelFacts
     groups: tuple[GroupInfo, ...]
     frozen: tuple[FrozenNode, ...]
-    prunable: Prunable
+    layers: tuple[LayerInfo, ...]
+    prunable: Share
+    implantable: Share
+    fixed: Share
     versions: Mapping[str, str]
     schema: str = INSPECT_SCHEMA
 

@@ -10,7 +10,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 import onnxruntime as ort
@@ -19,10 +18,8 @@ import torch
 import hap_onnx
 from hap_onnx import metrics
 from hap_onnx import report as reports
-from hap_onnx.allocate import find_options
-from hap_onnx.choose import Choice, residual_groups
+from hap_onnx.choose import Choice
 from hap_onnx.config import CompressConfig
-from hap_onnx.cost_graph import cost_model
 from hap_onnx.curvature import to_tensors
 from hap_onnx.decide import LossModel
 from hap_onnx.errors import ValidationError
@@ -247,51 +244,6 @@ def recovery_summary(plan: CompressionPlan) -> tuple[reports.RoundRecovered, ...
 def frozen_nodes(prepared: PreparedModel) -> tuple[reports.FrozenNode, ...]:
     """What cannot be pruned and why, for the report."""
     return tuple(reports.FrozenNode(entry.node, entry.reason) for entry in prepared.coupling.frozen)
-
-
-def inspect_report(label: str, prepared: PreparedModel, align: int | str) -> reports.InspectReport:
-    """All that ``inspect`` says."""
-    coupling = prepared.coupling
-    cost = cost_model(prepared.graph, coupling, prepared.shapes)
-    options = find_options(coupling, align=align)
-    before = facts_before(prepared)
-    sizes = np.array(cost.sizes, np.int64)
-    full = cost.totals(sizes) if len(sizes) else np.zeros(2, np.int64)
-    residual = residual_groups(prepared)
-    groups = []
-    for index, (group, option) in enumerate(zip(coupling.groups, options, strict=True)):
-        least = sizes.copy()
-        least[index] = 1
-        saved = full - cost.totals(least)
-        steps = np.diff(option.widths)
-        groups.append(
-            reports.GroupInfo(
-                name=group.name,
-                size=group.size,
-                role="residual" if group.name in residual else "inner",
-                multiple=int(np.gcd.reduce(steps)) if len(steps) else group.size,
-                params=int(saved[0]),
-                macs=int(saved[1]),
-            )
-        )
-    touched = {weight.initializer for weight in coupling.weights}
-    nodes = [node for node in prepared.graph.nodes if any(tensor.name in touched for tensor in node.inputs)]
-    constants = {
-        t.name: t for n in nodes for t in n.inputs if isinstance(t, gs.Constant) and t.name in touched
-    }
-    macs = sum(node_macs(node, prepared.shapes) for node in nodes)
-    params = sum(int(np.prod(tensor.shape)) for tensor in constants.values())
-    return reports.InspectReport(
-        model=label,
-        size=before,
-        groups=tuple(groups),
-        frozen=frozen_nodes(prepared),
-        prunable=reports.Prunable(
-            params_ratio=min(1.0, params / max(before.params, 1)),
-            macs_ratio=None if not before.macs else macs / before.macs,
-        ),
-        versions=installed_versions(),
-    )
 
 
 def judge_quality(measured: metrics.Quality, limit: float | None) -> reports.Quality:

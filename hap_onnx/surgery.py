@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import onnx_graphsurgeon as gs
@@ -19,10 +20,11 @@ from numpy.typing import NDArray
 
 from hap_onnx.channels import Coupling, IdAxis
 from hap_onnx.errors import SurgeryError
-from hap_onnx.ops.concat import is_concat
 from hap_onnx.ops.elementwise import is_elementwise
 from hap_onnx.ops.registry import find_bias, find_edit, keeps_constant
 from hap_onnx.ops.rules import read_ints
+from hap_onnx.ops.shape import resolve_shape
+from hap_onnx.shape_program import evaluate, find_edits, replace_numbers
 from hap_onnx.twin import Step, build_twin
 
 _log = logging.getLogger(__name__)
@@ -54,6 +56,7 @@ class Cut:
         self._keep = keep
         self._shapes = shapes
         self._n_new = 0
+        self._programs: dict[tuple[str, tuple[Any, ...]], gs.Tensor] = {}
         self.opset: int = graph.opset
 
     def kept(self, tensor: gs.Tensor) -> Kept | None:
@@ -91,8 +94,7 @@ class Cut:
             values = values.astype(node.inputs[index].values.dtype).reshape(
                 values.shape if values.ndim else node.inputs[index].shape
             )
-        self._n_new += 1
-        constant = gs.Constant(f"{old or node.name}_hap{self._n_new}", np.ascontiguousarray(values))
+        constant = gs.Constant(self._new_name(old or node.name), np.ascontiguousarray(values))
         while len(node.inputs) <= index:
             node.inputs.append(gs.Variable.empty())
         node.inputs[index] = constant
@@ -100,23 +102,76 @@ class Cut:
     def edit_shape_input(self, node: gs.Node, index: int, *, ones_stay: bool = False) -> None:
         """Let a target shape follow where the output's shape changed: never an entry of 0 or -1.
 
-        Entries that other nodes compute are left: they count channels themselves, or the check of all
-        shapes after the cut finds out.
+        Of a shape that other nodes compute, the numbers that are written into the program follow.
+
+        Raises:
+            SurgeryError: no change of such numbers gives the new shape.
         """
         before, after = self.shape(node.outputs[0]), self.new_shape(node.outputs[0])
-        changed = [axis for axis in range(len(before)) if before[axis] != after[axis]]
         target = node.inputs[index]
         if isinstance(target, gs.Constant):
             literal = np.array(target.values)
             offset = len(before) - len(literal)  # Expand's shape may be shorter than its output
-            for axis in changed:
+            for axis in range(len(before)):
+                if before[axis] == after[axis]:
+                    continue
                 entry = literal[axis - offset] if axis >= offset else 1
                 if entry > 1 or (entry == 1 and not ones_stay and before[axis] == 1):
-                    literal[axis - offset] = after[axis]
+                    # Less than the size where the batch was written in that the probe has several of.
+                    new, rest = divmod(int(entry) * after[axis], before[axis])
+                    if rest:
+                        raise SurgeryError(f"{node.op} '{node.name}' cannot follow from {before} to {after}")
+                    literal[axis - offset] = new
             if not np.array_equal(literal, target.values):
                 self.set_constant(node, index, literal)
             return
-        self._edit_concatenated(node, index, before, after)
+        source = self.new_shape(node.inputs[0])
+
+        def complete(sizes: Sequence[int]) -> Sequence[int]:
+            if ones_stay:  # broadcast against the input
+                try:
+                    return np.broadcast_shapes(source, tuple(sizes))
+                except ValueError:
+                    return sizes
+            return resolve_shape(source, sizes) if len(sizes) == len(after) else sizes
+
+        self.edit_program(node, index, after, complete=complete)
+
+    def edit_program(
+        self,
+        node: gs.Node,
+        index: int,
+        wanted: Sequence[int],
+        *,
+        complete: Callable[[Sequence[int]], Sequence[int]] = lambda numbers: numbers,
+    ) -> None:
+        """Let a computed input become ``wanted``, see ``shape_program.find_edits``.
+
+        A program that depends on more than shapes is left: the check of all shapes finds out.
+
+        Raises:
+            SurgeryError: no change of its numbers has this effect.
+        """
+        target = node.inputs[index]
+        if evaluate(target, self._shape_before, opset=self.opset) is None:
+            return
+        ratios = [
+            (new, old)
+            for tensor in (node.inputs[0], *node.outputs)
+            for new, old in zip(self.new_shape(tensor), self.shape(tensor), strict=True)
+            if new != old
+        ]
+        edits = find_edits(target, wanted, complete, self._shape_after, opset=self.opset, ratios=ratios)
+        if edits is None:
+            raise SurgeryError(
+                f"{node.op} '{node.name}' cannot follow: its size is computed in an unknown way"
+            )
+        if not edits:
+            return
+        key = (target.name, tuple(sorted(edits.items())))
+        if key not in self._programs:
+            self._programs[key] = replace_numbers(target, edits, self._new_name, self._insert)
+        node.inputs[index] = self._programs[key]
 
     def changes(self, node: gs.Node) -> bool:
         """Say whether anything that a node reads or writes loses positions."""
@@ -126,40 +181,19 @@ class Cut:
                 return True
         return False
 
-    def _edit_concatenated(
-        self, node: gs.Node, index: int, before: tuple[int, ...], after: tuple[int, ...]
-    ) -> None:
-        """Edit the constants among the parts of a computed shape."""
-        parts = node.inputs[index].inputs[0] if node.inputs[index].inputs else None
-        if parts is None or not is_concat(parts):
-            return
-        edits: dict[int, NDArray[np.int64]] = {}
-        start = 0
-        for position, part in enumerate(parts.inputs):
-            stop = start + self.shape(part)[0]
-            if isinstance(part, gs.Constant):
-                literal = np.array(part.values)
-                for axis in range(start, min(stop, len(before))):
-                    if before[axis] != after[axis] and literal[axis - start] == before[axis]:
-                        literal[axis - start] = after[axis]
-                if not np.array_equal(literal, part.values):
-                    edits[position] = literal
-            start = stop
-        if edits and len(parts.outputs[0].outputs) > 1:  # others read this shape too
-            parts = self._own_copy(node, index)
-        for position, literal in edits.items():
-            self.set_constant(parts, position, literal)
+    def _shape_before(self, tensor: gs.Tensor) -> tuple[int, ...] | None:
+        return self._shapes.get(tensor.name)
 
-    def _own_copy(self, node: gs.Node, index: int) -> gs.Node:
-        """Give ``node`` a copy of what computes its input ``index``."""
-        original = node.inputs[index].inputs[0]
+    def _shape_after(self, tensor: gs.Tensor) -> tuple[int, ...] | None:
+        return self.new_shape(tensor) if tensor.name in self._shapes else None
+
+    def _new_name(self, base: str) -> str:
         self._n_new += 1
-        name = f"{original.name}_hap{self._n_new}"
-        copy = gs.Node(original.op, name, dict(original.attrs), list(original.inputs), domain=original.domain)
-        copy.outputs = [gs.Variable(f"{name}_output", original.outputs[0].dtype, original.outputs[0].shape)]
-        node.inputs[index] = copy.outputs[0]
-        self._graph.nodes.insert(self._graph.nodes.index(original) + 1, copy)
-        return copy
+        return f"{base}_hap{self._n_new}"
+
+    def _insert(self, node: gs.Node, after: gs.Node) -> None:
+        place = next(i for i, other in enumerate(self._graph.nodes) if other is after)
+        self._graph.nodes.insert(place + 1, node)
 
 
 def kept_positions(elements: NDArray[np.int64], keep: NDArray[np.bool_]) -> NDArray[np.int64]:
@@ -172,10 +206,13 @@ def kept_positions(elements: NDArray[np.int64], keep: NDArray[np.bool_]) -> NDAr
 
 
 def shape_after(shape: tuple[int, ...], found: IdAxis | None, keep: NDArray[np.bool_]) -> tuple[int, ...]:
-    """The shape of a tensor once the elements that are not kept are gone."""
+    """The shape of a tensor once the elements that are not kept are gone.
+
+    ``shape`` may be that at another batch size than ``found``: heads share an axis with the batch sometimes.
+    """
     if found is None:
         return shape
-    n_kept = len(kept_positions(found.ids, keep))
+    n_kept = len(kept_positions(found.ids, keep)) * shape[found.axis] // len(found.ids)
     return (*shape[: found.axis], n_kept, *shape[found.axis + 1 :])
 
 

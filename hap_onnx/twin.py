@@ -16,9 +16,8 @@ the model once per written batch and joins the outputs (``Twin.batch_limit``).
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from logging import getLogger
 from types import MappingProxyType
 from typing import Any
@@ -30,6 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from hap_onnx import ops  # noqa: F401  (registers the operators)
+from hap_onnx.calls import BodyCall, TorchCall, find_call, is_float_array, make_call
 from hap_onnx.errors import CalibrationError, ModelError
 from hap_onnx.opaque import OpaqueNode, captured_names, is_known, write_node
 from hap_onnx.ops.arguments import UnitShapes
@@ -58,33 +58,18 @@ class Step:
     opaque: bool
 
 
-@dataclass(frozen=True)
-class _Call:
-    """A torch function of the registry with the attributes of one node."""
-
-    function: Callable[..., Any]
-    attributes: Mapping[str, Any]
-    takes_unit: bool
-
-    def __call__(self, *inputs: Tensor | None, unit: UnitShapes | None) -> tuple[Tensor, ...]:
-        if self.takes_unit:
-            result = self.function(*inputs, **self.attributes, unit=unit)
-        else:
-            result = self.function(*inputs, **self.attributes)
-        return (result,) if isinstance(result, Tensor) else tuple(result)
-
-
 @dataclass
 class _BatchState:
     """What the twin has learnt about running other batch sizes than the one written into the model.
 
-    ``unit`` is that size, None if there is none. The proof is made once per ``signature``: the shapes of
-    the inputs without their batch axis.
+    ``unit`` is that size, None if there is none; it may be a guess, that only a failure of the model as it is
+    confirms. The proof is made once per ``signature``: the shapes of the inputs without their batch axis.
     """
 
     unit: int | None
-    loops: dict[tuple[tuple[int, ...], ...], bool]
-    shapes: dict[int, list[UnitShapes]]  # of steps, by position
+    is_guess: bool = False
+    loops: dict[tuple[tuple[int, ...], ...], bool] = field(default_factory=dict)
+    shapes: dict[int, list[UnitShapes]] = field(default_factory=dict)  # of steps, by position
 
 
 class Twin(nn.Module):
@@ -103,12 +88,13 @@ class Twin(nn.Module):
         output_names: Sequence[str],
         constants: Mapping[str, np.ndarray],
         unit_batch: int | None,
+        unit_is_guess: bool,
     ) -> None:
         super().__init__()
         self._steps = list(steps)
         self._position = {step.name: position for position, step in enumerate(steps)}
         self._calls: list[Callable[..., tuple[Any, ...]]] = list(calls)
-        self._batch = _BatchState(unit_batch, {}, {})
+        self._batch = _BatchState(unit_batch, unit_is_guess)
         self._fallbacks = list(fallbacks)
         self._input_shapes = dict(inputs)
         self.input_names = tuple(inputs)
@@ -119,7 +105,7 @@ class Twin(nn.Module):
             self._add_constant(name, f"c{position}_{_torch_safe(name)}", values)
 
     def _add_constant(self, name: str, safe_name: str, values: np.ndarray) -> None:
-        if _is_float_array(values):
+        if is_float_array(values):
             tensor = torch.from_numpy(np.array(values, dtype=np.float32))
             self.register_parameter(safe_name, nn.Parameter(tensor))
         else:
@@ -153,6 +139,12 @@ class Twin(nn.Module):
         list is complete after one forward pass.
         """
         return tuple(step.name for step in self._steps if step.opaque)
+
+    @property
+    def expanded_nodes(self) -> tuple[str, ...]:
+        """Names of the nodes that torch computes by the function body of their operator's schema."""
+        pairs = zip(self._steps, self._calls, strict=True)
+        return tuple(step.name for step, call in pairs if isinstance(call, BodyCall))
 
     @property
     def parameter_of(self) -> Mapping[str, nn.Parameter]:
@@ -242,6 +234,8 @@ class Twin(nn.Module):
                 continue
             inputs.append(_hooked(on_read, step, index, self._value(name, values)))
         try:
+            if not step.opaque and not self._untyped.isdisjoint(step.inputs):
+                raise NotImplementedError("torch lacks the type of an input")
             outputs = self._call(position, inputs)
         except NotImplementedError as reason:
             if step.opaque:
@@ -353,17 +347,34 @@ class Twin(nn.Module):
         batched = self._batched(values)
         signature = tuple(tuple(tensor.shape[name in batched :]) for name, tensor in values.items())
         if signature not in self._batch.loops:
+            if self._batch.is_guess and self._runs_as_it_is(values):
+                self._batch = _BatchState(None)  # what the model computes, onnxruntime computes, too
+                return False
             self._batch.loops[signature] = not self._prove_batch(values, n_units)
         return self._batch.loops[signature]
+
+    @torch.no_grad()
+    def _runs_as_it_is(self, values: Mapping[str, Tensor]) -> bool:
+        """Say whether no literal of the model stands against a batch of this size."""
+        before, self._batch.shapes = self._batch.shapes, {}
+        try:
+            self._execute(values, None, None)
+        except ModelError:
+            return False
+        finally:
+            self._batch.shapes = before
+        return True
 
     @torch.no_grad()
     def _prove_batch(self, values: Mapping[str, Tensor], n_units: int) -> bool:
         """Note all shapes at the written batch; say whether two batches at once equal each alone."""
         first, second = self._parts(values, n_units)[:2]
-        second = (
-            {name: _jitter(tensor) for name, tensor in second.items()} if _same(first, second) else second
-        )
         batched = self._batched(values)
+        # An input that is the same in both, as attention masks often are, would not show who reads whose.
+        second = {
+            name: _jitter(tensor) if name in batched and torch.equal(tensor, first[name]) else tensor
+            for name, tensor in second.items()
+        }
         double = {
             name: torch.cat([first[name], second[name]]) if name in batched else first[name] for name in first
         }
@@ -373,7 +384,11 @@ class Twin(nn.Module):
             shapes[step.outputs[index]] = tuple(tensor.shape)
             return tensor
 
-        alone = [self._execute(first, None, note), self._execute(second, None, None)]
+        alone = [self._execute(first, None, note)]
+        try:
+            alone.append(self._execute(second, None, None))
+        except ModelError:
+            return False  # the model does not take the numbers that were made up
         notes = self._batch.shapes
         before = {position: list(units) for position, units in notes.items()}
 
@@ -388,11 +403,36 @@ class Twin(nn.Module):
             together = self._execute(double, learn, None)
         except ModelError:
             together = None  # a literal that nothing lets follow the batch
-        expected = {name: _join([part[name] for part in alone]) for name in self.output_names}
-        if together is not None and all(_close(together[name], expected[name]) for name in self.output_names):
+        if together is not None and (
+            self._is_joined(together, alone) or self._is_joined_in_double(double, [first, second])
+        ):
             return True
         self._batch.shapes = before
         return False
+
+    def _is_joined(self, together: Mapping[str, Tensor], parts: Sequence[Mapping[str, Tensor]]) -> bool:
+        """Say whether outputs of a batch are those of its parts, up to rounding."""
+        return all(
+            _close(together[name], _join([part[name] for part in parts])) for name in self.output_names
+        )
+
+    def _is_joined_in_double(
+        self, batch: Mapping[str, Tensor], parts: Sequence[Mapping[str, Tensor]]
+    ) -> bool:
+        """The same, computed in double precision: deep models may blow rounding up beyond any tolerance."""
+        if self.dtype != torch.float32 or torch.is_autocast_enabled(str(self.device or "cpu").split(":")[0]):
+            return False
+        self.double()
+        try:
+            found, *alone = [
+                self._execute({name: self._settle(tensor) for name, tensor in inputs.items()}, None, None)
+                for inputs in (batch, *parts)
+            ]
+            return self._is_joined(found, alone)
+        except ModelError:
+            return False
+        finally:
+            self.float()  # what was float before is exactly that again
 
     def _learn(
         self, step: Step, unit: Mapping[str, tuple[int, ...]], grown: Mapping[str, tuple[int, ...]]
@@ -400,7 +440,7 @@ class Twin(nn.Module):
         """Note the shapes of one step at the written batch, given those at twice as much."""
         position = self._position[step.name]
         call = self._calls[position]
-        if not isinstance(call, _Call) or not call.takes_unit:
+        if not isinstance(call, TorchCall) or not call.takes_unit:
             return
         inputs = [None if not name else unit.get(name, grown.get(name)) for name in step.inputs]
         axes = [
@@ -427,15 +467,17 @@ def _join(parts: Sequence[Tensor]) -> Tensor:
     return torch.cat(list(parts)) if parts[0].ndim else torch.stack(list(parts))
 
 
-def _same(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> bool:
-    return all(torch.equal(tensor, second[name]) for name, tensor in first.items())
-
-
 def _jitter(tensor: Tensor) -> Tensor:
-    """Return other numbers of the same kind: a proof on two equal batches would prove little."""
-    if not tensor.is_floating_point():
-        return tensor
+    """Return other numbers of the same kind: a proof on two equal batches would prove little.
+
+    Of integers, about half become 0, and 1 where they are 0: masks stay masks, and few models have no
+    meaning for the numbers 0 and 1.
+    """
     generator = torch.Generator().manual_seed(0)
+    if not tensor.is_floating_point():
+        changes = torch.rand(tensor.shape, generator=generator) < 0.5
+        changes.view(-1)[:1] = True
+        return torch.where(changes.to(tensor.device), (tensor == 0).to(tensor.dtype), tensor)
     noise = torch.randn(tensor.shape, generator=generator).to(tensor)
     scale = tensor.std() if tensor.numel() > 1 else tensor.abs().sum()
     return tensor + noise * torch.where(scale > 0, scale, torch.ones_like(scale))
@@ -477,12 +519,14 @@ def build_twin(graph: gs.Graph, *, device: str | torch.device = "cpu") -> Twin:
     Raises ModelError that lists every node which neither torch nor onnxruntime can run.
     """
     nodes = _sort_nodes(graph)
-    _check_nodes(nodes, opset=graph.opset)
+    opsets = _opsets(graph)
+    outer = _tensor_names(graph)
+    found = {node.name: find_call(node, outer=outer, opsets=opsets) for node in nodes}
+    in_torch = {name: call for name, call in found.items() if call is not None}
+    _check_nodes(nodes, in_torch, opset=graph.opset)
     constants = _constants(graph, nodes)
     input_names = [tensor.name for tensor in graph.inputs if tensor.name not in constants]
     output_names = [tensor.name for tensor in graph.outputs]
-    opsets = _opsets(graph)
-    outer = _tensor_names(graph)
     captured = [captured_names(node, outer) for node in nodes]
     reads = [
         tuple(tensor.name for tensor in node.inputs) + tuple(names)
@@ -492,7 +536,7 @@ def build_twin(graph: gs.Graph, *, device: str | torch.device = "cpu") -> Twin:
     steps, calls, fallbacks = [], [], []
     for position, (node, names) in enumerate(zip(nodes, reads, strict=True)):
         fallback = _fallback(node, names, constants, captured=captured[position], opsets=opsets)
-        function = find_run(node.op, opset=graph.opset, domain=node.domain or "")
+        call = in_torch.get(node.name)
         outputs = tuple(tensor.name for tensor in node.outputs)
         # Nobody reads some outputs: they go at once.
         ends = [
@@ -509,12 +553,13 @@ def build_twin(graph: gs.Graph, *, device: str | torch.device = "cpu") -> Twin:
                 inputs=names,
                 outputs=outputs,
                 last_use=tuple(name for name in ends if name not in output_names),
-                opaque=function is None,
+                opaque=call is None,
             )
         )
-        calls.append(fallback() if function is None else _make_call(node, function))
+        calls.append(fallback() if call is None else call)
         fallbacks.append(fallback)
     _check_sessions(calls, _known_types(graph))
+    declared = _declared_batch(graph, input_names)
     twin = Twin(
         steps=steps,
         calls=calls,
@@ -524,7 +569,8 @@ def build_twin(graph: gs.Graph, *, device: str | torch.device = "cpu") -> Twin:
         },
         output_names=output_names,
         constants=constants,
-        unit_batch=_written_batch(graph, input_names, calls, reads, constants),
+        unit_batch=_guess_batch(calls, reads, constants) if declared is None else declared,
+        unit_is_guess=declared is None,
     )
     return twin.to(device)
 
@@ -555,16 +601,22 @@ def run_captured(twin: Twin, inputs: Mapping[str, Tensor], names: Collection[str
     return {**twin(inputs, on_write=capture if names else None), **found}
 
 
+def call_node(node: gs.Node, inputs: Sequence[Tensor | None], *, opset: int) -> tuple[Tensor, ...]:
+    """Compute one node of a graph by torch, outside a twin.
+
+    Raises NotImplementedError if torch cannot compute it.
+    """
+    function = find_run(node.op, opset=opset, domain=node.domain or "")
+    if function is None:
+        raise NotImplementedError(node.op)
+    return make_call(node, function)(*inputs, unit=None)
+
+
 # --- from the graph ---
 
 
 def _torch_safe(name: str) -> str:
     return "".join(letter if letter.isalnum() else "_" for letter in name)
-
-
-def _is_float_array(values: np.ndarray) -> bool:
-    """Say whether the twin computes with these numbers; eight bits and less are left to onnxruntime."""
-    return values.dtype.name in ("float16", "bfloat16", "float32", "float64")
 
 
 def _declared_shape(tensor: gs.Tensor) -> tuple[int | str | None, ...] | None:
@@ -612,7 +664,7 @@ def _sort_nodes(graph: gs.Graph) -> list[gs.Node]:
     return order
 
 
-def _check_nodes(nodes: Sequence[gs.Node], *, opset: int) -> None:
+def _check_nodes(nodes: Sequence[gs.Node], in_torch: Collection[str], *, opset: int) -> None:
     """Refuse nodes without a unique name, and list all whose operator nothing knows."""
     names = [node.name for node in nodes]
     if not all(names) or len(set(names)) != len(names):
@@ -621,8 +673,7 @@ def _check_nodes(nodes: Sequence[gs.Node], *, opset: int) -> None:
         [
             f"{node.name!r} ({node.op}, domain {node.domain or 'ai.onnx'!r}, opset {opset})"
             for node in nodes
-            if find_run(node.op, opset=opset, domain=node.domain or "") is None
-            and not is_known(node, opset=opset)
+            if node.name not in in_torch and not is_known(node, opset=opset)
         ]
     )
 
@@ -676,25 +727,21 @@ def _tensor_names(graph: gs.Graph) -> frozenset[str]:
     return frozenset(names | {tensor.name for tensor in [*graph.inputs, *graph.outputs]})
 
 
-def _written_batch(
-    graph: gs.Graph,
-    input_names: Sequence[str],
+def _declared_batch(graph: gs.Graph, input_names: Sequence[str]) -> int | None:
+    """Return the batch size in the declared shape of the first input, None if it is dynamic."""
+    shapes = [tensor.shape for tensor in graph.inputs if tensor.name in input_names]
+    size = shapes[0][0] if shapes and shapes[0] else None
+    return size if isinstance(size, int) and size > 0 else None
+
+
+def _guess_batch(
     calls: Sequence[Callable[..., Any]],
     reads: Sequence[tuple[str, ...]],
     constants: Mapping[str, np.ndarray],
 ) -> int | None:
-    """Return the batch size that the exporter wrote into the model, None if there seems to be none.
-
-    It is in the declared shape of the inputs; where that is dynamic, a shape literal that begins with 1 still
-    suggests that the model was exported from a single sample.
-    """
-    declared = [
-        tensor.shape[0] if tensor.shape else None for tensor in graph.inputs if tensor.name in input_names
-    ]
-    if declared and isinstance(declared[0], int) and declared[0] > 0:
-        return declared[0]
+    """Return 1 where a shape literal begins with 1: the model may have been exported from a single sample."""
     for call, names in zip(calls, reads, strict=True):
-        if isinstance(call, _Call) and call.takes_unit:
+        if isinstance(call, TorchCall) and call.takes_unit:
             literals = [constants[name] for name in names if name in constants]
             if any(
                 values.dtype == np.int64 and values.ndim == 1 and values[:1].tolist() == [1]
@@ -702,34 +749,6 @@ def _written_batch(
             ):
                 return 1
     return None
-
-
-def _make_call(node: gs.Node, function: Callable[..., Any]) -> _Call:
-    takes_unit = "unit" in inspect.signature(function).parameters
-    return _Call(function, _arguments(node, function), takes_unit)
-
-
-def _arguments(node: gs.Node, function: Callable[..., Any]) -> dict[str, Any]:
-    """Return the keyword arguments of a node's function; raises ModelError for one it does not know."""
-    parameters = inspect.signature(function).parameters
-    unknown = [name for name in node.attrs if name not in parameters]
-    if unknown:
-        raise ModelError(
-            f"node {node.name!r} ({node.op}) has attributes that hap-onnx does not know: {unknown}"
-        )
-    arguments = {name: _attribute(value) for name, value in node.attrs.items()}
-    if "n_outputs" in parameters:
-        used = [index for index, tensor in enumerate(node.outputs) if tensor.name]
-        arguments["n_outputs"] = max(used, default=0) + 1
-    return arguments
-
-
-def _attribute(value: Any) -> Any:
-    """Return a tensor attribute as a torch tensor, anything else as it is."""
-    if not isinstance(value, gs.Constant):
-        return value
-    array = np.asarray(value.values)
-    return torch.from_numpy(np.array(array, dtype=np.float32 if _is_float_array(array) else array.dtype))
 
 
 def _fallback(
@@ -746,7 +765,7 @@ def _fallback(
         fixed = {
             name: constants[name]
             for name in names
-            if name in constants and not _is_float_array(constants[name])
+            if name in constants and not is_float_array(constants[name])
         }
         return OpaqueNode(write_node(node, captured=captured), input_names=names, fixed=fixed, opsets=opsets)
 

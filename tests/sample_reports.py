@@ -12,11 +12,12 @@ from hap_onnx.report import (
     ImplantUsed,
     InspectReport,
     LayerChosen,
+    LayerInfo,
     MeasuredLoss,
     ModelFacts,
     PlanSummary,
-    Prunable,
     Quality,
+    Share,
     ValidateReport,
 )
 
@@ -46,7 +47,12 @@ def compress_report(**changes):
 def inspect_report():
     groups = tuple(GroupInfo(f"layer{i}/conv1", 64, "inner", 8, 1000 * i, 10**i) for i in range(1, 9))
     frozen = tuple(FrozenNode(f"node_{i}", "feeds a graph output") for i in range(5))
-    return InspectReport("net.onnx", BEFORE, groups, frozen, Prunable(0.9, None), {})
+    layers = (
+        LayerInfo("node_0", "Conv", 100, 10**6, (), "feeds a graph output", ("lowrank", "spatial"), ""),
+        LayerInfo("layer1/conv1", "Gemm", 100, 10**6, ("layer1/conv1",), "", (), "it is excluded"),
+    )
+    shares = Share(0.9, None), Share(0.5, 0.25), Share(0.05, 0.125)
+    return InspectReport("net.onnx", BEFORE, groups, frozen, layers, *shares, {})
 
 
 def validate_report(**changes):

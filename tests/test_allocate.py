@@ -11,6 +11,8 @@ import pytest
 from helpers import make_coupling
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from surgery_oracle import Case
+from topologies import TOPOLOGIES
 
 from hap_onnx import allocate as allocate_module
 from hap_onnx.allocate import Allocation, GroupOptions, LayerOptions, allocate, find_options
@@ -42,6 +44,16 @@ def test_options_honour_a_number_a_minimum_and_branches() -> None:
     assert [option.widths.tolist() for option in options] == [[0, 8, 12], [3], [12]]
     with pytest.raises(ValueError, match="ascend"):
         GroupOptions("a", np.array([4, 2]))
+
+
+@pytest.mark.parametrize(
+    ("align", "expected"), [("auto", [1, 2, 3]), (4, [1, 2, 3]), (8, [2, 3]), (1, [1, 2, 3])]
+)
+def test_heads_are_aligned_by_their_channels(align: int | str, expected: list[int]) -> None:
+    """Three heads of four channels: one head more is four channels more."""
+    coupling = Case(TOPOLOGIES["packed_heads_gather"]().model).coupling
+    (option,) = find_options(coupling, align=align)
+    assert option.widths.tolist() == expected
 
 
 # --- allocation ---

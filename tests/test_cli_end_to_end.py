@@ -396,7 +396,7 @@ PAUSED_TRAINING = textwrap.dedent(
     else:
         class Os:  # the one of this module only: others write files, too
             replace = staticmethod(pause_at(os.replace))
-            getpid = staticmethod(os.getpid)
+            getpid, fsync = staticmethod(os.getpid), staticmethod(os.fsync)
         checkpoint.os = Os
     sys.exit(cli.main())
     """

@@ -15,6 +15,7 @@ import torch
 from helpers import make_model, node, rand
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from topologies import TOPOLOGIES
 
 from hap_onnx.channels import Coupling, find_groups
 from hap_onnx.cost import AxisLength, CostModel, CostState, CostTerm, LayerTerms
@@ -163,6 +164,34 @@ def test_costs_of_a_resnet_equal_counts_after_surgery(name: str, n_branches: int
     rng = np.random.default_rng(0)
     for gone in (0.0, 0.3, 1.0):
         check_counts(prepared, cost, draw(cost, rng, gone=gone), rng)
+
+
+ATTENTION = [
+    *("transformer_block packed_heads_gather grouped_queries_expand one_key_for_all_queries".split()),
+    *("heads_by_einsum products_by_einsum attention_over_channels attention_of_convolutions".split()),
+    *("heads_in_the_batch_computed bias_of_scores_table bias_of_scores_small_network".split()),
+    *("shifted_windows gated_width_split heads_of_two_widths".split()),
+]
+
+
+@pytest.mark.parametrize("name", ATTENTION)
+def test_costs_of_attention_equal_counts_after_surgery(name: str) -> None:
+    """Also at one sample, where an axis that holds heads and samples is half as long as at the probe."""
+    graph, coupling, shapes, inputs = prepare(TOPOLOGIES[name]().model)
+    one = {key: tensor[:1] for key, tensor in inputs.items()}
+    rng = np.random.default_rng(0)
+    for run, at in ((inputs, shapes), (one, probe_shapes(build_twin(graph), one))):
+        cost = cost_model(graph, coupling, at)
+        full = np.array(cost.sizes)
+        assert cost.macs(full) == model_size(graph, at).macs
+        for _ in range(4):
+            widths = draw(cost, rng, gone=0.3)
+            keep = np.zeros(coupling.n_elements, bool)
+            for group, width in zip(coupling.groups, widths, strict=True):
+                keep[rng.choice(group.elements, width, replace=False)] = True
+            cut = remove_channels(graph, coupling, keep, shapes=shapes)
+            size = model_size(cut, probe_shapes(build_twin(cut), run))
+            assert (cost.params(widths), cost.macs(widths)) == (size.params, size.macs), widths.tolist()
 
 
 def test_names_the_branches_that_may_go() -> None:

@@ -6,6 +6,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from topologies import TOPOLOGIES
 
 from hap_onnx.channels import ChannelGroup
 from hap_onnx.curvature import LayerCurvature, collect_curvature, group_consumers, refitted_weights
@@ -75,6 +76,21 @@ def test_measured_losses_are_those_of_the_model_that_is_really_cut(group: int) -
                 assert loss == pytest.approx(real_distance(case, channels, width, curvature), rel=1e-3)
                 n_compared += 1
     assert n_compared == {1: 6, 2: 4}[group]
+
+
+def test_losses_of_what_only_products_of_activations_read_are_measured() -> None:
+    """Parts of the width of queries and keys: no weight reads them, so that nothing is refitted."""
+    case = make_case(TOPOLOGIES["one_key_for_all_queries"]().model)
+    curvature = case.collect()
+    curves = {curve.group: curve for curve in measure(case, curvature=curvature)}
+    n_compared = 0
+    for channels in case.coupling.groups:
+        for width, loss in curves[channels.name].measured.items():
+            if width:
+                assert loss == pytest.approx(real_distance(case, channels, width, curvature), rel=1e-3)
+                assert loss > 1e-4
+                n_compared += 1
+    assert n_compared == 6
 
 
 def test_curves_pass_through_what_was_measured_and_end_at_zero() -> None:

@@ -13,7 +13,7 @@ import onnx_graphsurgeon as gs
 import pytest
 from onnx import NodeProto, TensorProto, helper, numpy_helper
 
-from hap_onnx.measure import ModelSize, model_size, node_costs
+from hap_onnx.measure import ModelSize, count_params, model_size, node_costs
 from hap_onnx.model_io import load_model, normalise
 
 SHARED = Path(os.environ.get("HAP_ONNX_SHARED", "/nonexistent"))
@@ -31,6 +31,27 @@ def graph_of(
     )
     opsets = [helper.make_opsetid("", 17), helper.make_opsetid("e", 1)]
     return normalise(load_model(helper.make_model(graph, opset_imports=opsets, ir_version=10)))
+
+
+def test_counts_floats_of_a_file_wherever_they_are() -> None:
+    inner = helper.make_graph(
+        [helper.make_node("Identity", ["k"], ["o"])],
+        "then",
+        [],
+        [helper.make_tensor_value_info("o", TensorProto.FLOAT, None)],
+        [numpy_helper.from_array(np.ones(7, np.float32), "k")],
+    )
+    sparse = helper.make_sparse_tensor(
+        numpy_helper.from_array(np.ones(2, np.float32), "s"), helper.make_tensor("i", 7, [2], [0, 5]), [30]
+    )
+    nodes = [
+        helper.make_node("Constant", [], ["c"], value=numpy_helper.from_array(np.ones((3, 4), np.float16))),
+        helper.make_node("Constant", [], ["d"], value=numpy_helper.from_array(np.ones(100, np.int64))),
+        helper.make_node("If", ["x"], ["y"], then_branch=inner, else_branch=inner),
+    ]
+    weights = [numpy_helper.from_array(np.ones(5, np.float64), "w")]
+    graph = helper.make_graph(nodes, "test", [], [], weights, sparse_initializer=[sparse])
+    assert count_params(helper.make_model(graph)) == 5 + 30 + 12 + 2 * 7
 
 
 def test_counts_a_convolution_and_a_matrix_by_hand() -> None:

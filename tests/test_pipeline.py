@@ -14,6 +14,7 @@ import pytest
 import torch
 from onnx import numpy_helper
 from sample_models import fix_speed, images, residual_cnn, timing, with_labels, write
+from topologies import TOPOLOGIES
 
 import hap_onnx
 from hap_onnx import (
@@ -922,7 +923,8 @@ def test_a_working_folder_is_made(tmp_path: Path, data: dict[str, np.ndarray]) -
     model, folder = write(tmp_path), tmp_path / "deep" / "work"
     compress(model, data, keep_macs=0.5, work_dir=folder, **FAST)
     (job_folder,) = folder.iterdir()  # the plan of what was finished is kept, and nothing else
-    weights, plan = sorted(job_folder.iterdir(), key=lambda path: -len(path.suffix))
+    kept = sorted(path for path in job_folder.iterdir() if path.name != "job.lock")
+    plan, weights = kept
     assert (plan.suffix, weights) == (".json", plan.with_suffix(".safetensors"))
     assert load_plan(plan).model_sha256 == load_model(model).sha256
     np.savez_compressed(tmp_path / "x.npz", **data)  # is unpacked there
@@ -987,6 +989,40 @@ def test_inspect_needs_no_data_where_shapes_are_known(tmp_path: Path, data: dict
     assert json.loads((tmp_path / "r.json").read_text())["schema"] == "hap-onnx/inspect/1"
     macs = 8 * 8 * 9 * (3 * 16 + 2 * 16 * 16) + 4 * 4 * 9 * (2 * 16 * 32 + 32 * 32) + 32 * 5
     assert report.size.macs == macs
+
+
+def test_inspect_answers_for_every_layer_and_its_shares_are_counted(tmp_path: Path) -> None:
+    report = inspect(write(tmp_path))
+    layers = {layer.node: layer for layer in report.layers}
+    assert list(layers) == "make_stem make_a1 make_b1 make_a2 make_b2 make_s2 make_scores".split()
+    assert sum(layer.macs for layer in report.layers) == report.size.macs
+    assert sum(layer.params for layer in report.layers) == report.size.params
+    for name, layer in layers.items():
+        assert bool(layer.groups) != bool(layer.prune)
+        assert bool(layer.implants) != bool(layer.implant)
+        assert (name == "make_scores") == bool(layer.prune)
+    assert "output 'scores'" in layers["make_scores"].prune
+    assert layers["make_a1"].groups == ("make_a1",)
+    assert {"lowrank", "spatial"} <= set(layers["make_a1"].implants)
+    assert report.fixed.params_ratio < 0.1
+    assert report.prunable.macs_ratio == 1
+
+    only = inspect(tmp_path / "net.onnx", only=["make_a1"])
+    layers = {layer.node: layer for layer in only.layers}
+    assert "--only" in layers["make_b2"].prune
+    assert layers["make_b2"].implant == "it is excluded"
+    touched = layers["make_a1"].macs + layers["make_b1"].macs  # and what reads its channels
+    assert only.prunable.macs_ratio == pytest.approx(touched / only.size.macs)
+    alone = layers["make_a1"].macs / only.size.macs
+    assert only.implantable.macs_ratio == pytest.approx(alone)
+    assert only.fixed.macs_ratio == pytest.approx(1 - touched / only.size.macs)
+
+
+def test_heads_are_told_from_residual_streams() -> None:
+    model = TOPOLOGIES["heads_by_einsum"]().model
+    roles = {group.role for group in inspect(model).groups}
+    assert "heads" in roles
+    assert "residual" not in roles
 
 
 def test_inspect_asks_for_data_where_sizes_are_open(data: dict[str, np.ndarray]) -> None:

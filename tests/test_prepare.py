@@ -10,6 +10,8 @@ import onnx
 import pytest
 import torch
 from sample_models import residual_cnn
+from topologies import TOPOLOGIES
+from topologies_attention import Attention
 
 from hap_onnx import prepare as module
 from hap_onnx.channels import Frozen
@@ -49,6 +51,42 @@ def test_shapes_are_those_of_one_sample_and_of_two() -> None:
     assert result.n_params == sum(int(np.prod(t.dims)) for t in residual_cnn().graph.initializer)
 
 
+def test_parameters_are_counted_without_what_is_computed_beforehand() -> None:
+    model = make_model(
+        [
+            node("ConstantOfShape", ["size"], ["zeros"], value=onnx.numpy_helper.from_array(rand(1))),
+            node("Add", ["x", "zeros"], ["a"]),
+            node("MatMul", ["a", "w"], ["h"]),
+            node("Relu", ["h"], ["r"]),
+            node("MatMul", ["r", "v"], ["y"]),
+        ],
+        inputs={"x": ["N", 10, 30]},
+        outputs=["y"],
+        weights={"size": np.array([1, 10, 30]), "w": rand(30, 8), "v": rand(8, 2)},
+    )
+    result = prepare(load_model(model), {"x": rand(2, 10, 30)})
+    assert result.n_params == 1 + 30 * 8 + 8 * 2  # and not 300 for the table
+
+
+def test_a_model_that_runs_sample_by_sample_is_probed_with_one() -> None:
+    model = make_model(
+        [
+            node("Conv", ["x", "w"], ["a"]),
+            node("ReduceMean", ["a"], ["m"], axes=[0], keepdims=1),
+            node("Mul", ["a", "m"], ["s"]),
+            node("Conv", ["s", "v"], ["y"]),
+        ],
+        inputs={"x": [1, 3, 4, 4]},
+        outputs=["y"],
+        weights={"w": rand(8, 3, 1, 1), "v": rand(2, 8, 1, 1)},
+    )
+    result = prepare(load_model(model), {"x": rand(2, 3, 4, 4)})
+    assert result.twin.batch_limit == 1
+    assert result.probe_shapes["x"] == (1, 3, 4, 4)
+    assert result.probe_shapes["a"] == (1, 8, 4, 4)
+    assert [group.size for group in result.coupling.groups] == [8]
+
+
 def test_a_declared_batch_is_the_probe() -> None:
     result = prepared(residual_cnn(batch=4))
     assert groups_of(result) == ALL
@@ -56,10 +94,35 @@ def test_a_declared_batch_is_the_probe() -> None:
     assert result.shapes["stem"] == result.probe_shapes["stem"] == (4, 16, 8, 8)
 
 
+def test_literals_that_hold_a_batch_of_one_and_heads_follow_the_heads() -> None:
+    net = Attention()
+    parts = []
+    for wide in net.qkv("x"):
+        parts.append(net.op("Reshape", wide, net.ints(3, 5, 4)))  # one sample, three heads
+    scores = net.op("MatMul", parts[0], net.op("Transpose", parts[1], perm=[0, 2, 1]))
+    mixed = net.op("MatMul", net.op("Softmax", scores, axis=-1), parts[2])
+    mixed = net.op("Reshape", mixed, net.ints(1, 3, 5, 4))
+    y = net.finish(net.op("Transpose", mixed, perm=[0, 2, 1, 3]))
+    model = net.done(y, inputs={"x": [1, 5, 12]})
+    result = prepare(load_model(model), {"x": rand(2, 5, 12)})
+    assert result.probe_shapes["x"] == (2, 5, 12)
+    assert {3} <= {group.size for group in result.coupling.groups}
+    assert not [entry for entry in result.coupling.frozen if "trial" in entry.reason]
+
+
 def test_a_batch_of_one_is_probed_with_two() -> None:
     result = prepared(residual_cnn(batch=1))
     assert groups_of(result) == ALL
     assert result.probe_shapes["stem"] == (2, 16, 8, 8)
+
+
+@pytest.mark.parametrize("name", ["heads_in_the_batch_written", "keys_transposed_in_the_batch"])
+def test_heads_beside_a_written_batch_are_proved(name: str) -> None:
+    """The model is written for one sample and probed with two, on the axis that has the heads as well."""
+    result = prepare(load_model(TOPOLOGIES[name]().model), {"x": rand(4, 5, 12)})
+    assert [group.size for group in result.coupling.groups] == [3]
+    assert result.probe_shapes != result.shapes or result.twin.batch_limit == 1
+    assert all("trial" not in entry.reason for entry in result.coupling.frozen)
 
 
 # ---------------------------------------------------------------- patterns
@@ -145,15 +208,15 @@ def test_open_sizes_ask_for_data() -> None:
 # ---------------------------------------------------------------- proof by trial
 
 
-def hidden_width() -> onnx.ModelProto:
-    """Flatten the positions of 8 channels to a width computed at run time as numbers per sample / 8."""
+def hidden_width(op_type: str, number: int) -> onnx.ModelProto:
+    """Flatten the 64 positions of 8 channels to a width computed at run time from the 512 numbers."""
     weights = {
         "w1": rand(8, 3, 1, 1, seed=1),
         "w2": rand(8, 8, 1, 1, seed=2),
         "w3": rand(8, 5, seed=3),
         "start": np.array([1], np.int64),
         "stop": np.array([4], np.int64),
-        "eight": np.array([8], np.int64),
+        "number": np.array([number], np.int64),
         "target": np.array([0, 8], np.int64),
     }
     nodes = [
@@ -164,7 +227,7 @@ def hidden_width() -> onnx.ModelProto:
         node("Shape", ["r"], ["s"]),
         node("Slice", ["s", "start", "stop"], ["chw"]),
         node("ReduceProd", ["chw"], ["numbers"], keepdims=1),
-        node("Div", ["numbers", "eight"], ["n_positions"]),
+        node(op_type, ["numbers", "number"], ["n_positions"]),
         node("Concat", ["target", "n_positions"], ["shape"], axis=0),
         node("Reshape", ["r", "shape"], ["flat"]),
         node("ReduceMean", ["flat"], ["p"], axes=[2], keepdims=0),
@@ -173,13 +236,35 @@ def hidden_width() -> onnx.ModelProto:
     return make_model(nodes, inputs={"x": ["N", 3, 8, "W"]}, outputs=["y"], weights=weights)
 
 
+def test_a_channel_count_in_a_computed_shape_follows() -> None:
+    result = prepared(hidden_width("Div", 8))
+    assert groups_of(result) == {"make_a", "make_b"}
+    keep = np.ones(result.coupling.n_elements, bool)
+    keep[[group.elements[0] for group in result.coupling.groups]] = False
+    assert try_cut(result, keep) is None
+
+
 def test_a_channel_count_that_hides_in_a_computed_shape_freezes_its_group() -> None:
-    result = prepared(hidden_width())
+    result = prepared(hidden_width("Sub", 448))
     assert groups_of(result) == {"make_a"}
-    assert reason_for(result, "make_b")
+    assert "computed in an unknown way" in reason_for(result, "make_b")
     keep = np.ones(result.coupling.n_elements, bool)
     keep[result.coupling.groups[0].elements[:3]] = False
     assert try_cut(result, keep) is None
+
+
+def test_float_noise_is_told_from_errors() -> None:
+    """The last bit of a sum decides the sine of a million times it: only double precision proves a cut."""
+    weights = {"w1": rand(8, 300, seed=1), "w2": rand(300, 5, seed=2), "big": np.float32(1e6)}
+    nodes = [
+        node("MatMul", ["x", "w1"], ["a"]),
+        node("MatMul", ["a", "w2"], ["b"]),
+        node("Mul", ["b", "big"], ["c"]),
+        node("Sin", ["c"], ["y"]),
+    ]
+    result = prepared(make_model(nodes, inputs={"x": ["N", 3, 8, 8]}, outputs=["y"], weights=weights))
+    assert groups_of(result) == {"make_a"}
+    assert result.twin.dtype == torch.float32
 
 
 def test_a_frozen_group_leaves_all_others_as_they_were() -> None:

@@ -14,6 +14,7 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor
 
+from hap_onnx import twin as twin_module
 from hap_onnx.errors import CalibrationError, ModelError
 from hap_onnx.model_io import load_model, normalise
 from hap_onnx.twin import Step, Twin, build_twin, probe_shapes, unfix_batch
@@ -204,13 +205,20 @@ def test_twin_is_twice_differentiable() -> None:
 # --- opaque nodes ---
 
 
-def if_net() -> onnx.ModelProto:
-    """An If whose branches read a weight, an activation and an integer of the graph around them."""
+def if_net(*, opaque: bool = True) -> onnx.ModelProto:
+    """An If whose branches read a weight, an activation and an integer of the graph around them.
+
+    Torch knows all that is in them, but for a sequence if they are to be opaque.
+    """
     branches = []
     for op_type, other in (("Mul", "w"), ("Add", "r")):
         local = numpy_helper.from_array(np.float32(2.0), "two")
         nodes = [helper.make_node(op_type, ["r", other], ["m"]), helper.make_node("Mul", ["m", "two"], ["n"]),
                  helper.make_node("Reshape", ["n", "target"], [f"out_{op_type}"])]  # fmt: skip
+        if opaque:
+            nodes[2].output[0] = "shaped"
+            nodes.append(helper.make_node("SequenceConstruct", ["shaped"], ["parts"]))
+            nodes.append(helper.make_node("ConcatFromSequence", ["parts"], [f"out_{op_type}"], axis=0))
         info = helper.make_tensor_value_info(f"out_{op_type}", TensorProto.FLOAT, None)
         branches.append(helper.make_graph(nodes, op_type, [], [info], [local]))
     return make_model(
@@ -236,6 +244,22 @@ def test_control_flow_runs_opaquely_with_its_captures_as_inputs(flag: bool) -> N
     assert sorted(step.inputs[1:]) == ["r", "target", "w"]
 
 
+@pytest.mark.parametrize("flag", [True, False])
+def test_control_flow_that_torch_knows_passes_gradients(flag: bool) -> None:
+    twin = check_model(if_net(opaque=False), {"x": rand(2, 3), "flag": np.array(flag)})
+    assert twin.opaque_nodes == ()
+    twin = twin.double()
+    inputs = {"x": torch.randn(2, 3, dtype=torch.float64), "flag": torch.tensor(flag)}
+    w, w2 = twin.parameter_of["w"], twin.parameter_of["w2"]
+    r = torch.relu(inputs["x"])
+    wanted = 2 * (r * w if flag else r + r).reshape(3, 2) * w2
+    y = twin(inputs)["y"]
+    torch.testing.assert_close(y, wanted)
+    gradients = [torch.autograd.grad(z.square().sum(), (w, w2), materialize_grads=True) for z in (y, wanted)]
+    torch.testing.assert_close(*gradients)
+    assert (gradients[0][0].abs().sum() > 0) == flag
+
+
 def test_an_opaque_node_reads_the_parameters_as_they_are_now() -> None:
     twin = make_twin(if_net())
     inputs = {"x": torch.ones(2, 3), "flag": torch.tensor(True)}
@@ -245,32 +269,27 @@ def test_an_opaque_node_reads_the_parameters_as_they_are_now() -> None:
     assert torch.allclose(twin(inputs)["y"], 3 * before)
 
 
-def test_loops_and_sequences_equal_onnxruntime() -> None:
-    x = rand(3, 4)
-    bools, floats = TensorProto.BOOL, TensorProto.FLOAT
-    body = helper.make_graph(
-        [helper.make_node("Add", ["state", "x"], ["next"]), helper.make_node("Identity", ["go"], ["stay"])],
-        "body",
-        [
-            helper.make_tensor_value_info("i", TensorProto.INT64, []),
-            helper.make_tensor_value_info("go", bools, []),
-            helper.make_tensor_value_info("state", floats, None),
-        ],
-        [
-            helper.make_tensor_value_info("stay", bools, []),
-            helper.make_tensor_value_info("next", floats, None),
-        ],
-    )
+def test_sequences_equal_onnxruntime() -> None:
     nodes = [
-        node("Loop", ["n", "", "start"], ["total"], body=body),
-        node("SplitToSequence", ["total"], ["parts"], axis=0),
+        node("SplitToSequence", ["x"], ["parts"], axis=0),
         node("SequenceAt", ["parts", "one"], ["part"]),
         node("Neg", ["part"], ["y"]),
     ]
-    weights = {"n": np.array(3), "start": rand(3, 4, seed=1), "one": np.array(1)}
-    model = make_model(nodes, inputs={"x": x}, outputs=["y"], weights=weights)
-    twin = check_model(model, {"x": x})
-    assert len(twin.opaque_nodes) == 3
+    model = make_model(nodes, inputs={"x": rand(3, 4)}, outputs=["y"], weights={"one": np.array(1)})
+    assert len(check_model(model, {"x": rand(3, 4)}).opaque_nodes) == 2
+
+
+def test_a_constant_of_a_type_that_torch_lacks_is_left_to_onnxruntime() -> None:
+    eight_bits = helper.make_tensor("w", TensorProto.FLOAT8E4M3FN, [3], [1.0, 2.0, -0.5])
+    model = make_model(
+        [node("Cast", ["w"], ["c"], to=TensorProto.FLOAT), node("Add", ["x", "c"], ["y"])],
+        inputs={"x": [2, 3]},
+        outputs=["y"],
+        opset=19,
+    )
+    model.graph.initializer.append(eight_bits)
+    twin = check_model(model, {"x": rand(2, 3)})
+    assert twin.opaque_nodes == ("make_c",)
 
 
 def test_a_variant_that_torch_lacks_falls_back_to_onnxruntime() -> None:
@@ -368,6 +387,41 @@ def attention_net() -> onnx.ModelProto:
     )
 
 
+def samples_that_meet(how: str) -> onnx.ModelProto:
+    """A dynamic batch, a literal of one sample beside it, and outputs in which samples meet."""
+    nodes = [
+        node("Shape", ["x"], ["shape"]),
+        node("Gather", ["shape", "zero"], ["n"], axis=0),
+        node("Concat", ["one", "n", "width"] if how == "mean" else ["n", "one", "width"], ["target"], axis=0),
+        node("Expand", ["token", "target"], ["tokens"]),
+        node("Unsqueeze", ["x", "zero" if how == "mean" else "one"], ["rows"]),
+        node("Add", ["tokens", "rows"], ["sums"]),
+        node("Squeeze", ["sums", "zero" if how == "mean" else "one"], ["a"]),
+    ]
+    if how == "mean":  # over the batch
+        nodes += [node("ReduceMean", ["a"], ["mean"], axes=[0]), node("Sub", ["a", "mean"], ["y"])]
+    else:  # the similarity of all pairs
+        nodes += [node("Transpose", ["a"], ["b"], perm=[1, 0]), node("MatMul", ["x", "b"], ["y"])]
+    weights = {
+        "zero": np.array([0]), "one": np.array([1]), "width": np.array([6]), "token": rand(1, 1, 6),
+    }  # fmt: skip
+    return make_model(nodes, inputs={"x": ["N", 6]}, outputs=["y"], weights=weights, opset=17)
+
+
+@pytest.mark.parametrize("how", ["mean", "pairs"])
+def test_a_dynamic_batch_in_which_samples_meet_is_run_as_it_is(how: str) -> None:
+    model = samples_that_meet(how)
+    twin = make_twin(model)
+    session = ort.InferenceSession(model.SerializeToString())
+    for n in (3, 1, 4):
+        x = rand(n, 6, seed=n)
+        with torch.no_grad():
+            found = twin({"x": torch.from_numpy(x)})["y"].numpy()
+        np.testing.assert_allclose(found, session.run(None, {"x": x})[0], rtol=1e-4, atol=1e-5)
+    assert twin.batch_limit is None
+    assert unfix_batch(make_twin(model), {"x": torch.from_numpy(rand(1, 6))})
+
+
 def test_attention_with_written_shapes_takes_any_batch() -> None:
     assert _compare_with_single_runs(attention_net(), {"x": rand(4, 4, 6)}).batch_limit is None
 
@@ -382,8 +436,8 @@ def test_resize_with_written_sizes_takes_any_batch() -> None:
     assert _compare_with_single_runs(model, {"x": rand(3, 2, 4, 4)}).batch_limit is None
 
 
-def test_a_batch_that_cannot_be_unfixed_runs_sample_by_sample() -> None:
-    recurrent = make_model(
+def test_a_recurrent_layer_with_a_written_state_takes_any_batch() -> None:
+    model = make_model(
         [
             node("Transpose", ["x"], ["first"], perm=[1, 0, 2]),
             node("GRU", ["first", "w", "r", "", "", "h"], ["all", "last"], hidden_size=3),
@@ -393,6 +447,10 @@ def test_a_batch_that_cannot_be_unfixed_runs_sample_by_sample() -> None:
         outputs=["y"],
         weights={"w": rand(1, 9, 2), "r": rand(1, 9, 3), "h": rand(1, 1, 3), "zero": np.array([0])},
     )
+    assert _compare_with_single_runs(model, {"x": rand(3, 4, 2)}).batch_limit is None
+
+
+def test_a_batch_that_cannot_be_unfixed_runs_sample_by_sample() -> None:
     mixing = make_model(
         [
             node("ReduceMean", ["x"], ["m"], axes=[0], keepdims=1),
@@ -401,9 +459,57 @@ def test_a_batch_that_cannot_be_unfixed_runs_sample_by_sample() -> None:
         ],
         inputs={"x": [1, 4]},
         outputs=["y"],
-    )  # fmt: skip
-    assert _compare_with_single_runs(recurrent, {"x": rand(3, 4, 2)}).batch_limit == 1
+    )
+    choosing = make_model(
+        [node("NonMaxSuppression", ["boxes", "scores", "most"], ["y"])],
+        inputs={"boxes": [1, 6, 4], "scores": [1, 2, 6]},
+        outputs=["y"],
+        weights={"most": np.array([1])},
+    )
     assert _compare_with_single_runs(mixing, {"x": rand(3, 4)}).batch_limit == 1
+    boxes = np.sort(rand(3, 6, 4), -1)
+    assert _compare_with_single_runs(choosing, {"boxes": boxes, "scores": rand(3, 2, 6)}).batch_limit == 1
+
+
+@pytest.mark.parametrize("mask", [[[1, 1, 1]] * 2, [[0, 0, 0]] * 2, [[7, 7, 7]] * 2])
+def test_integers_that_are_the_same_in_the_first_samples_do_not_hide_what_reads_them(mask: object) -> None:
+    model = make_model(
+        [
+            node("Gather", ["mask", "zero"], ["m"], axis=0),  # of the first sample, whatever the batch
+            node("Cast", ["m"], ["f"], to=onnx.TensorProto.FLOAT),
+            node("Mul", ["x", "f"], ["y"]),
+        ],
+        inputs={"x": [1, 3]},
+        outputs=["y"],
+        weights={"zero": np.array(0)},
+    )
+    model.graph.input.append(onnx.helper.make_tensor_value_info("mask", onnx.TensorProto.INT64, [1, 3]))
+    first = np.array(mask, np.int64)
+    twin = _compare_with_single_runs(model, {"x": rand(2, 3), "mask": first})
+    assert twin.batch_limit == 1
+    later = {"x": torch.from_numpy(rand(2, 3)), "mask": torch.tensor([[1, 1, 1], [1, 0, 1]])}
+    assert torch.equal(twin(later)["y"], later["x"] * later["mask"])
+
+
+def test_rounding_that_floats_cannot_tell_from_errors_does_not_fix_the_batch(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    right = twin_module._close
+    monkeypatch.setattr(
+        twin_module, "_close", lambda ours, expected: ours.dtype == torch.float64 and right(ours, expected)
+    )
+    x = torch.from_numpy(rand(2, 4, 6))
+    twin = make_twin(attention_net())
+    before = {name: parameter.detach().clone() for name, parameter in twin.parameter_of.items()}
+    assert unfix_batch(twin, {"x": x})
+    assert twin.dtype == torch.float32
+    assert all(torch.equal(parameter, before[name]) for name, parameter in twin.parameter_of.items())
+    mixing = make_model(
+        [node("ReduceMean", ["x"], ["m"], axes=[0], keepdims=1), node("Sub", ["x", "m"], ["y"])],
+        inputs={"x": [1, 4, 6]},
+        outputs=["y"],
+    )
+    assert not unfix_batch(make_twin(mixing), {"x": x})
 
 
 def test_unfix_batch_says_before_whether_any_batch_runs() -> None:

@@ -327,7 +327,7 @@ def shuffle_net() -> Topology:
     x = net.op("Reshape", net.op("Transpose", x, perm=[0, 2, 1, 3, 4]), net.ints(0, -1, 6, 6))
     x = net.conv(x, 8, 8, group=2)
     net.conv(x, 8, 5, out="y")
-    return Topology(net.model("y"), (2, 4))
+    return Topology(net.model("y"), (2, 4, 4))
 
 
 @topology
@@ -1025,4 +1025,57 @@ def weight_of_three_axes() -> Topology:
     net = Net()
     x = net.op("MatMul", "x", net.rand(6, 8), out="a")
     net.op("MatMul", x, net.rand(2, 8, 3), out="y")
-    return Topology(net.model("y", inputs={"x": (2, 5, 6)}), (), {"make_a": "not a matrix"})
+    return Topology(net.model("y", inputs={"x": (2, 5, 6)}), (8,))
+
+
+@topology
+def group_norm() -> Topology:
+    net = Net(opset=21)
+    x = net.op("GroupNormalization", net.conv("x", 3, 8), net.rand(8), net.rand(8), num_groups=4)
+    net.conv(net.relu(x), 8, 3, out="y")
+    model = net.model("y")
+    # Nothing infers the type of what this operator makes.
+    model.graph.output[0].CopyFrom(helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, ["N", 3, 6, 6]))
+    return Topology(model, (4,))
+
+
+@topology
+def sums_and_triangles() -> Topology:
+    """Along other axes than that of the channels."""
+    net = Net()
+    x = net.op("Trilu", net.op("CumSum", net.conv("x", 3, 8), net.const(np.int64(-1))))
+    net.op("CumSum", net.conv("x", 3, 2, out="a"), net.const(np.int64(1)), out="sums")
+    net.conv(net.op("Concat", x, "sums", axis=1), 10, 3, out="y")
+    return Topology(net.model("y"), (8,), {"make_a": "CumSum adds up channels"})
+
+
+@topology
+def pixel_shuffle_by_reshape() -> Topology:
+    net = Net()
+    x = net.op("Reshape", net.conv("x", 3, 32), net.ints(0, 8, 2, 2, 6, 6))
+    x = net.op("Reshape", net.op("Transpose", x, perm=[0, 1, 4, 2, 5, 3]), net.ints(0, 8, 12, 12))
+    net.conv(net.relu(x), 8, 3, out="y")
+    return Topology(net.model("y"), (8,))
+
+
+@topology
+def detection_head() -> Topology:
+    """Two scales, joined along their positions; the boxes are expectations over bins."""
+    net = Net()
+    a = net.relu(net.conv("x", 3, 8, out="a"))
+    b = net.relu(net.conv(a, 8, 6, strides=[2, 2], out="b"))
+    parts = []
+    for name, x, n in (("box_a", a, 8), ("box_b", b, 6)):
+        x = net.relu(net.conv(x, n, 7))
+        x = net.op("Concat", net.conv(x, 7, 8, k=1, out=name), net.conv(x, 7, 3, k=1), axis=1)
+        parts.append(net.op("Reshape", x, net.ints(0, 11, -1)))
+    x = net.op("Concat", *parts, axis=2)
+    boxes, classes = net.many("Split", x, net.ints(8, 3), outputs=["boxes", "classes"], axis=1)
+    bins = net.op("Transpose", net.op("Reshape", boxes, net.ints(0, 2, 4, -1)), perm=[0, 2, 1, 3])
+    sides = net.conv(net.op("Softmax", bins, axis=1), 4, 1, k=1, bias=False)
+    sides = net.op("Reshape", sides, net.ints(0, 2, -1))
+    net.op("Concat", sides, net.op("Sigmoid", classes), out="y", axis=1)
+    return Topology(net.model("y"), (6, 7, 7, 8), {"make_box_a": "Softmax normalises"})
+
+
+import topologies_attention  # noqa: E402,F401  (registers its own)

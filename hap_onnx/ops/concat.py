@@ -81,6 +81,7 @@ def _flow_concat(node: gs.Node, flow: Flow) -> None:
     for tensor, f in zip(node.inputs, found, strict=True):
         if f is None:
             flow.freeze(first, node, f"Concat beside '{tensor.name}', whose channels must stay")
+            flow.wish(tensor, len(first.ids))
         else:
             flow.join(first.ids, f.ids)
     flow.put(node.outputs[0], channel_axis, first.ids)
@@ -102,8 +103,9 @@ def Split(
     axis = normalise_axis(axis, x.ndim)
     sizes = as_ints(split)
     if split is None:
-        width = -(-x.shape[axis] // n_outputs)
-        sizes = [width] * (n_outputs - 1) + [x.shape[axis] - width * (n_outputs - 1)]
+        count = num_outputs or n_outputs
+        width = -(-x.shape[axis] // count)
+        sizes = [width] * (count - 1) + [x.shape[axis] - width * (count - 1)]
     return torch.split(x, sizes, axis)
 
 
@@ -261,6 +263,8 @@ def _source_index(size: int, begin: int, end: int, mode: str) -> Tensor:
     if mode == "edge":
         return index.clamp(0, size - 1)
     if mode == "wrap":
+        if begin < 0 or end < 0:
+            raise NotImplementedError("onnxruntime wraps before it crops")
         return index.remainder(size)
     if mode != "reflect":
         raise ValueError(f"unknown Pad mode {mode!r}")

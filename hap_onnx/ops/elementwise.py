@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hap_onnx.ops.arguments import is_float, together
+from hap_onnx.ops.arguments import as_floats, is_float, together
 from hap_onnx.ops.registry import find_flow, flow_op, keep_constant, learn_inputs, run_op
 
 if TYPE_CHECKING:
@@ -165,7 +165,7 @@ def Dropout(
     n_outputs: int = 1,
 ) -> Tensor | tuple[Tensor, ...]:
     """The identity: inference keeps everything."""
-    if training_mode is not None and bool(training_mode):
+    if training_mode is not None and bool(training_mode) and as_floats(ratio) != [0.0]:
         raise NotImplementedError("Dropout in training mode")
     return (x, torch.ones_like(x, dtype=torch.bool)) if n_outputs > 1 else x
 
@@ -305,6 +305,21 @@ def CastLike(x: Tensor, like: Tensor, *, saturate: int = 1, round_mode: str = "u
     return _cast(x, like.dtype)
 
 
+@run_op("BitCast", since=26)
+def BitCast(x: Tensor, *, to: int) -> Tensor:
+    """Read the bits of each element as another type of the same width; of floats only 32 bits are known."""
+    target = _TORCH_TYPE.get(to)
+    if is_float(x):
+        x = x.to(torch.float32)
+    if (
+        target is None
+        or x.element_size() != target.itemsize
+        or (target.is_floating_point and to != onnx.TensorProto.FLOAT)
+    ):
+        raise NotImplementedError(f"BitCast from {x.dtype} to {onnx.TensorProto.DataType.Name(to)}")
+    return x.contiguous().view(target)
+
+
 # --- onnxruntime's own activations ---
 
 
@@ -387,6 +402,7 @@ def _flow_elementwise(node: gs.Node, flow: Flow) -> None:
                 flow.freeze(ids, node, f"{node.op} spreads one channel over several")
         elif size == len(ids) and size > 1:
             flow.freeze(ids, node, f"{node.op} joins them with '{tensor.name}', whose channels must stay")
+            flow.wish(tensor, size)
         elif size > len(ids):
             flow.freeze(ids, node, f"{node.op} spreads one channel over several")
     if len(ids) == out_shape[axis]:

@@ -114,7 +114,7 @@ def ScatterElements(
     x: Tensor, indices: Tensor, updates: Tensor, *, axis: int = 0, reduction: str = "none"
 ) -> Tensor:
     """Write (or add, multiply, ...) single elements along ``axis``."""
-    x, indices, updates = together(x, indices, updates)
+    x, indices, updates = together(x, indices, updates.to(x.dtype))
     index = _from_front(indices, x.shape[axis])
     if reduction == "none":
         return x.scatter(axis, index, updates)
@@ -126,7 +126,7 @@ def ScatterElements(
 @run_op("ScatterND")
 def ScatterND(x: Tensor, indices: Tensor, updates: Tensor, *, reduction: str = "none") -> Tensor:
     """Write (or add, multiply, ...) slices at index tuples."""
-    x, indices, updates = together(x, indices, updates)
+    x, indices, updates = together(x, indices, updates.to(x.dtype))
     depth = indices.shape[-1]
     inner, rest = tuple(x.shape[:depth]), x.shape[depth:]
     flat = _flat_index(indices, inner).reshape(-1)
@@ -179,3 +179,37 @@ def Compress(x: Tensor, condition: Tensor, *, axis: int | None = None) -> Tensor
     if axis is None:
         x, axis = x.reshape(-1), 0
     return x.index_select(axis, torch.nonzero(condition).reshape(-1).to(x.device))
+
+
+# --- ReverseSequence, Unique ---
+
+
+@run_op("ReverseSequence", since=10)
+def ReverseSequence(x: Tensor, sequence_lens: Tensor, *, batch_axis: int = 1, time_axis: int = 0) -> Tensor:
+    """Reverse, of each sample, only the first ``sequence_lens`` steps."""
+    x, lengths = together(x, sequence_lens)
+    steps = torch.arange(x.shape[time_axis], device=x.device)[:, None]
+    source = torch.where(steps < lengths, lengths - 1 - steps, steps)  # [T, B]
+    source = source if time_axis < batch_axis else source.T
+    shape = [1] * x.ndim
+    shape[time_axis], shape[batch_axis] = x.shape[time_axis], x.shape[batch_axis]
+    return x.gather(time_axis, source.reshape(shape).expand_as(x))
+
+
+@run_op("Unique", since=11)
+def Unique(x: Tensor, *, axis: int | None = None, sorted: int = 1, n_outputs: int = 1) -> tuple[Tensor, ...]:
+    """Distinct slices along ``axis``, or elements of the flattened x: sorted, or as they first appear.
+
+    Further outputs: where each first appears, which one each slice of x is, and how often each occurs.
+    """
+    if axis is None:
+        x, axis = x.reshape(-1), 0
+    _, inverse, counts = torch.unique(x.detach(), dim=axis, return_inverse=True, return_counts=True)
+    positions = torch.arange(x.shape[axis], device=x.device)
+    first = positions.new_full((len(counts),), x.shape[axis]).scatter_reduce(0, inverse, positions, "amin")
+    if not sorted:
+        order = torch.argsort(first)
+        rank = torch.empty_like(order)
+        rank[order] = torch.arange(len(order), device=order.device)
+        first, inverse, counts = first[order], rank[inverse], counts[order]
+    return (x.index_select(axis, first), first, inverse, counts)[:n_outputs]

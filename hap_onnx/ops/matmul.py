@@ -14,6 +14,7 @@ from torch import Tensor
 from hap_onnx.ops.arguments import together
 from hap_onnx.ops.implant import ImplantForm, build_factors, factor_names
 from hap_onnx.ops.linear import LinearForm
+from hap_onnx.ops.product import flow_product
 from hap_onnx.ops.registry import bias_op, flow_op, implant_op, learn_inputs, linear_op, macs_op, run_op
 from hap_onnx.ops.rules import bind_bias, constant_bias, constant_input, freeze_other_axis
 
@@ -143,30 +144,16 @@ def _macs_matmul(
 
 @flow_op("MatMul")
 def _flow_matmul(node: gs.Node, flow: Flow) -> None:
-    a, b = node.inputs
-    weight, data = (b, a) if isinstance(b, gs.Constant) else (a, b)
-    found = flow.ids(data)
-    if not isinstance(weight, gs.Constant) or isinstance(data, gs.Constant):
-        for tensor in node.inputs:
-            flow.freeze(flow.ids(tensor), node, "a product of two computed tensors (attention) stays whole")
+    ranks = [len(flow.shape(tensor)) for tensor in node.inputs]
+    if 0 in ranks:
         return
-    if len(weight.shape) != 2 or len(flow.shape(data)) < 2:
-        flow.freeze(found, node, "MatMul with a weight that is not a matrix")
-        return
-    on_right = weight is b
-    ndim = len(flow.shape(data))
-    contracted, made = (ndim - 1, ndim - 1) if on_right else (ndim - 2, ndim - 2)
-    in_axis, out_axis = (0, 1) if on_right else (1, 0)
-    ids = flow.fresh(weight.shape[out_axis])
-    if found is not None and found.axis != contracted:
-        # The channels pass through, so the columns that the weight makes have to stay.
-        flow.put(node.outputs[0], found.axis, found.ids)
-        return
-    if found is not None:
-        flow.bind(weight, in_axis, found.ids, "consumer", node)
-        flow.read(node, 0 if on_right else 1)
-    flow.bind(weight, out_axis, ids, "producer", node)
-    flow.put(node.outputs[0], made, ids)
+    n_batch = max(*ranks, 2) - 2
+    batch = tuple(f"batch {n_batch - i}" for i in range(n_batch))  # counted from the right
+    a, b = ranks
+    first = (*batch[max(0, n_batch - a + 2) :], "row", "inner") if a > 1 else ("inner",)
+    second = (*batch[max(0, n_batch - b + 2) :], "inner", "column") if b > 1 else ("inner",)
+    result = (*batch, *(["row"] if a > 1 else []), *(["column"] if b > 1 else []))
+    flow_product(node, flow, [first, second], result)
 
 
 @bias_op("MatMul")
@@ -174,8 +161,10 @@ def _bias_matmul(node: gs.Node, ndim: int) -> np.ndarray | None:
     """Zeros: on the last axis where the weight is the right operand, on the one before where the left."""
     a, b = node.inputs
     if isinstance(b, gs.Constant):
-        return np.zeros([1] * (ndim - 1) + [b.shape[-1]], b.values.dtype)
-    return np.zeros([1] * (ndim - 2) + [a.shape[-2], 1], a.values.dtype)
+        return np.zeros([1] * (ndim - 1) + [b.shape[-1]], b.values.dtype) if len(b.shape) == 2 else None
+    if isinstance(a, gs.Constant) and len(a.shape) == 2:
+        return np.zeros([1] * (ndim - 2) + [a.shape[-2], 1], a.values.dtype)
+    return None
 
 
 @linear_op("MatMul")
@@ -239,26 +228,63 @@ def Einsum(*operands: Tensor, equation: str) -> Tensor:
     return torch.einsum(equation.replace(" ", ""), *together(*operands))
 
 
+def _einsum_labels(
+    equation: str, ranks: Sequence[int]
+) -> tuple[list[tuple[str, ...]], tuple[str, ...]] | None:
+    """Labels of the axes of each operand and of the result; None if an operand has a label twice."""
+    left, arrow, right = equation.replace(" ", "").partition("->")
+    terms = left.split(",")
+    if not arrow:
+        letters = left.replace(",", "").replace(".", "")
+        right = ("..." if "..." in left else "") + "".join(
+            sorted(letter for letter in set(letters) if letters.count(letter) == 1)
+        )
+    n_dots = max((rank - len(t) + 3 for t, rank in zip(terms, ranks, strict=True) if "..." in t), default=0)
+
+    def labels(term: str, n: int) -> tuple[str, ...]:
+        before, dots, after = term.partition("...")
+        return (*before, *(f"...{n - i}" for i in range(n if dots else 0)), *after)
+
+    operands = [labels(term, rank - len(term) + 3) for term, rank in zip(terms, ranks, strict=True)]
+    if any(len(set(operand)) < len(operand) for operand in operands):
+        return None
+    return operands, labels(right, n_dots)
+
+
+@flow_op("Einsum")
+def _flow_einsum(node: gs.Node, flow: Flow) -> None:
+    found = _einsum_labels(node.attrs["equation"], [len(flow.shape(tensor)) for tensor in node.inputs])
+    if found is None:
+        for tensor in node.inputs:
+            flow.freeze(flow.ids(tensor), node, "Einsum takes a diagonal")
+        return
+    flow_product(node, flow, *found)
+
+
 @macs_op("Einsum")
 def _macs_einsum(
     node: gs.Node, input_shapes: list[tuple[int, ...] | None], output_shapes: list[tuple[int, ...]]
 ) -> int:
     """Count the whole index space of two operands; a sum or permutation of one is no product."""
-    terms = node.attrs["equation"].replace(" ", "").split("->")[0].split(",")
-    if len(terms) < 2:
+    shapes = [shape or () for shape in input_shapes]
+    found = _einsum_labels(node.attrs["equation"], [len(shape) for shape in shapes])
+    if len(shapes) < 2:
         return 0
-    sizes: dict[str, int] = {}
-    for term, shape in zip(terms, input_shapes, strict=True):
-        assert shape is not None
-        before, dots, after = term.partition("...")
-        for letter, size in zip(before, shape, strict=False):
-            sizes[letter] = max(size, sizes.get(letter, 1))
-        if after:
-            for letter, size in zip(after, shape[-len(after) :], strict=True):
-                sizes[letter] = max(size, sizes.get(letter, 1))
-        if dots:
-            inner = shape[len(before) : len(shape) - len(after)]
-            for position, size in enumerate(reversed(inner)):
-                key = f"...{position}"
-                sizes[key] = max(size, sizes.get(key, 1))
-    return prod(sizes.values())
+    if found is None:  # some operand has a label twice
+        return prod(output_shapes[0])
+    operands, result = found
+    summed: dict[str, int] = {}
+    for labels, shape in zip(operands, shapes, strict=True):
+        for label, size in zip(labels, shape, strict=True):
+            if label not in result:
+                summed.setdefault(label, size)
+    return prod(output_shapes[0]) * prod(summed.values())
+
+
+# --- Det ---
+
+
+@run_op("Det", since=11)
+def Det(x: Tensor) -> Tensor:
+    """Return the determinants of the matrices in the last two axes."""
+    return torch.linalg.det(x)

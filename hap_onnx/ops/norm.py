@@ -5,17 +5,19 @@ from __future__ import annotations
 from math import prod
 from typing import TYPE_CHECKING
 
+import numpy as np
 import onnx_graphsurgeon as gs
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from hap_onnx.ops.arguments import as_ints, normalise_axis
-from hap_onnx.ops.registry import flow_op, keep_constant, learn_inputs, run_op
+from hap_onnx.ops.registry import edit_op, flow_op, keep_constant, learn_inputs, run_op
 from hap_onnx.ops.rules import freeze_other_axis
 
 if TYPE_CHECKING:
     from hap_onnx.channels import Flow
+    from hap_onnx.surgery import Cut
 
 learn_inputs("BatchNormalization", "InstanceNormalization", "GroupNormalization", inputs=(1, 2))
 learn_inputs("LayerNormalization", inputs=(1, 2))
@@ -113,6 +115,35 @@ def _flow_channel_norm(node: gs.Node, flow: Flow) -> None:
             return
         flow.bind(tensor, 0, found.ids, "follower", node)
     flow.put(node.outputs[0], 1, found.ids)
+
+
+@flow_op("GroupNormalization")
+def _flow_group_norm(node: gs.Node, flow: Flow) -> None:
+    """Whole groups go."""
+    x = node.inputs[0]
+    found = flow.ids(x)
+    if found is None or freeze_other_axis(node, flow, x, 1):
+        return
+    parameters = node.inputs[1:3]
+    if not all(
+        isinstance(tensor, gs.Constant) and tensor.shape[0] == len(found.ids) for tensor in parameters
+    ):
+        flow.freeze(found, node, "GroupNormalization without a constant scale and bias for each channel")
+        return
+    rows = found.ids.reshape(int(node.attrs["num_groups"]), -1)
+    flow.join(np.repeat(rows[:, 0], rows.shape[1]), rows.ravel())
+    ids = np.repeat(rows[:, 0], rows.shape[1])
+    for tensor in parameters:
+        flow.bind(tensor, 0, ids, "follower", node)
+    flow.put(node.outputs[0], 1, ids)
+
+
+@edit_op("GroupNormalization")
+def _edit_group_norm(node: gs.Node, cut: Cut) -> None:
+    kept = cut.kept(node.inputs[0])
+    if kept is not None:
+        n_channels = cut.shape(node.inputs[0])[1]
+        node.attrs["num_groups"] = int(node.attrs["num_groups"]) * len(kept.positions) // n_channels
 
 
 # --- LayerNormalization and relatives ---

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from math import inf
 from typing import TYPE_CHECKING
 
 import onnx_graphsurgeon as gs
@@ -39,10 +40,10 @@ def _sum(x: Tensor, axes: list[int], keep: bool) -> Tensor:
     return x.sum(axes, keep, dtype=x.dtype)
 
 
-def _extreme(of_empty: float, function: Callable[..., Tensor]) -> Callable[[Tensor, list[int], bool], Tensor]:
+def _extreme(function: Callable[..., Tensor]) -> Callable[[Tensor, list[int], bool], Tensor]:
     def run(x: Tensor, axes: list[int], keep: bool) -> Tensor:
-        if x.numel() == 0 and is_float(x):
-            return torch.full_like(x.sum(axes, keep), of_empty)
+        if x.numel() == 0:
+            return torch.full_like(x.sum(axes, keep, dtype=x.dtype), _of_nothing(function, x.dtype))
         if x.dtype == torch.bool:
             return function(x.to(torch.uint8), axes, keep).to(torch.bool)
         return function(x, axes, keep)
@@ -50,14 +51,23 @@ def _extreme(of_empty: float, function: Callable[..., Tensor]) -> Callable[[Tens
     return run
 
 
+def _of_nothing(function: Callable[..., Tensor], dtype: torch.dtype) -> float:
+    """The maximum (or minimum) of no elements: the least (or greatest) number of the type."""
+    if dtype == torch.bool:
+        return function is torch.amin
+    if dtype.is_floating_point:
+        return inf if function is torch.amin else -inf
+    return torch.iinfo(dtype).max if function is torch.amin else torch.iinfo(dtype).min
+
+
 _REDUCTIONS: dict[str, Callable[[Tensor, list[int], bool], Tensor]] = {
     "ReduceL1": lambda x, axes, keep: _sum(x.abs(), axes, keep),
     "ReduceL2": lambda x, axes, keep: _sum(x * x, axes, keep).sqrt(),
     "ReduceLogSum": lambda x, axes, keep: _sum(x, axes, keep).log(),
     "ReduceLogSumExp": lambda x, axes, keep: torch.logsumexp(x, axes, keep),
-    "ReduceMax": _extreme(float("-inf"), torch.amax),
+    "ReduceMax": _extreme(torch.amax),
     "ReduceMean": _mean,
-    "ReduceMin": _extreme(float("inf"), torch.amin),
+    "ReduceMin": _extreme(torch.amin),
     "ReduceProd": _prod,
     "ReduceSum": _sum,
     "ReduceSumSquare": lambda x, axes, keep: _sum(x * x, axes, keep),
@@ -146,17 +156,41 @@ def _flow_arg(node: gs.Node, flow: Flow) -> None:
     flow.put(node.outputs[0], found.axis - int(not keepdims and axis < found.axis), found.ids)
 
 
-# --- CumSum ---
+# --- CumSum, CumProd ---
+
+
+def _accumulate(
+    x: Tensor, axis: Tensor, function: Callable[..., Tensor], *, start: float, exclusive: int, reverse: int
+) -> Tensor:
+    along = normalise_axis(as_int(axis), x.ndim)
+    if reverse:
+        x = x.flip(along)
+    total = function(x, along, dtype=x.dtype)
+    if exclusive:
+        first = torch.full_like(total.narrow(along, 0, 1), start)
+        total = torch.cat([first, total.narrow(along, 0, x.shape[along] - 1)], along)
+    return total.flip(along) if reverse else total
 
 
 @run_op("CumSum")
 def CumSum(x: Tensor, axis: Tensor, *, exclusive: int = 0, reverse: int = 0) -> Tensor:
     """Running sums along ``axis``, without the element itself if exclusive, from the end if reverse."""
-    along = normalise_axis(as_int(axis), x.ndim)
-    if reverse:
-        x = x.flip(along)
-    total = torch.cumsum(x, along, dtype=x.dtype)
-    if exclusive:
-        first = torch.zeros_like(total.narrow(along, 0, 1))
-        total = torch.cat([first, total.narrow(along, 0, x.shape[along] - 1)], along)
-    return total.flip(along) if reverse else total
+    return _accumulate(x, axis, torch.cumsum, start=0, exclusive=exclusive, reverse=reverse)
+
+
+@flow_op("CumSum")
+def _flow_cumsum(node: gs.Node, flow: Flow) -> None:
+    found = flow.ids(node.inputs[0])
+    if found is None:
+        return
+    axis = read_ints(node, 1, "axis")
+    if axis is None or axis[0] % len(flow.shape(node.inputs[0])) == found.axis:
+        flow.freeze(found, node, "CumSum adds up channels, or along an axis that is computed")
+        return
+    flow.put(node.outputs[0], found.axis, found.ids)
+
+
+@run_op("CumProd", since=26)
+def CumProd(x: Tensor, axis: Tensor, *, exclusive: int = 0, reverse: int = 0) -> Tensor:
+    """Running products along ``axis``, without the element itself if exclusive, from the end if reverse."""
+    return _accumulate(x, axis, torch.cumprod, start=1, exclusive=exclusive, reverse=reverse)

@@ -82,6 +82,11 @@ def EyeLike(x: Tensor, *, dtype: int | None = None, k: int = 0) -> Tensor:
     return on_diagonal.to(x.device, x.dtype) if dtype is None else Cast(on_diagonal.to(x.device), to=dtype)
 
 
+def asks_shape_only(node: gs.Node) -> bool:
+    """Say whether a node reads the shape of its input, not its numbers."""
+    return node.op in ("Shape", "Size") and (node.domain or "") in ("", "ai.onnx")
+
+
 @flow_op("Shape", "Size", "Constant", "ConstantOfShape", "Range", "RandomNormalLike", "RandomUniformLike")
 def _flow_nothing(node: gs.Node, flow: Flow) -> None:
     """Carry no channels: what is computed from a shape is checked on the result instead."""
@@ -181,11 +186,21 @@ def _flow_reshape(node: gs.Node, flow: Flow) -> None:
     if not out_axes:  # the axis of size one vanished
         flow.freeze(found, node, f"{node.op} drops the channel axis")
         return
+    # What lies before and after the channels repeats them as they are: it need not be spread out.
+    sizes_in, sizes_out = [old[axis] for axis in in_axes], [new[axis] for axis in out_axes]
+    place = in_axes.index(found.axis)
+    before, after = prod(sizes_in[:place]), prod(sizes_in[place + 1 :])
+    before = before if sizes_out[0] % before == 0 else 1
+    after = after if (sizes_out[-1] // (before if len(out_axes) == 1 else 1)) % after == 0 else 1
     spread = found.ids.reshape([-1 if axis == found.axis else 1 for axis in in_axes])
-    spread = np.broadcast_to(spread, [old[axis] for axis in in_axes]).reshape(
-        [new[axis] for axis in out_axes]
-    )
-    axis, ids = flow.merge(node, spread)
+    outer = sizes_in[:place] if before == 1 else [1] * place
+    inner = sizes_in[place + 1 :] if after == 1 else [1] * (len(in_axes) - place - 1)
+    spread = np.broadcast_to(spread, [*outer, len(found.ids), *inner])
+    sizes_out[0] //= before
+    sizes_out[-1] //= after
+    axis, ids = flow.merge(node, spread.reshape(sizes_out))
+    ids = np.repeat(ids, after) if axis == len(out_axes) - 1 else ids
+    ids = np.tile(ids, before) if axis == 0 else ids
     flow.put(node.outputs[0], out_axes[axis], ids)
 
 
@@ -301,3 +316,14 @@ def Trilu(x: Tensor, k: Tensor | None = None, *, upper: int = 1) -> Tensor:
     """Keep the upper or lower triangle of the last two axes."""
     diagonal = int(k) if k is not None else 0
     return torch.triu(x, diagonal) if upper else torch.tril(x, diagonal)
+
+
+@flow_op("Trilu")
+def _flow_trilu(node: gs.Node, flow: Flow) -> None:
+    found = flow.ids(node.inputs[0])
+    if found is None:
+        return
+    if found.axis >= len(flow.shape(node.inputs[0])) - 2:
+        flow.freeze(found, node, "Trilu tells the positions of channels apart")
+        return
+    flow.put(node.outputs[0], found.axis, found.ids)

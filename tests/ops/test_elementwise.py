@@ -167,6 +167,28 @@ def test_cast_between_float_types_is_the_identity() -> None:
         assert cast(x, to=to) is x
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_bit_cast_reads_the_bits_of_32(dtype: torch.dtype) -> None:
+    bit_cast = find_run("BitCast", opset=26)
+    assert bit_cast is not None
+    x = np.array([0.0, -1.5, 3e-40, np.inf], np.float32)
+    bits = bit_cast(torch.from_numpy(x).to(dtype), to=onnx.TensorProto.INT32)
+    assert bits.tolist() == x.view(np.int32).tolist()
+    assert bit_cast(bits, to=onnx.TensorProto.FLOAT).numpy().tobytes() == x.tobytes()
+    for values, to in ((x, onnx.TensorProto.INT16), (x.view(np.int16), onnx.TensorProto.FLOAT16)):
+        with pytest.raises(NotImplementedError):  # of floats of other widths the twin has no bits
+            bit_cast(torch.from_numpy(values), to=to)
+
+
+def test_dropout_of_nothing_is_the_identity_even_in_training() -> None:
+    dropout = find_run("Dropout", opset=12)
+    assert dropout is not None
+    x = torch.randn(3)
+    assert dropout(x, torch.tensor(0.0), torch.tensor(True)) is x
+    with pytest.raises(NotImplementedError):
+        dropout(x, torch.tensor(0.5), torch.tensor(True))
+
+
 def test_activations_of_onnxruntime_equal_onnxruntime() -> None:
     check_node("Gelu", rand(3, 8), domain="com.microsoft")
     check_node("FastGelu", rand(3, 8), rand(8), domain="com.microsoft", tolerance=1e-4)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 
+from hap_onnx.ops.index import Unique
 from tests.helpers import check_node, rand
 
 
@@ -53,3 +55,23 @@ def test_top_k_takes_the_first_of_equals(largest: int) -> None:
     x = np.array([[3, 1, 3, 2, 1], [0, 0, 5, 5, 5]], np.float32)
     check_node("TopK", x, np.array([3]), constants=(1,), n_outputs=2, largest=largest)
     check_node("TopK", x, opset=9, n_outputs=2, k=2, axis=0)
+
+
+@pytest.mark.parametrize(("time_axis", "batch_axis"), [(0, 1), (1, 0)])
+def test_reverse_sequence_equals_onnxruntime(time_axis: int, batch_axis: int) -> None:
+    lengths = np.array([1, 3, 4, 2])
+    check_node("ReverseSequence", rand(4, 4, 2), lengths, time_axis=time_axis, batch_axis=batch_axis)
+
+
+@pytest.mark.parametrize("ordered", [0, 1])
+def test_unique_equals_onnxruntime(ordered: int) -> None:
+    x = np.array([[3, 1, 3, 2], [0, 1, 2, 3], [3, 1, 3, 2]], np.float32)
+    check_node("Unique", x, n_outputs=4, sorted=ordered)
+    check_node("Unique", x, n_outputs=4, sorted=ordered, axis=0)
+    check_node("Unique", x.astype(np.int64), n_outputs=1, sorted=ordered, axis=1)
+
+
+def test_unique_passes_gradients_to_where_each_appears_first() -> None:
+    x = torch.tensor([2.0, 1.0, 2.0], requires_grad=True)
+    (gradient,) = torch.autograd.grad(Unique(x)[0].square().sum(), x)
+    assert gradient.tolist() == [4, 2, 0]

@@ -72,3 +72,8 @@ def test_macs_count_one_product_per_index(
     macs = find_macs(op_type)
     assert macs is not None
     assert macs(gs_node, shapes, [tuple(out.shape)]) == expected
+
+
+def test_det_equals_onnxruntime() -> None:
+    check_node("Det", rand(4, 4))
+    check_node("Det", rand(2, 3, 3, 3), tolerance=1e-4)

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
+from torch.autograd import gradgradcheck
 
+from hap_onnx.ops.reduce import CumProd, CumSum
+from hap_onnx.ops.registry import find_run
 from tests.helpers import check_node, rand
 
 REDUCTIONS = [
@@ -56,3 +60,26 @@ def test_arg_max_breaks_ties_as_onnxruntime(op_type: str, last: int) -> None:
 @pytest.mark.parametrize("reverse", [0, 1])
 def test_cum_sum_equals_onnxruntime(exclusive: int, reverse: int) -> None:
     check_node("CumSum", rand(3, 4), np.array(-1), exclusive=exclusive, reverse=reverse)
+
+
+@pytest.mark.parametrize("exclusive", [0, 1])
+@pytest.mark.parametrize("reverse", [0, 1])
+def test_cum_prod_is_what_cum_sum_is_for_logarithms(exclusive: int, reverse: int) -> None:
+    x, axis = torch.rand(3, 4, dtype=torch.float64) + 0.5, torch.tensor(1)
+    flags = {"exclusive": exclusive, "reverse": reverse}
+    torch.testing.assert_close(CumProd(x, axis, **flags), CumSum(x.log(), axis, **flags).exp())
+    assert gradgradcheck(lambda x: CumProd(x, axis, **flags), (x.requires_grad_(),))
+
+
+@pytest.mark.parametrize(
+    ("op_type", "of_none"), [("ReduceMax", [-np.inf, -128]), ("ReduceMin", [np.inf, 127])]
+)
+def test_the_extreme_of_no_elements_is_that_of_the_type(op_type: str, of_none: list[float]) -> None:
+    reduction = find_run(op_type, opset=18)
+    assert reduction is not None
+    for dtype, value in zip((torch.float32, torch.int8), of_none, strict=True):
+        y = reduction(torch.zeros(2, 0, dtype=dtype), torch.tensor([1]), keepdims=0)
+        assert y.dtype == dtype
+        assert y.tolist() == [value, value]
+    empty = torch.zeros(0, dtype=torch.bool)
+    assert bool(reduction(empty)) is (op_type == "ReduceMin")
