@@ -163,9 +163,9 @@ def _forward_bounds(start: int, end: int, size: int) -> tuple[int, int]:
 
 
 def _backward_bounds(start: int, end: int, size: int) -> tuple[int, int]:
-    """Clamp the bounds of a backward slice: its end may be -1, one before the first element."""
+    """Clamp the bounds of a backward slice: to elements, but its end may be -1, one before the first."""
     start, end = start + size if start < 0 else start, end + size if end < 0 else end
-    return min(max(start, -1), size - 1), min(max(end, -1), size - 1)
+    return min(max(start, 0), size - 1), min(max(end, -1), size - 1)
 
 
 @run_op("Slice")
@@ -200,9 +200,10 @@ def _slice_bounds(shape: tuple[int, ...], read: ReadInts) -> dict[int, tuple[int
     result = {}
     for start, end, axis, step in zip(starts, ends, axes, steps, strict=True):
         axis %= len(shape)
-        result[axis] = slice(start, end if step > 0 or end >= -shape[axis] else None, step).indices(
-            shape[axis]
-        )
+        if step < 0:
+            result[axis] = (*_backward_bounds(start, end, shape[axis]), step)
+        else:
+            result[axis] = (*_forward_bounds(start, end, shape[axis]), step)
     return result
 
 
