@@ -170,6 +170,12 @@ class Flow:
         if differ.any():
             self.edges.append((a[differ], b[differ]))
 
+    def join_rows(self, rows: Ids) -> Ids:
+        """Say that the ids in each row can only go together; return the first of each."""
+        first = np.ascontiguousarray(rows[:, 0])
+        self.join(np.repeat(first, rows.shape[1]), rows.ravel())
+        return first
+
     def freeze(self, what: IdAxis | Ids | None, node: gs.Node, reason: str) -> None:
         """Say that none of these ids can be removed."""
         if what is None:
@@ -220,10 +226,7 @@ class Flow:
         n_left = {axis: count_left(ids, axis) for axis in varying}
         axis = self.choice.pick(node.name, n_left)
         self.merges[node.name] = Merge(np.unique(ids), axis, n_left)
-        rows = np.moveaxis(ids, axis, 0).reshape(ids.shape[axis], -1)
-        first = np.ascontiguousarray(rows[:, 0])
-        self.join(np.repeat(first, rows.shape[1]), rows.ravel())
-        return axis, first
+        return axis, self.join_rows(np.moveaxis(ids, axis, 0).reshape(ids.shape[axis], -1))
 
     def wish(self, tensor: gs.Tensor, size: int) -> None:
         """Look for constants behind ``tensor`` that could carry the ids that it lacks.

@@ -2,7 +2,6 @@
 
 from hap_onnx.ops import (
     attention,
-    attention_heads,
     concat,
     control,
     conv,
@@ -23,7 +22,6 @@ from hap_onnx.ops import (
 
 __all__ = [
     "attention",
-    "attention_heads",
     "concat",
     "control",
     "conv",

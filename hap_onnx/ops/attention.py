@@ -6,14 +6,20 @@ Shapes: B samples, H query heads (a multiple of the key heads G), S queries, T k
 from __future__ import annotations
 
 from math import prod, sqrt
+from typing import TYPE_CHECKING
 
+import numpy as np
 import onnx_graphsurgeon as gs
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from hap_onnx.ops.arguments import normalise_axis, together
-from hap_onnx.ops.registry import macs_op, run_op
+from hap_onnx.ops.registry import edit_op, flow_op, macs_op, run_op
+
+if TYPE_CHECKING:
+    from hap_onnx.channels import Flow, Ids
+    from hap_onnx.surgery import Cut
 
 # --- Attention ---
 
@@ -154,6 +160,83 @@ def _macs_attention(
     value_size = v[-1] // kv_heads * q_heads
     key_size = prod(q) // q[0] // q[-2]
     return q[0] * q[-2] * n_keys * (key_size + value_size)
+
+
+@flow_op("Attention")
+def _flow_attention(node: gs.Node, flow: Flow) -> None:
+    """Whole heads go: of queries, keys and values together, groups of queries with the keys they read.
+
+    Inputs are [B, H, S, W], or [B, S, H * W] with the numbers of heads as attributes.
+    """
+    present = [tensor for tensor in node.inputs if tensor.name]
+    names = [tensor.name for tensor in node.inputs]
+    found = [_heads(node, flow, index) for index in range(3)]
+    q, k, v = found
+    problem = None
+    if any(names[4:]):
+        problem = "Attention with a past, or with its length given"
+    elif q is None or k is None or v is None:
+        lacking = next(names[index] for index, heads in enumerate(found) if heads is None)
+        problem = f"Attention reads '{lacking}', whose heads must stay"
+    elif len(q) % len(k) or len(k) != len(v):
+        problem = f"Attention of {len(q)} heads over {len(k)} and {len(v)}"
+    if problem is not None or q is None or k is None or v is None:
+        for tensor in present:
+            flow.freeze(flow.ids(tensor), node, problem or "")
+        return
+    flow.join(k, v)
+    flow.join(q, np.repeat(k, len(q) // len(k)))
+    flow.heads.append(q)
+    if len(names) > 3 and names[3]:
+        _join_mask(node, flow, q)
+    outputs = [*node.outputs, *[gs.Variable.empty()] * 4][:4]
+    for output, heads in zip(outputs, (q, k, v, q), strict=True):
+        if not output.name:
+            continue
+        shape = flow.shape(output)
+        if len(shape) == 4:
+            flow.put(output, 1, heads)
+        else:
+            flow.put(output, 2, np.repeat(heads, shape[2] // len(heads)))
+
+
+def _heads(node: gs.Node, flow: Flow, index: int) -> Ids | None:
+    """One id for each head of an input, None if it has none that can go."""
+    tensor = node.inputs[index]
+    found = flow.ids(tensor)
+    if found is None:
+        return None
+    if len(flow.shape(tensor)) == 4:
+        return found.ids if found.axis == 1 else None
+    n_heads = int(node.attrs["q_num_heads" if index == 0 else "kv_num_heads"])
+    if found.axis != 2 or len(found.ids) % n_heads:
+        return None
+    return flow.join_rows(found.ids.reshape(n_heads, -1))
+
+
+def _join_mask(node: gs.Node, flow: Flow, heads: Ids) -> None:
+    """Join the heads with a mask or bias [..., H, S, T] that tells them apart."""
+    mask = node.inputs[3]
+    shape, found = flow.shape(mask), flow.ids(mask)
+    axis = len(shape) - 3
+    if axis < 0 or shape[axis] == 1:
+        flow.freeze(found, node, "Attention reads them as a mask")
+    elif found is not None and found.axis == axis:
+        flow.join(heads, found.ids)
+    elif found is None and isinstance(mask, gs.Constant):
+        flow.bind(mask, axis, heads, "follower", node)
+    else:
+        flow.freeze(found, node, "Attention reads them as a mask")
+        flow.freeze(heads, node, f"Attention joins them with '{mask.name}', whose channels must stay")
+        flow.wish(mask, shape[axis])
+
+
+@edit_op("Attention")
+def _edit_attention(node: gs.Node, cut: Cut) -> None:
+    for attribute, tensor in zip(("q_num_heads", "kv_num_heads"), node.inputs[:2], strict=True):
+        if attribute in node.attrs and len(cut.shape(tensor)) == 3:
+            n_heads = int(node.attrs[attribute])
+            node.attrs[attribute] = n_heads * cut.new_shape(tensor)[2] // cut.shape(tensor)[2]
 
 
 # --- RotaryEmbedding ---

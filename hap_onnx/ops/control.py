@@ -6,13 +6,17 @@ The graphs inside a node arrive as functions. Where torch lacks a part of them, 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
+import onnx_graphsurgeon as gs
 import torch
 from torch import Tensor
 
 from hap_onnx.ops.arguments import as_int
-from hap_onnx.ops.registry import run_op
+from hap_onnx.ops.registry import flow_op, run_op
+
+if TYPE_CHECKING:
+    from hap_onnx.channels import Flow
 
 
 class Subgraph(Protocol):
@@ -84,3 +88,9 @@ def Scan(
         axis = scan_output_axes[index] if scan_output_axes else 0
         outputs.append(torch.stack(column[::-1] if backwards else column, axis))
     return *states, *outputs
+
+
+@flow_op("If", "Loop", "Scan")
+def _flow_control(node: gs.Node, flow: Flow) -> None:
+    for tensor in node.inputs:
+        flow.freeze(flow.ids(tensor), node, f"{node.op} decides at run time what reads them")

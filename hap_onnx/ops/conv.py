@@ -286,9 +286,7 @@ def _flow_conv_transpose(node: gs.Node, flow: Flow) -> None:
         return
     # Grouped: whole groups go, input and output together.
     in_width = weight.shape[0] // conv_group
-    by_group = found.ids.reshape(conv_group, in_width)
-    flow.join(np.repeat(by_group[:, 0], in_width), by_group.ravel())
-    group_ids = np.ascontiguousarray(by_group[:, 0])
+    group_ids = flow.join_rows(found.ids.reshape(conv_group, in_width))
     flow.bind(weight, 0, np.repeat(group_ids, in_width), "follower", node)
     repeated = np.repeat(group_ids, weight.shape[1])
     bind_bias(node, flow, 2, repeated)
@@ -304,6 +302,6 @@ def _bias_conv_transpose(node: gs.Node, ndim: int) -> np.ndarray | None:
 
 @edit_op("ConvTranspose")
 def _edit_conv_transpose(node: gs.Node, cut: Cut) -> None:
-    kept, conv_group = cut.kept(node.inputs[0]), int(node.attrs.get("group", 1))
-    if conv_group > 1 and kept is not None:
-        node.attrs["group"] = conv_group * len(kept.positions) // cut.shape(node.inputs[0])[1]
+    x, conv_group = node.inputs[0], int(node.attrs.get("group", 1))
+    if conv_group > 1:
+        node.attrs["group"] = conv_group * cut.new_shape(x)[1] // cut.shape(x)[1]

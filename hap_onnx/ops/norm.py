@@ -130,9 +130,8 @@ def _flow_group_norm(node: gs.Node, flow: Flow) -> None:
     ):
         flow.freeze(found, node, "GroupNormalization without a constant scale and bias for each channel")
         return
-    rows = found.ids.reshape(int(node.attrs["num_groups"]), -1)
-    flow.join(np.repeat(rows[:, 0], rows.shape[1]), rows.ravel())
-    ids = np.repeat(rows[:, 0], rows.shape[1])
+    n_groups = int(node.attrs["num_groups"])
+    ids = np.repeat(flow.join_rows(found.ids.reshape(n_groups, -1)), len(found.ids) // n_groups)
     for tensor in parameters:
         flow.bind(tensor, 0, ids, "follower", node)
     flow.put(node.outputs[0], 1, ids)
@@ -140,10 +139,8 @@ def _flow_group_norm(node: gs.Node, flow: Flow) -> None:
 
 @edit_op("GroupNormalization")
 def _edit_group_norm(node: gs.Node, cut: Cut) -> None:
-    kept = cut.kept(node.inputs[0])
-    if kept is not None:
-        n_channels = cut.shape(node.inputs[0])[1]
-        node.attrs["num_groups"] = int(node.attrs["num_groups"]) * len(kept.positions) // n_channels
+    x, n_groups = node.inputs[0], int(node.attrs["num_groups"])
+    node.attrs["num_groups"] = n_groups * cut.new_shape(x)[1] // cut.shape(x)[1]
 
 
 # --- LayerNormalization and relatives ---

@@ -10,13 +10,18 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import partial
 from math import prod
+from typing import TYPE_CHECKING
 
 import onnx_graphsurgeon as gs
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hap_onnx.ops.registry import learn_inputs, macs_op, run_op
+from hap_onnx.ops.index import ReverseSequence
+from hap_onnx.ops.registry import flow_op, learn_inputs, macs_op, run_op
+
+if TYPE_CHECKING:
+    from hap_onnx.channels import Flow
 
 learn_inputs("RNN", "GRU", inputs=(1, 2, 3))
 learn_inputs("LSTM", inputs=(1, 2, 3, 7))
@@ -78,11 +83,7 @@ def _clipped(activation: Activation, bound: float | None) -> Activation:
 
 def _reverse(x: Tensor, lengths: Tensor | None) -> Tensor:
     """Reverse x [T, B, ...] in time, of each sample only the steps that it has."""
-    if lengths is None:
-        return x.flip(0)
-    steps = torch.arange(x.shape[0], device=x.device)[:, None]
-    source = torch.where(steps < lengths, lengths - 1 - steps, steps)  # [T, B]
-    return x.gather(0, source.reshape(*source.shape, *[1] * (x.ndim - 2)).expand_as(x))
+    return x.flip(0) if lengths is None else ReverseSequence(x, lengths, time_axis=0, batch_axis=1)
 
 
 def _run_steps(
@@ -289,3 +290,9 @@ def _macs_recurrent(
     assert w is not None
     assert r is not None
     return prod(x[:2]) * (prod(w) + prod(r))
+
+
+@flow_op("LSTM", "GRU", "RNN")
+def _flow_recurrent(node: gs.Node, flow: Flow) -> None:
+    for tensor in node.inputs:
+        flow.freeze(flow.ids(tensor), node, f"{node.op} reads them at every step: its weights stay whole")

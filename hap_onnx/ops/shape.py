@@ -296,8 +296,7 @@ def _flow_depth_to_space(node: gs.Node, flow: Flow) -> None:
     n_blocks = int(node.attrs["blocksize"]) ** 2
     crd = node.attrs.get("mode", "DCR") == "CRD"
     rows = found.ids.reshape(-1, n_blocks) if crd else found.ids.reshape(n_blocks, -1).T  # [C_out, blocks]
-    flow.join(np.repeat(rows[:, 0], n_blocks), rows.ravel())
-    flow.put(node.outputs[0], 1, np.ascontiguousarray(rows[:, 0]))
+    flow.put(node.outputs[0], 1, flow.join_rows(rows))
 
 
 @flow_op("SpaceToDepth")
