@@ -22,14 +22,12 @@ import torch
 from torch import Tensor
 
 from hap_onnx.errors import ModelError
-from hap_onnx.opaque import captured_names
+from hap_onnx.opaque import IR_VERSION, captured_names
 from hap_onnx.ops.arguments import UnitShapes
 from hap_onnx.ops.registry import find_run
 from hap_onnx.protos import DEFAULT_DOMAINS, export_node
 
 logger = getLogger(__name__)
-
-_IR_VERSION = 10
 
 
 def is_float_array(values: np.ndarray) -> bool:
@@ -56,6 +54,17 @@ def find_call(
     if any(isinstance(value, gs.Graph) for value in node.attrs.values()):
         return _make_control(node, function, outer=outer, opsets=opsets)
     return make_call(node, function)
+
+
+def call_node(node: gs.Node, inputs: Sequence[Tensor | None], *, opset: int) -> tuple[Tensor, ...]:
+    """Compute one node of a graph by the torch function of its operator, outside a twin.
+
+    Raises NotImplementedError if the operator has none, or it does not know the variant.
+    """
+    function = find_run(node.op, opset=opset, domain=node.domain or "")
+    if function is None:
+        raise NotImplementedError(node.op)
+    return make_call(node, function)(*inputs, unit=None)
 
 
 # --- The torch function of an operator ---
@@ -312,7 +321,7 @@ def _inline(node: gs.Node, opsets: Sequence[onnx.OperatorSetIdProto]) -> gs.Grap
     ]
     results = [onnx.ValueInfoProto(name=name) for name in outputs if name]
     model = onnx.helper.make_model(
-        onnx.helper.make_graph([proto], "body", infos, results), opset_imports=opsets, ir_version=_IR_VERSION
+        onnx.helper.make_graph([proto], "body", infos, results), opset_imports=opsets, ir_version=IR_VERSION
     )
     tried: set[tuple[str, str]] = set()
     while missing := _without_function(model):

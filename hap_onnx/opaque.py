@@ -26,7 +26,7 @@ Value = Tensor | list[Tensor]  # a list is an ONNX sequence, which only opaque n
 Arrays = np.ndarray | list[np.ndarray]
 
 # onnxruntime refuses an IR version it does not know; a one-node model needs nothing newer.
-_IR_VERSION = 10
+IR_VERSION = 10
 _MAX_SESSIONS = 16  # of one node, for inputs of different types or, for control flow, shapes
 _WRITABLE_TYPES = ("tensor_type", "sequence_type", "sparse_tensor_type")
 
@@ -220,7 +220,7 @@ class OpaqueNode:
         outputs = [onnx.ValueInfoProto(name=name) for name in self._proto.output if name]
         initializers = [onnx.numpy_helper.from_array(array, name) for name, array in self._fixed.items()]
         graph = onnx.helper.make_graph([self._proto], "opaque", inputs, outputs, initializers)
-        model = onnx.helper.make_model(graph, opset_imports=self._opsets, ir_version=_IR_VERSION)
+        model = onnx.helper.make_model(graph, opset_imports=self._opsets, ir_version=IR_VERSION)
         options = ort.SessionOptions()
         options.log_severity_level = 4
         options.intra_op_num_threads = 1

@@ -27,7 +27,7 @@ from hap_onnx.measure import count_params, model_size
 from hap_onnx.model_io import SourceModel, normalise
 from hap_onnx.ops.implant import layer_of
 from hap_onnx.surgery import masked_reads, remove_channels, shape_after
-from hap_onnx.twin import Twin, build_twin, probe_shapes
+from hap_onnx.twin import Twin, build_twin, in_double, probe_shapes
 
 _log = logging.getLogger(__name__)
 
@@ -280,14 +280,11 @@ def _outputs_in_double(
     prepared: PreparedModel, graph: gs.Graph, keep: NDArray[np.bool_]
 ) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]]:
     """Outputs of the cut graph and of the masked original at the probe, computed in double precision."""
-    twin, dtype = prepared.twin, prepared.twin.dtype
+    twin = prepared.twin
     cut = build_twin(graph, device=str(twin.device or "cpu")).double()
-    try:
-        tensors = to_tensors(prepared.probe, twin.double())
-        with torch.no_grad():
-            return cut(tensors), twin(tensors, on_read=masked_reads(prepared.coupling, keep))
-    finally:
-        twin.to(dtype)  # what was float before is exactly that again
+    with in_double(twin), torch.no_grad():
+        tensors = to_tensors(prepared.probe, twin)
+        return cut(tensors), twin(tensors, on_read=masked_reads(prepared.coupling, keep))
 
 
 def _difference(outputs: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> str | None:

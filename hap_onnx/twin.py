@@ -16,7 +16,8 @@ the model once per written batch and joins the outputs (``Twin.batch_limit``).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from logging import getLogger
 from types import MappingProxyType
@@ -29,11 +30,10 @@ import torch
 from torch import Tensor, nn
 
 from hap_onnx import ops  # noqa: F401  (registers the operators)
-from hap_onnx.calls import BodyCall, TorchCall, find_call, is_float_array, make_call
+from hap_onnx.calls import BodyCall, TorchCall, find_call, is_float_array
 from hap_onnx.errors import CalibrationError, ModelError
 from hap_onnx.opaque import OpaqueNode, captured_names, is_known, write_node
 from hap_onnx.ops.arguments import UnitShapes
-from hap_onnx.ops.registry import find_run
 
 logger = getLogger(__name__)
 
@@ -422,17 +422,15 @@ class Twin(nn.Module):
         """The same, computed in double precision: deep models may blow rounding up beyond any tolerance."""
         if self.dtype != torch.float32 or torch.is_autocast_enabled(str(self.device or "cpu").split(":")[0]):
             return False
-        self.double()
         try:
-            found, *alone = [
-                self._execute({name: self._settle(tensor) for name, tensor in inputs.items()}, None, None)
-                for inputs in (batch, *parts)
-            ]
-            return self._is_joined(found, alone)
+            with in_double(self):
+                found, *alone = [
+                    self._execute({name: self._settle(tensor) for name, tensor in inputs.items()}, None, None)
+                    for inputs in (batch, *parts)
+                ]
         except ModelError:
             return False
-        finally:
-            self.float()  # what was float before is exactly that again
+        return self._is_joined(found, alone)
 
     def _learn(
         self, step: Step, unit: Mapping[str, tuple[int, ...]], grown: Mapping[str, tuple[int, ...]]
@@ -494,6 +492,17 @@ def _close(ours: Tensor, expected: Tensor) -> bool:
         return True
     largest = expected[finite].abs().max()
     return bool((ours[finite] - expected[finite]).abs().max() <= 1e-4 * largest + 1e-7)
+
+
+@contextmanager
+def in_double(twin: Twin) -> Iterator[None]:
+    """Let a twin compute in double precision meanwhile; what was float before is exactly that again."""
+    dtype = twin.dtype
+    twin.double()
+    try:
+        yield
+    finally:
+        twin.to(dtype)
 
 
 def unfix_batch(twin: Twin, inputs: Mapping[str, Tensor]) -> bool:
@@ -599,17 +608,6 @@ def run_captured(twin: Twin, inputs: Mapping[str, Tensor], names: Collection[str
         return tensor
 
     return {**twin(inputs, on_write=capture if names else None), **found}
-
-
-def call_node(node: gs.Node, inputs: Sequence[Tensor | None], *, opset: int) -> tuple[Tensor, ...]:
-    """Compute one node of a graph by torch, outside a twin.
-
-    Raises NotImplementedError if torch cannot compute it.
-    """
-    function = find_run(node.op, opset=opset, domain=node.domain or "")
-    if function is None:
-        raise NotImplementedError(node.op)
-    return make_call(node, function)(*inputs, unit=None)
 
 
 # --- from the graph ---
