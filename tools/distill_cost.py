@@ -38,6 +38,7 @@ from hap_onnx.distill.training import Recipe, Trainer
 from hap_onnx.model_io import load_model, normalise
 from hap_onnx.twin import build_twin
 from tools.networks import resnet56
+from tools.train_cifar import export
 
 WIDTH = 0.7  # of the student: about half the multiply-accumulates
 TEMPERATURE = 20.0
@@ -110,10 +111,7 @@ MAKERS = {"plain": make_plain_step, "ours": make_our_step}
 
 def _export(network: nn.Module, example: Tensor) -> onnx.ModelProto:
     buffer = io.BytesIO()
-    torch.onnx.export(
-        network, (example,), buffer, input_names=["input"], output_names=["logits"],
-        dynamic_axes={"input": {0: "N"}, "logits": {0: "N"}}, dynamo=False,
-    )  # fmt: skip
+    export(network, example, buffer)
     return onnx.load_from_string(buffer.getvalue())
 
 

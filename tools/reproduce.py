@@ -104,7 +104,7 @@ def make_imagenet(data: str, folder: Path, model: Path | None) -> Files:
         network = resnet50()
         with torch.no_grad():
             network.train()(images[:32])  # gives running statistics that keep activations in range
-        export(network, images[:2], path)
+        export(network, images[:2], str(path))
     np.savez(folder / "images.npz", input=images.numpy())
     return Files(model or path, ("--data", str(folder / "images.npz")))
 

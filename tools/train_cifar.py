@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import click
 import numpy as np
@@ -120,12 +120,12 @@ def train(model: nn.Module, images: Tensor, labels: Tensor, schedule: Schedule) 
                 click.echo(f"step {step} ({done:.0%}) loss {loss:.3f} {seconds:.0f} s")
 
 
-def export(model: nn.Module, example: Tensor, output: Path) -> None:
+def export(model: nn.Module, example: Tensor, output: str | BinaryIO) -> None:
     """Write a network with a dynamic batch; BatchNormalization is folded, as exporters do."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # the newer exporter needs onnxscript
         torch.onnx.export(
-            model.to(memory_format=torch.contiguous_format).eval(), (example,), str(output),
+            model.to(memory_format=torch.contiguous_format).eval(), (example,), output,
             input_names=["input"], output_names=["logits"],
             dynamic_axes={"input": {0: "N"}, "logits": {0: "N"}}, dynamo=False,
         )  # fmt: skip
@@ -144,7 +144,7 @@ def train_network(network: str, data: Path, output: Path, *, width: float, sched
     train(model, images, labels, schedule)
     value = accuracy(model, test_images, test_labels)
     click.echo(f"{network}: {value:.2f} % on {len(test_labels)} test images")
-    export(model, to_input(test_images[:2]), output)
+    export(model, to_input(test_images[:2]), str(output))
 
 
 @click.command(help=__doc__)
