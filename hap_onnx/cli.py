@@ -117,7 +117,7 @@ class Session:
     @contextmanager
     def events(self) -> Iterator[OnEvent]:
         """Yield the ``on_event`` that draws bars and prints notes on stderr."""
-        from hap_onnx.render import EventPrinter
+        from hap_onnx.report.render import EventPrinter
 
         with EventPrinter(sys.stderr, quiet=self.quiet) as printer:
             with _logging(self.verbose, printer.log_handler()):
@@ -125,7 +125,7 @@ class Session:
 
     def show(self, report: Report, *, as_json: bool) -> None:
         """Print a report on stdout."""
-        from hap_onnx.render import render_json, render_report
+        from hap_onnx.report.render import render_json, render_report
 
         click.echo(render_json(report) if as_json else render_report(report, sys.stdout), nl=False)
 

@@ -14,9 +14,6 @@ import numpy as np
 from onnx import ModelProto
 
 from hap_onnx import report as reports
-from hap_onnx.calibration import Subset, open_dataset
-from hap_onnx.carry_out import Compressed, from_plan_weights
-from hap_onnx.choose import Choice
 from hap_onnx.config import (
     CompressConfig,
     check_options,
@@ -26,22 +23,23 @@ from hap_onnx.config import (
     plan_weights_path,
     resolve_max_drop,
 )
-from hap_onnx.curvature import to_tensors
+from hap_onnx.data.calibration import Subset, open_dataset
 from hap_onnx.errors import (
     ModelError,
     UsageError,
 )
 from hap_onnx.events import Event, OnEvent, ignore_event
-from hap_onnx.inspection import inspect_report
-from hap_onnx.job import Job
-from hap_onnx.machine import check_loads, compare_speed, protect_weights, use_threads, write_proto
-from hap_onnx.measure import model_size
-from hap_onnx.metrics import check_chance_level, choose_metric
-from hap_onnx.model_io import SourceModel, load_model, normalise, save_model
-from hap_onnx.plan import CompressionPlan, load_plan
+from hap_onnx.jobs.carry_out import Compressed, from_plan_weights
+from hap_onnx.jobs.inspection import inspect_report
+from hap_onnx.jobs.job import Job
+from hap_onnx.jobs.machine import check_loads, compare_speed, protect_weights, use_threads, write_proto
+from hap_onnx.model.measure import model_size
+from hap_onnx.model.model_io import SourceModel, load_model, normalise, save_model
+from hap_onnx.model.saving import count_saved_bytes
+from hap_onnx.planning.choose import Choice
+from hap_onnx.planning.plan import CompressionPlan, load_plan
 from hap_onnx.prepare import PreparedModel, make_probe, prepare
-from hap_onnx.saving import count_saved_bytes
-from hap_onnx.summary import (
+from hap_onnx.report.summary import (
     facts_after,
     facts_before,
     frozen_nodes,
@@ -52,14 +50,11 @@ from hap_onnx.summary import (
     recovery_summary,
     write_report,
 )
+from hap_onnx.runtime.metrics import check_chance_level, choose_metric, compare_outputs
+from hap_onnx.runtime.session import Session, make_session, run_outputs
+from hap_onnx.runtime.soundness import check_model
+from hap_onnx.sensitivity.curvature import to_tensors
 from hap_onnx.twin import Twin, build_twin, probe_shapes
-from hap_onnx.validate import (
-    Session,
-    check_model,
-    compare_outputs,
-    make_session,
-    run_outputs,
-)
 
 __all__ = ["apply_plan", "compress", "inspect", "load_twin", "validate"]
 
@@ -76,7 +71,7 @@ def compress(
 
     Args:
         model: path of an ONNX file, or a model in memory (then ``output`` is required).
-        data: representative inputs: a path (see ``hap_onnx.calibration``), arrays by input name, or an
+        data: representative inputs: a path (see ``hap_onnx.data.calibration``), arrays by input name, or an
             iterable of such.
         on_event: is told about progress.
         options: the words of ``CompressConfig``.

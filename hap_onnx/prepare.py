@@ -18,15 +18,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from hap_onnx.channels import Coupling, Frozen, IdAxis, find_groups
-from hap_onnx.curvature import to_tensors
+from hap_onnx.coupling.channels import Coupling, Frozen, IdAxis, find_groups
 from hap_onnx.errors import CalibrationError, HapOnnxError, ModelError, UsageError
-from hap_onnx.fusion import fold_batch_norms
-from hap_onnx.input_spec import InputSpec
-from hap_onnx.measure import count_params, model_size
-from hap_onnx.model_io import SourceModel, normalise
+from hap_onnx.model.input_spec import InputSpec
+from hap_onnx.model.measure import count_params, model_size
+from hap_onnx.model.model_io import SourceModel, normalise
 from hap_onnx.ops.implant import layer_of
+from hap_onnx.sensitivity.curvature import to_tensors
 from hap_onnx.surgery import masked_reads, remove_channels, shape_after
+from hap_onnx.surgery.fusion import fold_batch_norms
 from hap_onnx.twin import Twin, build_twin, in_double, probe_shapes
 
 _log = logging.getLogger(__name__)

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from hap_onnx.machine import use_threads
+from hap_onnx.jobs.machine import use_threads
 
 
 @pytest.fixture(autouse=True, scope="module")

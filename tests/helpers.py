@@ -10,8 +10,8 @@ import onnx
 import torch
 from onnx import helper, numpy_helper
 
-from hap_onnx.channels import ChannelGroup, Coupling
-from hap_onnx.model_io import load_model, normalise
+from hap_onnx.coupling.channels import ChannelGroup, Coupling
+from hap_onnx.model.model_io import load_model, normalise
 from hap_onnx.twin import Twin, build_twin
 from tools.first_divergence import compare_nodes, compare_tensors, run_onnxruntime
 

@@ -9,8 +9,9 @@ import onnx
 import pytest
 from onnx import helper
 
-from hap_onnx import implant_speed, machine
-from hap_onnx.validate import LatencyComparison
+from hap_onnx.implants import speed as implant_speed
+from hap_onnx.jobs import machine
+from hap_onnx.runtime.latency import LatencyComparison
 from tests.helpers import make_model, node, rand
 from tools.first_divergence import run_onnxruntime
 

@@ -10,8 +10,8 @@ import onnx_graphsurgeon as gs
 import torch
 from numpy.typing import NDArray
 
-from hap_onnx.channels import Coupling, find_groups
-from hap_onnx.model_io import load_model, normalise, to_proto
+from hap_onnx.coupling.channels import Coupling, find_groups
+from hap_onnx.model.model_io import load_model, normalise, to_proto
 from hap_onnx.surgery import masked_reads, remove_channels
 from hap_onnx.twin import build_twin, probe_shapes
 from tools.first_divergence import compare_tensors, run_onnxruntime

@@ -17,7 +17,8 @@ import onnx
 import pytest
 from sample_models import images, residual_cnn, with_labels, write
 
-from hap_onnx import cli, machine
+from hap_onnx import cli
+from hap_onnx.jobs import machine
 from tests.helpers import make_model, node, rand
 
 ROOT = Path(__file__).parents[1]
@@ -318,7 +319,8 @@ PAUSED_JOB = textwrap.dedent(
     """
     import sys, time
     import hap_onnx.cli as cli
-    from hap_onnx import machine, rounds, saving
+    from hap_onnx.jobs import machine, rounds
+    from hap_onnx.model import saving
 
     stage = sys.argv.pop(1)
     machine.LATENCY_SECONDS = 0.1
@@ -373,7 +375,7 @@ PAUSED_TRAINING = textwrap.dedent(
     """
     import os, sys, time
     import hap_onnx.cli as cli
-    from hap_onnx import machine
+    from hap_onnx.jobs import machine
     from hap_onnx.distill import checkpoint
     from hap_onnx.distill.training import Trainer
 

@@ -17,17 +17,7 @@ from sample_models import fix_speed, images, residual_cnn, timing, with_labels, 
 from topologies import TOPOLOGIES
 
 import hap_onnx
-from hap_onnx import (
-    apply_plan,
-    carry_out,
-    compress,
-    implant_speed,
-    inspect,
-    job,
-    load_twin,
-    machine,
-    validate,
-)
+from hap_onnx import apply_plan, compress, inspect, load_twin, validate
 from hap_onnx.config import SENSITIVITIES
 from hap_onnx.errors import (
     BudgetError,
@@ -38,10 +28,13 @@ from hap_onnx.errors import (
     ValidationError,
 )
 from hap_onnx.events import Event
-from hap_onnx.model_io import load_model
-from hap_onnx.plan import load_plan
+from hap_onnx.implants import speed as implant_speed
+from hap_onnx.jobs import carry_out, job, machine
+from hap_onnx.model.model_io import load_model
+from hap_onnx.planning.plan import load_plan
 from hap_onnx.report import CompressReport
-from hap_onnx.validate import LatencyComparison, Session
+from hap_onnx.runtime.latency import LatencyComparison
+from hap_onnx.runtime.session import Session
 from tests.helpers import make_model, node, rand
 from tools.first_divergence import run_onnxruntime
 

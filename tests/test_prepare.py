@@ -14,10 +14,10 @@ from topologies import TOPOLOGIES
 from topologies_attention import Attention
 
 from hap_onnx import prepare as module
-from hap_onnx.channels import Frozen
+from hap_onnx.coupling.channels import Frozen
 from hap_onnx.errors import ModelError, UsageError
-from hap_onnx.input_spec import InputSpec
-from hap_onnx.model_io import load_model
+from hap_onnx.model.input_spec import InputSpec
+from hap_onnx.model.model_io import load_model
 from hap_onnx.prepare import PreparedModel, freeze_groups, make_probe, prepare, try_cut
 from tests.helpers import make_model, node, rand
 

@@ -14,10 +14,11 @@ import onnx
 import pytest
 from sample_models import fix_speed, images, residual_cnn, with_labels, write
 
-from hap_onnx import apply_plan, compress, inspect, job, rounds
+from hap_onnx import apply_plan, compress, inspect
 from hap_onnx.errors import BudgetError, ModelError, UsageError
 from hap_onnx.events import Event
-from hap_onnx.plan import load_plan
+from hap_onnx.jobs import job, rounds
+from hap_onnx.planning.plan import load_plan
 from hap_onnx.report import CompressReport
 
 FAST: dict[str, Any] = {"threads": 1, "batch_size": 32}

@@ -13,7 +13,7 @@ from topologies import Shapes
 from topologies_attention import Attention
 
 from hap_onnx import apply_plan, compress
-from hap_onnx.model_io import load_model
+from hap_onnx.model.model_io import load_model
 from hap_onnx.report import CompressReport
 from tools.first_divergence import run_onnxruntime
 

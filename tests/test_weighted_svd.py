@@ -9,10 +9,10 @@ import onnx
 import pytest
 from click.testing import CliRunner
 
-from hap_onnx.calibration import Dataset, InputSpec, Subset, open_dataset, split_dataset
-from hap_onnx.curvature import output_scales
-from hap_onnx.model_io import load_model
+from hap_onnx.data.calibration import Dataset, InputSpec, Subset, open_dataset, split_dataset
+from hap_onnx.model.model_io import load_model
 from hap_onnx.prepare import prepare
+from hap_onnx.sensitivity.curvature import output_scales
 from tests.helpers import make_model, node, rand
 from tools.weighted_svd import Comparison, compare_layers, find_layers, main, summarise
 

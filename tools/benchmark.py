@@ -29,18 +29,19 @@ from onnx import ModelProto
 from rich.console import Console
 from rich.table import Table
 
-from hap_onnx.calibration import Subset, open_dataset, split_dataset
-from hap_onnx.candidates import Setting, all_kinds, compress_to, sketch
-from hap_onnx.curvature import collect_curvature, output_scales, to_tensors
-from hap_onnx.decide import LossModel, build_loss_model, rank_groups
+from hap_onnx.data.calibration import Subset, open_dataset, split_dataset
 from hap_onnx.errors import BudgetError
-from hap_onnx.implant_loss import find_implant_layers
-from hap_onnx.implant_speed import faster_kinds
-from hap_onnx.model_io import load_model, to_proto
+from hap_onnx.implants.loss import find_implant_layers
+from hap_onnx.implants.speed import faster_kinds
+from hap_onnx.jobs.candidates import Setting, all_kinds, compress_to, sketch
+from hap_onnx.model.model_io import load_model, to_proto
+from hap_onnx.planning.decide import LossModel, build_loss_model, rank_groups
 from hap_onnx.prepare import PreparedModel, prepare
-from hap_onnx.sensitivity import Options, estimate
-from hap_onnx.summary import facts_after, facts_before
-from hap_onnx.validate import Session, make_session, measure_latency, run_outputs
+from hap_onnx.report.summary import facts_after, facts_before
+from hap_onnx.runtime.latency import measure_latency
+from hap_onnx.runtime.session import Session, make_session, run_outputs
+from hap_onnx.sensitivity.curvature import collect_curvature, output_scales, to_tensors
+from hap_onnx.sensitivity.estimate import Options, estimate
 
 STUDENT_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
 LATENCY_SECONDS = 4

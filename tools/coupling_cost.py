@@ -18,8 +18,8 @@ import onnx
 import torch
 from torch import Tensor, nn
 
-from hap_onnx.channels import find_groups
-from hap_onnx.model_io import load_model, normalise
+from hap_onnx.coupling.channels import find_groups
+from hap_onnx.model.model_io import load_model, normalise
 from hap_onnx.twin import build_twin, probe_shapes
 from tools.train_cifar import export
 

@@ -29,13 +29,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx.experimental.optimization import fuse
 
-from hap_onnx.calibration import InputSpec, open_dataset, split_dataset
-from hap_onnx.curvature import output_scales, to_tensors
+from hap_onnx.data.calibration import InputSpec, open_dataset, split_dataset
 from hap_onnx.distill.augment import find_augmenter
 from hap_onnx.distill.learned import find_learned
 from hap_onnx.distill.objective import Objective, find_hidden, find_scores
 from hap_onnx.distill.training import Recipe, Trainer
-from hap_onnx.model_io import load_model, normalise
+from hap_onnx.model.model_io import load_model, normalise
+from hap_onnx.sensitivity.curvature import output_scales, to_tensors
 from hap_onnx.twin import build_twin
 from tools.networks import resnet56
 from tools.train_cifar import export

@@ -18,7 +18,7 @@ import onnxruntime as ort
 import torch
 from torch import Tensor
 
-from hap_onnx.model_io import load_model, normalise
+from hap_onnx.model.model_io import load_model, normalise
 from hap_onnx.twin import Step, Twin, build_twin
 
 

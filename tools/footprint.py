@@ -23,14 +23,14 @@ from benchmark import pass_seconds
 from rich.console import Console
 from rich.table import Table
 
-from hap_onnx.calibration import Subset, open_dataset
-from hap_onnx.curvature import collect_curvature, output_scales
-from hap_onnx.curves import measure_curves
-from hap_onnx.decide import n_measured, rank_groups
-from hap_onnx.model_io import load_model
+from hap_onnx.data.calibration import Subset, open_dataset
+from hap_onnx.model.model_io import load_model
+from hap_onnx.planning.curves import measure_curves
+from hap_onnx.planning.decide import n_measured, rank_groups
 from hap_onnx.prepare import prepare
-from hap_onnx.sensitivity import Options
-from hap_onnx.validate import make_session, run_outputs
+from hap_onnx.runtime.session import make_session, run_outputs
+from hap_onnx.sensitivity.curvature import collect_curvature, output_scales
+from hap_onnx.sensitivity.estimate import Options
 
 
 def measure(model: Path, data: Path, n_samples: int, threads: int, batch_size: int) -> dict[str, float]:

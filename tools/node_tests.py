@@ -26,7 +26,7 @@ from onnx import ModelProto, TensorProto
 from torch import Tensor
 
 from hap_onnx.errors import ModelError
-from hap_onnx.model_io import load_model, normalise
+from hap_onnx.model.model_io import load_model, normalise
 from hap_onnx.twin import Twin, build_twin
 from tools.first_divergence import run_onnxruntime
 

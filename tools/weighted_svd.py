@@ -22,22 +22,22 @@ import numpy as np
 import onnx_graphsurgeon as gs
 import torch
 
-from hap_onnx.calibration import Subset, open_dataset, split_dataset
-from hap_onnx.curvature import collect_curvature, output_scales
-from hap_onnx.curves import Fork, run_forks
-from hap_onnx.implant_loss import (
+from hap_onnx.data.calibration import Subset, open_dataset, split_dataset
+from hap_onnx.implants.factors import factorise, max_rank, plain_metric, predict_loss
+from hap_onnx.implants.loss import (
     ImplantLosses,
     cut_layer,
     find_implant_layers,
     rank_coefficients,
     weight_overrides,
 )
-from hap_onnx.implants import factorise, max_rank, plain_metric, predict_loss
-from hap_onnx.measure import Shapes, node_macs
-from hap_onnx.model_io import load_model
+from hap_onnx.model.measure import Shapes, node_macs
+from hap_onnx.model.model_io import load_model
 from hap_onnx.ops.implant import ImplantForm
+from hap_onnx.planning.curves import Fork, run_forks
 from hap_onnx.prepare import PreparedModel, prepare
-from hap_onnx.validate import make_session, run_outputs
+from hap_onnx.runtime.session import make_session, run_outputs
+from hap_onnx.sensitivity.curvature import collect_curvature, output_scales
 
 BATCH_SIZE = 32
 

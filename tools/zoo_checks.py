@@ -16,16 +16,16 @@ import onnx
 import torch
 from numpy.typing import NDArray
 
-from hap_onnx.calibration import Batch
-from hap_onnx.choose import Choice, arrange
 from hap_onnx.cli import main as hap_onnx_main
-from hap_onnx.inspection import inspect_report
-from hap_onnx.model_io import SourceModel, load_model, to_proto
+from hap_onnx.data.calibration import Batch
+from hap_onnx.jobs.inspection import inspect_report
+from hap_onnx.model.model_io import SourceModel, load_model, to_proto
 from hap_onnx.pipeline import load_twin
-from hap_onnx.plan import load_plan
+from hap_onnx.planning.choose import Choice, arrange
+from hap_onnx.planning.plan import load_plan
 from hap_onnx.prepare import PreparedModel, make_probe, prepare
+from hap_onnx.runtime.session import make_session, run_outputs
 from hap_onnx.surgery import masked_reads, remove_channels
-from hap_onnx.validate import make_session, run_outputs
 from tools.first_divergence import compare_nodes, run_onnxruntime
 
 Arrays = Mapping[str, np.ndarray]

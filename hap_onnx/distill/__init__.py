@@ -20,15 +20,15 @@ import onnx_graphsurgeon as gs
 import torch
 from torch import Tensor
 
-from hap_onnx.calibration import Subset
-from hap_onnx.curvature import to_tensors
+from hap_onnx.data.calibration import Subset
 from hap_onnx.distill.augment import find_augmenter
 from hap_onnx.distill.learned import find_learned
 from hap_onnx.distill.objective import Objective, find_hidden, find_scores
 from hap_onnx.distill.training import Recipe, Trainer, train
 from hap_onnx.events import Event, OnEvent, ignore_event
-from hap_onnx.measure import constants_of
-from hap_onnx.saving import make_folder
+from hap_onnx.model.measure import constants_of
+from hap_onnx.model.saving import make_folder
+from hap_onnx.sensitivity.curvature import to_tensors
 from hap_onnx.twin import Twin, build_twin, unfix_batch
 
 __all__ = ["Distilled", "Recipe", "distill"]

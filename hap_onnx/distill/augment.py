@@ -15,9 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hap_onnx.calibration import Subset
-from hap_onnx.curvature import to_tensors
-from hap_onnx.metrics import choose_metric
+from hap_onnx.data.calibration import Subset
+from hap_onnx.runtime.metrics import choose_metric
+from hap_onnx.sensitivity.curvature import to_tensors
 from hap_onnx.twin import Twin
 
 MIN_SIZE = 16

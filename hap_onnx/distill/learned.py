@@ -7,11 +7,11 @@ from collections.abc import Collection
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from hap_onnx.measure import is_float_type
-from hap_onnx.opaque import captured_names
+from hap_onnx.model.measure import is_float_type
 from hap_onnx.ops.elementwise import is_addition
 from hap_onnx.ops.registry import find_macs, learned_inputs
 from hap_onnx.surgery import CONSTANT_SUFFIX
+from hap_onnx.twin.opaque import captured_names
 
 
 def find_learned(graph: gs.Graph, *, leave: Collection[str] = ()) -> tuple[str, ...]:

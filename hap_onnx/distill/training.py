@@ -19,12 +19,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from hap_onnx.calibration import Batch, Subset
-from hap_onnx.curvature import to_tensors
+from hap_onnx.data.calibration import Batch, Subset
 from hap_onnx.distill.augment import Augmenter
 from hap_onnx.distill.checkpoint import Progress, load_state, save_state
 from hap_onnx.distill.objective import Objective
 from hap_onnx.events import Event, OnEvent
+from hap_onnx.sensitivity.curvature import to_tensors
 from hap_onnx.twin import Twin, run_captured
 
 STAGE = "distill"

@@ -18,7 +18,7 @@ from hap_onnx.ops.arguments import normalise_axis, together
 from hap_onnx.ops.registry import edit_op, flow_op, macs_op, run_op
 
 if TYPE_CHECKING:
-    from hap_onnx.channels import Flow, Ids
+    from hap_onnx.coupling.channels import Flow, Ids
     from hap_onnx.surgery import Cut
 
 # --- Attention ---

@@ -24,7 +24,7 @@ from hap_onnx.ops.registry import edit_op, flow_op, run_op
 from hap_onnx.ops.rules import ReadInts, read_ints
 
 if TYPE_CHECKING:
-    from hap_onnx.channels import Flow
+    from hap_onnx.coupling.channels import Flow
     from hap_onnx.surgery import Cut
 
 # --- Concat ---

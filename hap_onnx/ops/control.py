@@ -16,7 +16,7 @@ from hap_onnx.ops.arguments import as_int
 from hap_onnx.ops.registry import flow_op, run_op
 
 if TYPE_CHECKING:
-    from hap_onnx.channels import Flow
+    from hap_onnx.coupling.channels import Flow
 
 
 class Subgraph(Protocol):

@@ -18,7 +18,7 @@ from hap_onnx.ops.rules import bind_bias, constant_bias, constant_input, freeze_
 from hap_onnx.ops.window import pad_spatial, per_axis, resolve_pads
 
 if TYPE_CHECKING:
-    from hap_onnx.channels import Flow
+    from hap_onnx.coupling.channels import Flow
     from hap_onnx.surgery import Cut
 
 learn_inputs("Conv", "ConvTranspose", inputs=(1, 2))

@@ -18,7 +18,7 @@ from hap_onnx.ops.arguments import as_floats, is_float, together
 from hap_onnx.ops.registry import find_flow, flow_op, keep_constant, learn_inputs, run_op
 
 if TYPE_CHECKING:
-    from hap_onnx.channels import Flow
+    from hap_onnx.coupling.channels import Flow
 
 # --- One input, no attributes ---
 

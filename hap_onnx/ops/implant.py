@@ -1,7 +1,7 @@
 """Implants as ONNX nodes: what can take the place of a contraction, and how its weights lie.
 
 An implant is two cheaper nodes in place of one. For ``lowrank`` and ``spatial`` they follow each other, for
-``pointwise`` they stand side by side (see ``hap_onnx.implants`` for the numbers). A rule beside each operator
+``pointwise`` they stand side by side (see ``implants.factors`` for the numbers). A rule beside each operator
 says what is offered for a node: only what computes exactly the product with the dense matrix that the
 implant stands for, whatever the input. The rules are in ``conv_implants`` and ``matmul``.
 
@@ -49,7 +49,7 @@ class ImplantForm:
     * ``n_first(x, y)``, ``n_second(y)``: output positions of each node, batch included, from the shapes of
       the node's data input and output. Times the elements of the weight, these are the
       multiply-accumulates.
-    * ``reorder``: arrays as ``hap_onnx.implants`` makes them -> arrays in the order of the new initializers
+    * ``reorder``: arrays as ``implants.factors`` makes them -> arrays in the order of the new initializers
       (see ``to_weights``).
     * ``build(node, weights, activation)``: edits the node and returns all nodes that stand in its place, in
       order. ``activation`` is the only reader of the node's output if it can be computed on parts, else

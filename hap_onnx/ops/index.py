@@ -13,7 +13,7 @@ from hap_onnx.ops.arguments import as_int, normalise_axis, together
 from hap_onnx.ops.registry import edit_op, flow_op, run_op
 
 if TYPE_CHECKING:
-    from hap_onnx.channels import Flow
+    from hap_onnx.coupling.channels import Flow
     from hap_onnx.surgery import Cut
 
 

@@ -19,7 +19,7 @@ from hap_onnx.ops.registry import bias_op, flow_op, implant_op, learn_inputs, li
 from hap_onnx.ops.rules import bind_bias, constant_bias, constant_input, freeze_other_axis
 
 if TYPE_CHECKING:
-    from hap_onnx.channels import Flow
+    from hap_onnx.coupling.channels import Flow
 
 learn_inputs("Gemm", inputs=(1, 2))
 learn_inputs("MatMul", "Einsum", inputs=(0, 1))

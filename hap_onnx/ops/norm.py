@@ -16,7 +16,7 @@ from hap_onnx.ops.registry import edit_op, flow_op, keep_constant, learn_inputs,
 from hap_onnx.ops.rules import freeze_other_axis
 
 if TYPE_CHECKING:
-    from hap_onnx.channels import Flow
+    from hap_onnx.coupling.channels import Flow
     from hap_onnx.surgery import Cut
 
 learn_inputs("BatchNormalization", "InstanceNormalization", "GroupNormalization", inputs=(1, 2))

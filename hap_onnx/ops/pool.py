@@ -15,7 +15,7 @@ from hap_onnx.ops.registry import flow_op, run_op
 from hap_onnx.ops.window import n_windows, pad_spatial, per_axis, resolve_pads, window_sum
 
 if TYPE_CHECKING:
-    from hap_onnx.channels import Flow
+    from hap_onnx.coupling.channels import Flow
 
 _MAX_POOL = (F.max_pool1d, F.max_pool2d, F.max_pool3d)
 _AVG_POOL = (F.avg_pool1d, F.avg_pool2d, F.avg_pool3d)

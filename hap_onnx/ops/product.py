@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import onnx_graphsurgeon as gs
 
 if TYPE_CHECKING:
-    from hap_onnx.channels import Flow, Ids
+    from hap_onnx.coupling.channels import Flow, Ids
 
 Labels = tuple[str, ...]
 

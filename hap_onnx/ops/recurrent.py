@@ -21,7 +21,7 @@ from hap_onnx.ops.index import ReverseSequence
 from hap_onnx.ops.registry import flow_op, learn_inputs, macs_op, run_op
 
 if TYPE_CHECKING:
-    from hap_onnx.channels import Flow
+    from hap_onnx.coupling.channels import Flow
 
 learn_inputs("RNN", "GRU", inputs=(1, 2, 3))
 learn_inputs("LSTM", inputs=(1, 2, 3, 7))

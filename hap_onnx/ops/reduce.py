@@ -16,7 +16,7 @@ from hap_onnx.ops.registry import flow_op, run_op
 from hap_onnx.ops.rules import read_ints
 
 if TYPE_CHECKING:
-    from hap_onnx.channels import Flow
+    from hap_onnx.coupling.channels import Flow
 
 # --- ReduceSum, ReduceMean, ReduceMax and relatives ---
 

@@ -8,7 +8,7 @@ side by side in the module of its family:
   keyword arguments with the names and defaults of the ONNX specification. A second registration
   with a higher ``since`` is needed only where an opset changed the meaning. A function that
   declares ``n_outputs`` is told how many outputs the node has.
-* ``@flow_op("Conv")``: how channel ids pass through (see ``hap_onnx.channels``).
+* ``@flow_op("Conv")``: how channel ids pass through (see ``hap_onnx.coupling.channels``).
 * ``@edit_op("Reshape")``: how literals (sizes, bounds, indices) follow when channels are removed
   (see ``hap_onnx.surgery``); weights are sliced by their ids and need no rule.
 * ``@linear_op("Conv")``: the contraction as a matrix product (see ``hap_onnx.ops.linear``).

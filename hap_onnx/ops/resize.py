@@ -21,7 +21,7 @@ from hap_onnx.ops.arguments import IntsLike, UnitShapes, as_floats, as_ints, nor
 from hap_onnx.ops.registry import edit_op, flow_op, run_op
 
 if TYPE_CHECKING:
-    from hap_onnx.channels import Flow
+    from hap_onnx.coupling.channels import Flow
     from hap_onnx.surgery import Cut
 
 _f = np.float32

@@ -9,7 +9,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 if TYPE_CHECKING:
-    from hap_onnx.channels import Flow, Ids
+    from hap_onnx.coupling.channels import Flow, Ids
 
 ReadInts = Callable[[int, str], "list[int] | None"]
 """Reads integers from a constant input or an attribute, see ``read_ints``."""

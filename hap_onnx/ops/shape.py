@@ -19,7 +19,7 @@ from hap_onnx.ops.registry import edit_op, flow_op, run_op
 from hap_onnx.ops.rules import freeze_other_axis
 
 if TYPE_CHECKING:
-    from hap_onnx.channels import Flow
+    from hap_onnx.coupling.channels import Flow
     from hap_onnx.surgery import Cut
 
 # --- Shape, Size, Constant, ConstantOfShape, Range, EyeLike ---

@@ -32,8 +32,9 @@ import onnx_graphsurgeon as gs
 import torch
 from torch import Tensor
 
-from hap_onnx.calibration import Subset
+from hap_onnx.data.calibration import Subset
 from hap_onnx.events import OnEvent, ignore_event, track
+from hap_onnx.model.saving import make_folder
 from hap_onnx.refit.fit import fit_offset, fit_weights
 from hap_onnx.refit.implant import fit_implant
 from hap_onnx.refit.pair import Pair, make_pair, read_inputs
@@ -41,7 +42,6 @@ from hap_onnx.refit.rows import Options
 from hap_onnx.refit.schedule import ImplantFit, Task, WeightFit, plan_tasks
 from hap_onnx.refit.spec import FittedImplant, ImplantSpec, Refitted
 from hap_onnx.refit.store import COMPRESSED, ORIGINAL, Store
-from hap_onnx.saving import make_folder
 from hap_onnx.surgery import Kept
 
 __all__ = ["FittedImplant", "ImplantSpec", "Refitted", "refit"]

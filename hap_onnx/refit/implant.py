@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hap_onnx.implants import Factors, Metric, factorise, make_metric
+from hap_onnx.implants.factors import Factors, Metric, factorise, make_metric
 from hap_onnx.refit.fit import Problem, pose_problem
 from hap_onnx.refit.pair import Pair
 from hap_onnx.refit.rows import Options, Rows

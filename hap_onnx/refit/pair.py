@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from hap_onnx.calibration import Subset
+from hap_onnx.data.calibration import Subset
 from hap_onnx.errors import CalibrationError, SurgeryError
 from hap_onnx.ops.elementwise import is_addition
 from hap_onnx.ops.registry import find_linear

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from hap_onnx.implants import Metric
+from hap_onnx.implants.factors import Metric
 
 
 @dataclass(frozen=True)

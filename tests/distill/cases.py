@@ -12,13 +12,13 @@ import onnx_graphsurgeon as gs
 import torch
 from scipy.special import log_softmax, rel_entr, softmax
 
-from hap_onnx.calibration import InputSpec, Subset, open_dataset
-from hap_onnx.curvature import output_scales, to_tensors
+from hap_onnx.data.calibration import InputSpec, Subset, open_dataset
 from hap_onnx.distill import Distilled, Recipe, distill, objective
 from hap_onnx.distill.learned import find_learned
 from hap_onnx.distill.objective import Objective, find_scores
 from hap_onnx.events import Event
-from hap_onnx.model_io import load_model, normalise
+from hap_onnx.model.model_io import load_model, normalise
+from hap_onnx.sensitivity.curvature import output_scales, to_tensors
 from hap_onnx.surgery import with_weights
 from hap_onnx.twin import build_twin
 from tools.first_divergence import run_onnxruntime

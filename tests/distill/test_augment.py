@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hap_onnx.calibration import InputSpec, Subset, open_dataset
+from hap_onnx.data.calibration import InputSpec, Subset, open_dataset
 from hap_onnx.distill import augment
 from hap_onnx.distill.augment import (
     AUGMENTATIONS,

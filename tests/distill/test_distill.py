@@ -16,18 +16,18 @@ from onnx import TensorProto
 from sample_models import images, residual_cnn, with_labels
 from topologies import TOPOLOGIES, Net
 
-from hap_onnx.carry_out import compress_layers, cut_model
-from hap_onnx.choose import choose
 from hap_onnx.distill import Recipe
 from hap_onnx.distill.learned import find_learned
 from hap_onnx.distill.training import Trainer
 from hap_onnx.errors import ValidationError
 from hap_onnx.events import Event
+from hap_onnx.jobs.carry_out import compress_layers, cut_model
+from hap_onnx.planning.choose import choose
 from hap_onnx.surgery import with_weights
 from hap_onnx.twin import build_twin, run_captured
 from tests.distill.cases import RECIPE, Case, as_bytes, perturbed
 from tests.helpers import make_model, node, rand
-from tests.planning import make_job
+from tests.planning_cases import make_job
 
 N = 96
 FEW_SAMPLES = {"cut_and_swapped_opset9", "cut_and_swapped_opset13"}

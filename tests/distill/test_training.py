@@ -16,13 +16,13 @@ import torch
 from sample_models import images, residual_cnn
 from topologies import TOPOLOGIES, Net
 
-from hap_onnx.curvature import to_tensors
 from hap_onnx.distill import Distilled, Recipe, training
 from hap_onnx.distill.learned import find_learned
 from hap_onnx.distill.objective import Objective, find_hidden, find_scores
 from hap_onnx.distill.training import Trainer
 from hap_onnx.errors import ValidationError
 from hap_onnx.events import Event
+from hap_onnx.sensitivity.curvature import to_tensors
 from hap_onnx.twin import build_twin
 from tests.distill.cases import RECIPE, Case, Interrupted, as_bytes, interrupt_at, perturbed
 from tests.helpers import rand

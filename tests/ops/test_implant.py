@@ -14,12 +14,12 @@ import onnx_graphsurgeon as gs
 import pytest
 import torch
 
-from hap_onnx.grafting import insert_implants
-from hap_onnx.model_io import load_model, normalise, to_proto
+from hap_onnx.model.model_io import load_model, normalise, to_proto
 from hap_onnx.ops.implant import ImplantForm, implant_forms
 from hap_onnx.ops.linear import linear_form
 from hap_onnx.ops.registry import find_macs
 from hap_onnx.surgery import with_weights
+from hap_onnx.surgery.grafting import insert_implants
 from hap_onnx.twin import build_twin, probe_shapes
 from tests.helpers import make_node_model, rand
 from tools.first_divergence import compare_tensors, run_onnxruntime

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from hap_onnx.model_io import load_model, normalise
+from hap_onnx.model.model_io import load_model, normalise
 from hap_onnx.ops.registry import find_macs
 from tests.helpers import check_node, make_node_model, rand
 

@@ -10,9 +10,9 @@ import onnx
 import onnx_graphsurgeon as gs
 import torch
 
-from hap_onnx.calibration import InputSpec, Subset, open_dataset
-from hap_onnx.channels import find_groups
-from hap_onnx.model_io import load_model, normalise
+from hap_onnx.coupling.channels import find_groups
+from hap_onnx.data.calibration import InputSpec, Subset, open_dataset
+from hap_onnx.model.model_io import load_model, normalise
 from hap_onnx.refit import refit
 from hap_onnx.surgery import Kept, kept_positions, remove_channels
 from hap_onnx.twin import build_twin, probe_shapes

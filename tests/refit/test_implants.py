@@ -14,12 +14,12 @@ import pytest
 import torch
 
 from hap_onnx.errors import SurgeryError
-from hap_onnx.grafting import insert_implants
-from hap_onnx.implants import Metric, factorise, plain_metric
+from hap_onnx.implants.factors import Metric, factorise, plain_metric
 from hap_onnx.ops.implant import ImplantForm, implant_forms
 from hap_onnx.ops.linear import linear_form
 from hap_onnx.refit import FittedImplant, ImplantSpec, Refitted, refit
 from hap_onnx.surgery import Kept, with_weights
+from hap_onnx.surgery.grafting import insert_implants
 from tests.helpers import make_model, node, rand
 from tests.refit.cases import cut, graph_of, relative_error, relu_model, run, subset_of, two_branches
 

@@ -1,0 +1,1 @@
+"""What ``--data`` may be, and how it becomes seeded batches of named arrays."""

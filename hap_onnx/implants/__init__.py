@@ -1,0 +1,1 @@
+"""Cheaper replacements of layers: their factors, what they lose, and what they save."""

@@ -1,0 +1,479 @@
+"""One run of ``compress``: its stages in order, the gates at its end, the report."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from onnx import ModelProto
+
+from hap_onnx import report as reports
+from hap_onnx.config import CompressConfig, files_of, flag_of, rejected_path
+from hap_onnx.data.calibration import Splits, Subset, split_dataset
+from hap_onnx.errors import BudgetError, CalibrationError, GateError, ModelError, TargetError
+from hap_onnx.events import Event, OnEvent
+from hap_onnx.implants.loss import find_implant_layers
+from hap_onnx.jobs.candidates import Budgets
+from hap_onnx.jobs.carry_out import Compressed
+from hap_onnx.jobs.machine import (
+    Stopwatch,
+    check_loads,
+    compare_speed,
+    open_data,
+    open_session,
+    pick_device,
+    protect_weights,
+    whole_batch_size,
+    whole_batches,
+    write_proto,
+)
+from hap_onnx.jobs.rounds import Candidate, Round, Workshop
+from hap_onnx.jobs.targets import SPARE_BYTES, params_within, search_smallest
+from hap_onnx.jobs.work_folder import WorkFolder, job_key
+from hap_onnx.model.model_io import load_model, save_model
+from hap_onnx.model.saving import count_saved_bytes, make_folder
+from hap_onnx.planning.plan import CompressionPlan, save_plan
+from hap_onnx.prepare import PreparedModel, prepare
+from hap_onnx.report.summary import (
+    facts_after,
+    facts_before,
+    frozen_nodes,
+    installed_versions,
+    judge_quality,
+    plan_summary,
+    reached_budgets,
+    recovery_summary,
+    write_report,
+)
+from hap_onnx.runtime.latency import LatencyComparison
+from hap_onnx.runtime.metrics import Metric, Quality, check_chance_level, choose_metric, compare_outputs
+from hap_onnx.runtime.session import Session, run_outputs
+from hap_onnx.runtime.soundness import check_finite, check_model
+from hap_onnx.sensitivity.curvature import output_scales, to_tensors
+from hap_onnx.twin import Twin, build_twin
+
+_log = logging.getLogger(__name__)
+
+LARGE_DROP = 0.02
+MAX_RESIZES = 3
+TWIN_TOLERANCE = {np.dtype(np.float32): 1e-3, np.dtype(np.float64): 1e-3}
+
+Outputs = Mapping[str, np.ndarray]
+
+
+class Job:
+    """One run of compress: what its stages share, and how long each took."""
+
+    def __init__(
+        self,
+        model: str | Path | ModelProto,
+        data: Any,
+        config: CompressConfig,
+        output: Path,
+        on_event: OnEvent,
+    ) -> None:
+        self.config, self.output, self.on_event = config, output, on_event
+        self.clock = Stopwatch()
+        self.label = str(model) if isinstance(model, (str, Path)) else "model in memory"
+        with self.clock.stage("load"):
+            self.source = load_model(model)
+            protect_weights(self.source, files_of(config, output=output))
+            if config.work_dir is not None:
+                make_folder(config.work_dir)
+            self.session = open_session(self.source.proto, config)
+            self.splits = self._open_data(data)
+            self.batch_size = whole_batch_size(config.batch_size, self.session)
+        with self.clock.stage("prepare"):
+            self._check_original()
+            probe = next(iter(self.splits.calibrate.batches(max(2, self.session.fixed_batch or 2)))).inputs
+            self.prepared = prepare(
+                self.source,
+                probe,
+                exclude=config.exclude,
+                only=config.only,
+                device=pick_device(config.device),
+            )
+            self._check_twin()
+        key = ""  # without a work folder nothing is kept
+        if config.work_dir is not None:
+            key = job_key(
+                config, self.splits, self.source.sha256, installed_versions(), threads=torch.get_num_threads()
+            )
+        self.shop = Workshop(
+            config=config,
+            splits=self.splits,
+            scales=self.scales,
+            scores=self.scores,
+            batch_size=self.batch_size,
+            time=self._time,
+            work=WorkFolder(config.work_dir, key),
+            clock=self.clock,
+            on_event=on_event,
+        )
+        self.rounds = [Round(self.shop, self.prepared)]
+
+    def note(self, text: str, *, kind: str = "note") -> None:
+        self.on_event(Event("compress", "warning" if kind == "warning" else "note", text))
+
+    # --- data and the original ---
+
+    def _open_data(self, data: Any) -> Splits:
+        config, inputs = self.config, self.session.inputs
+        dataset = open_data(data, inputs, config, self.note)
+        val = None
+        if config.val is not None:
+            val = open_data(config.val, inputs, replace(config, max_samples=None), self.note)
+        splits = split_dataset(dataset, seed=config.seed, val=val)
+        unit = self.session.fixed_batch or 1
+        return replace(
+            splits,
+            calibrate=whole_batches(splits.calibrate, unit),
+            choose=whole_batches(splits.choose, unit),
+        )
+
+    def _check_original(self) -> None:
+        """Run the original, choose the metric, and refuse data on which it is near chance level."""
+        first = self.splits.calibrate.take(256)
+        outputs = run_outputs(self.session, first, batch_size=self.batch_size)
+        check_finite(outputs, label="the original model")
+        self.scales = output_scales([outputs])
+        if not self.scales:
+            raise CalibrationError(
+                "no floating-point output of the model varies over the data, so nothing can be learnt "
+                "from it; give samples that differ"
+            )
+        self.metric = choose_metric(self.config.metric, outputs=outputs, labels=first.labels)
+        self.scores = self._find_scores(outputs, first.labels)
+        if self.metric.name == "accuracy":
+            _refuse_chance(self.metric, outputs, first)
+        elif self.splits.report.labels is not None and self.config.metric == "auto":
+            # Labels in --val only: the gate is about accuracy, while the search has agreement to go by.
+            part = self.splits.report.take(256)
+            outputs = run_outputs(self.session, part, batch_size=self.batch_size)
+            metric = self._metric_for(outputs, part)
+            self.note(
+                f"only --val has labels: the report is about {metric.name}, a search about {self.metric.name}"
+            )
+            if metric.name == "accuracy":
+                _refuse_chance(metric, outputs, part)
+
+    def _find_scores(self, outputs: Outputs, labels: np.ndarray | None) -> str | None:
+        """The output that holds class scores, whatever the metric is: training knows what to do with them."""
+        if self.metric.output is not None or self.config.metric == "auto":
+            return self.metric.output
+        try:
+            return choose_metric("auto", outputs=outputs, labels=labels).output
+        except CalibrationError:  # the labels are of another kind
+            return None
+
+    def _check_twin(self) -> None:
+        """Refuse a twin that does not equal onnxruntime on the data."""
+        twin = self.prepared.twin
+        self._check_same(twin, self.session, "the torch twin of the model")
+        if twin.opaque_nodes:
+            self.note(f"{len(twin.opaque_nodes)} nodes run in onnxruntime only and stay as they are")
+
+    def _check_result(self, candidate: Compressed, session: Session) -> None:
+        """Refuse a written model that does not compute what the compressed graph says."""
+        twin = build_twin(candidate.finished(), device=pick_device(self.config.device))
+        self._check_same(twin, session, "the compressed model's twin")
+
+    def _check_same(self, twin: Twin, session: Session, what: str) -> None:
+        batch = next(
+            iter(self.splits.calibrate.take(max(4, self.session.fixed_batch or 1)).batches(self.batch_size))
+        )
+        with torch.no_grad():
+            ours = twin(to_tensors(batch.inputs, twin))
+        theirs = run_outputs(session, [batch], batch_size=self.batch_size)
+        for name in self.scales:
+            expected = theirs[name].astype(np.float64)
+            error = float(np.abs(ours[name].cpu().numpy() - expected).max())
+            allowed = TWIN_TOLERANCE.get(theirs[name].dtype, 5e-2) * max(float(np.abs(expected).max()), 1e-6)
+            if not error <= allowed:
+                raise ModelError(
+                    f"{what} differs from onnxruntime by {error:.3g} in output '{name}', so the model "
+                    "cannot be compressed safely; please report it with the model"
+                )
+
+    # --- the job ---
+
+    def run(self) -> reports.CompressReport:
+        config = self.config
+        if not self.prepared.coupling.groups and (
+            config.method == "prune" or not find_implant_layers(self.prepared)
+        ):
+            raise BudgetError(
+                "no channel of the model can be removed: "
+                + "; ".join(f"'{entry.node}': {entry.reason}" for entry in self.prepared.coupling.frozen[:3])
+            )
+        with self.shop.work.lock():
+            found = self._compress_in_rounds(self._budgets()) if config.has_budget else self._search()
+        return self._finish(found)
+
+    def _budgets(self) -> dict[str, float | None]:
+        config, prepared = self.config, self.prepared
+        largest = None
+        if config.max_bytes is not None:
+            proto = write_proto(prepared.graph, self.source, None)
+            n_bytes = self._count_bytes(proto)
+            largest = params_within(
+                config.max_bytes, prepared, n_bytes, external_data=self.source.external_data
+            )
+        by_ratio = None if config.keep_params is None else config.keep_params * prepared.n_params
+        limits = [limit for limit in (by_ratio, largest) if limit is not None]
+        n_macs = self.rounds[0].sizes()["macs"]
+        return {
+            "params": min(limits, default=None),
+            "macs": None if config.keep_macs is None else config.keep_macs * n_macs,
+        }
+
+    @property
+    def _only_sketch(self) -> bool:
+        """A dry run ends with the plan, but a plan that is saved holds all that the real run would do."""
+        return self.config.dry_run and self.config.save_plan is None
+
+    def _compress_in_rounds(self, budgets: dict[str, float | None]) -> Candidate:
+        """Approach the budgets in equal ratios, each round starting from the result of the one before."""
+        n_rounds, full = self.config.rounds, self.rounds[0].sizes()
+        for done in range(1, n_rounds):
+            share = done / n_rounds
+            now = {
+                name: None if limit is None else full[name] ** (1 - share) * limit**share
+                for name, limit in budgets.items()
+            }
+            candidate = self._repair_in_round(done, now)
+            self.note(f"round {done} of {n_rounds} is done")
+            self.rounds.append(self._next_round(candidate))
+        if self.config.max_bytes is not None:
+            budgets = self._fit_bytes(self.config.max_bytes, budgets)
+        return self._repair_in_round(n_rounds, budgets)
+
+    def _repair_in_round(self, number: int, budgets: Budgets) -> Candidate:
+        """Say of a budget that cannot be reached in which round that was: each has a model of its own."""
+        try:
+            return self._repair(budgets)
+        except BudgetError as error:
+            if number == 1:
+                raise
+            raise BudgetError(
+                f"round {number} of {self.config.rounds} cannot go on, by fractions of what the round before "
+                f"has left: {error}; or take fewer --rounds"
+            ) from error
+
+    def _next_round(self, candidate: Candidate) -> Round:
+        source = load_model(self._to_proto(candidate))
+        prepared = prepare(
+            source,
+            self.prepared.probe,
+            exclude=self.config.exclude,
+            only=self.config.only,
+            must_match=False,  # what a pattern named may be gone
+            implants_stay=True,  # of an implant only the rank shrinks from round to round
+            device=pick_device(self.config.device),
+        )
+        plan = candidate.plan
+        earlier = (*plan.earlier, replace(plan, earlier=()))
+        return Round(self.shop, prepared, earlier, self.rounds[-1].moved_by(candidate))
+
+    def _repair(self, budgets: Budgets) -> Candidate:
+        """Compress to budgets in the round that is on, refit and train, as far as was asked for."""
+        here = self.rounds[-1]
+        if self._only_sketch:
+            return here.sketch(budgets)
+        candidate = here.compress_to(budgets)
+        return (
+            here.train(candidate, budgets, self.prepared) if self.config.recover == "distill" else candidate
+        )
+
+    def _fit_bytes(self, max_bytes: int, budgets: dict[str, float | None]) -> dict[str, float | None]:
+        """Lower the budget of parameters until the file is small enough: implants add nodes and names.
+
+        Plans alone are quick and come first; the best candidate may have more nodes than the first plan.
+        """
+        here = self.rounds[-1]
+        compress = [here.sketch] if self._only_sketch else [here.sketch, here.compress_to]
+        for make in compress:
+            for _ in range(MAX_RESIZES):
+                excess = self._count_bytes(self._to_proto(make(budgets))) + SPARE_BYTES - max_bytes
+                if excess <= 0:
+                    break
+                # At least one byte per parameter, so this is never too little.
+                budgets = {**budgets, "params": max((budgets["params"] or 0.0) - excess, 1.0)}
+        return budgets
+
+    def _count_bytes(self, proto: ModelProto) -> int:
+        return count_saved_bytes(proto, self.output, external_data=self.source.external_data)
+
+    def _search(self) -> Candidate:
+        """Find the smallest model whose drop on the choose part, plus a margin, is within the limit."""
+        limit, part = self.config.drop_limit, self.splits.choose
+        assert limit is not None
+        reference = run_outputs(self.session, part, batch_size=self.batch_size)
+
+        def measure(candidate: Candidate) -> Quality:
+            session = open_session(self._to_proto(candidate), self.config)
+            return self.metric.measure(
+                reference, run_outputs(session, part, batch_size=self.batch_size), part.labels
+            )
+
+        found = search_smallest(self.rounds[0].sizes(), self._repair, measure, limit=limit, note=self.note)
+        if found.accepted is not None:
+            return found.accepted
+        error = BudgetError(
+            f"no smaller model was found that loses at most {limit:g} of {self.metric.name} beyond doubt "
+            f"on {part.n_samples} samples; allow more with --max-drop, or give more data"
+        )
+        if found.refused is not None:
+            proto = self._to_proto(found.refused)
+            self._refuse(error, proto, self._report(found.refused, proto))
+        raise error
+
+    # --- the result ---
+
+    def _to_proto(self, candidate: Candidate, *, plan: CompressionPlan | None = None) -> ModelProto:
+        return write_proto(candidate.compressed.finished(), self.rounds[-1].prepared.source, plan)
+
+    def _time(self, candidate: Compressed, prepared: PreparedModel) -> LatencyComparison:
+        proto = write_proto(candidate.finished(), prepared.source, None)
+        return self._time_session(open_session(proto, self.config))
+
+    def _time_session(self, session: Session) -> LatencyComparison:
+        with self.clock.stage("latency"):
+            inputs = next(iter(self.splits.calibrate.batches(self.session.fixed_batch or 1))).inputs
+            return compare_speed(self.session, session, inputs)
+
+    def _finish(self, candidate: Candidate) -> reports.CompressReport:
+        config, plan = self.config, candidate.plan
+        proto = self._to_proto(candidate, plan=plan)
+        if config.dry_run:
+            report = self._report(candidate, proto)
+            self._save_side_files(plan, report)
+            return report
+        with self.clock.stage("validate"):
+            remark = check_model(proto, reference=self.source.proto)
+            if remark:
+                self.note(remark, kind="warning")
+            session = open_session(proto, config)
+            part = self.splits.report
+            before = run_outputs(self.session, part, batch_size=self.batch_size)
+            after = run_outputs(session, part, batch_size=self.batch_size)
+            check_finite(after, label="the compressed model")
+            self._check_result(candidate.compressed, session)
+            measured = self._metric_for(before, part).measure(before, after, part.labels)
+            quality = judge_quality(measured, config.drop_limit)
+            fidelity = compare_outputs(before, after)
+        timing = self._time_session(session)
+        report = self._report(candidate, proto, quality=quality, fidelity=fidelity, timing=timing)
+        self._gate(report, proto, timing)
+        with self.clock.stage("write"):
+            save_model(
+                proto,
+                self.output,
+                external_data=self.source.external_data,
+                check=lambda path: check_loads(path, config),
+            )
+        report = replace(report, output=str(self.output), seconds=dict(self.clock.seconds))
+        self._save_side_files(plan, report)
+        if config.drop_limit is None and quality.drop > LARGE_DROP:
+            self.note(
+                f"{quality.metric} fell by {quality.drop:.4f}: keep more, or give --max-drop "
+                "to refuse such results",
+                kind="warning",
+            )
+        return report
+
+    def _metric_for(self, outputs: Outputs, part: Subset) -> Metric:
+        """The metric of the report part: ``--val`` may have labels where the data has none."""
+        return choose_metric(self.config.metric, outputs=outputs, labels=part.labels)
+
+    def _gate(self, report: reports.CompressReport, proto: ModelProto, timing: LatencyComparison) -> None:
+        """Raise unless all that was asked for is met; keep the rejected model if asked to."""
+        config, quality = self.config, report.quality
+        failures: list[TargetError] = []
+        for name, asked in report.budget.asked.items():
+            reached = report.budget.reached[name]
+            if reached > asked * (1 + 1e-9):
+                failures.append(
+                    BudgetError(f"{flag_of(name)} {asked:g} is not reached: the result has {reached:g}")
+                )
+        if quality is not None and not quality.passed:
+            failures.append(
+                GateError(
+                    f"{quality.metric} drops by {quality.drop:.4f} on {quality.n_samples} held-out samples, "
+                    f"more than --max-drop {quality.max_drop:g}; keep more, or allow a larger drop"
+                )
+            )
+        if timing.is_slower and not config.allow_slower:
+            failures.append(
+                GateError(
+                    f"the result is slower than the original in onnxruntime: {timing.after_ms:.3g} ms "
+                    f"against {timing.before_ms:.3g} ms; keep less, or pass --allow-slower"
+                )
+            )
+        if not failures:
+            return
+        self._refuse(failures[0], proto, report)
+        raise failures[0]
+
+    def _refuse(self, error: TargetError, proto: ModelProto, report: reports.CompressReport) -> None:
+        """Attach the numbers to a refusal, and keep what was refused if asked to."""
+        config = self.config
+        if config.keep_rejected and not config.dry_run:
+            save_model(proto, rejected_path(self.output), external_data=self.source.external_data)
+        error.report = replace(report, output=None)
+        if config.report is not None:
+            write_report(config.report, error.report)
+
+    def _report(
+        self,
+        candidate: Candidate,
+        proto: ModelProto,
+        *,
+        quality: reports.Quality | None = None,
+        fidelity: reports.Fidelity | None = None,
+        timing: LatencyComparison | None = None,
+    ) -> reports.CompressReport:
+        prepared, config = self.prepared, self.config
+        before = facts_before(prepared)
+        n_bytes = self._count_bytes(proto)
+        after = facts_after(candidate.compressed.finished(), prepared, n_bytes=n_bytes)
+        if timing is not None and quality is not None:
+            before = replace(before, latency_ms=timing.before_ms, metric=quality.before)
+            after = replace(after, latency_ms=timing.after_ms, metric=quality.after)
+        asked = {
+            name: value
+            for name in ("keep_params", "keep_macs", "max_bytes")
+            if (value := getattr(config, name)) is not None
+        }
+        return reports.CompressReport(
+            model=self.label,
+            output=None,
+            before=before,
+            after=after,
+            quality=quality,
+            fidelity=fidelity,
+            plan=plan_summary([one.prepared for one in self.rounds], candidate.plan),
+            frozen=frozen_nodes(prepared),
+            budget=reports.Budget(asked=asked, reached=reached_budgets(before, after)),
+            seconds=dict(self.clock.seconds),
+            seed=config.seed,
+            versions=installed_versions(),
+            recovery=recovery_summary(candidate.plan),
+        )
+
+    def _save_side_files(self, plan: CompressionPlan, report: reports.CompressReport) -> None:
+        if self.config.save_plan is not None:
+            save_plan(plan, self.config.save_plan)
+        if self.config.report is not None:
+            write_report(self.config.report, report)
+
+
+def _refuse_chance(metric: Metric, outputs: Outputs, part: Subset) -> None:
+    """Raise unless the original, which gave ``outputs``, is clearly better than guessing."""
+    value = metric.reference_value(outputs, part.labels)
+    check_chance_level(value, n_classes=metric.n_classes or 2, n_samples=part.n_samples)

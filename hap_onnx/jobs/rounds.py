@@ -1,0 +1,266 @@
+"""One round of compression: a model, what is known of its layers, and candidates made of it.
+
+Most jobs have one round. ``--rounds N`` takes the way to a small model in steps: each round starts from what
+the one before has compressed and repaired, and looks at sensitivities anew.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import hap_onnx
+from hap_onnx.config import CompressConfig
+from hap_onnx.data.calibration import Splits, Subset
+from hap_onnx.distill import Recipe, distill
+from hap_onnx.errors import BudgetError, ModelError, SurgeryError
+from hap_onnx.events import Event, OnEvent
+from hap_onnx.implants.speed import faster_kinds
+from hap_onnx.jobs.candidates import Budgets, Setting, all_kinds, compress_to, sketch
+from hap_onnx.jobs.carry_out import Compressed, from_plan_weights, left_alone
+from hap_onnx.jobs.machine import Stopwatch, open_session, pick_device
+from hap_onnx.jobs.work_folder import WorkFolder
+from hap_onnx.planning.choose import Choice, moved_tensors, predicted_losses
+from hap_onnx.planning.cost_graph import cost_model
+from hap_onnx.planning.decide import LossModel, build_loss_model
+from hap_onnx.planning.plan import CompressionPlan
+from hap_onnx.prepare import PreparedModel
+from hap_onnx.report.summary import explain_groups, explain_layers, plan_words, with_measured
+from hap_onnx.runtime.latency import LatencyComparison
+
+_log = logging.getLogger(__name__)
+
+N_STATISTICS = 1024
+"""Most samples for sensitivities, refit and the choice between candidates: training takes all there are."""
+N_CHECKED = 4096
+"""Most samples that say which weights on the way of training are best: they are run many times."""
+
+
+@dataclass(frozen=True)
+class Workshop:
+    """What all rounds of a job share.
+
+    Attributes:
+        splits: the parts of the data.
+        scales: of each output that counts, see ``curvature.output_scales``.
+        scores: the output that holds class scores, None where there is none.
+        time: times a compressed model against the original.
+        work: what is kept of an interrupted job.
+        clock: how long each stage has taken so far.
+    """
+
+    config: CompressConfig
+    splits: Splits
+    scales: Mapping[str, float]
+    scores: str | None
+    batch_size: int
+    time: Callable[[Compressed, PreparedModel], LatencyComparison]
+    work: WorkFolder
+    clock: Stopwatch
+    on_event: OnEvent
+
+    def few(self, part: Subset, n_most: int | None = None) -> Subset:
+        """Return enough samples of a part for statistics, or ``n_most``, in whole batches."""
+        return part.take(max(1, (n_most or N_STATISTICS) // self.batch_size) * self.batch_size)
+
+    def note(self, text: str, *, kind: str = "note") -> None:
+        """Tell the caller something that a user should know."""
+        self.on_event(Event("compress", "warning" if kind == "warning" else "note", text))
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A compressed model with the plan that makes it again, which also says why it is as it is."""
+
+    compressed: Compressed
+    plan: CompressionPlan
+
+
+class Round:
+    """Makes candidates of one model.
+
+    ``earlier`` are the plans of the rounds before, and ``moved`` the tensors whose channels have another
+    order since. Sensitivities are found when they are first needed: a job that goes on after an interruption
+    may have what it asks for already.
+    """
+
+    def __init__(
+        self,
+        shop: Workshop,
+        prepared: PreparedModel,
+        earlier: Sequence[CompressionPlan] = (),
+        moved: Collection[str] = (),
+    ) -> None:
+        self.shop, self.prepared, self.earlier = shop, prepared, tuple(earlier)
+        self.moved = frozenset(moved)
+        self._last: tuple[str, Candidate] | None = None
+
+    @cached_property
+    def losses(self) -> LossModel:
+        """What removing channels and replacing layers is expected to cost."""
+        shop, config = self.shop, self.shop.config
+        with shop.clock.stage("sensitivity"):
+            return build_loss_model(
+                self.prepared,
+                shop.few(shop.splits.calibrate),
+                sensitivity=config.ranking,
+                scales=shop.scales,
+                batch_size=shop.batch_size,
+                n_probes=config.probes,
+                seed=config.seed,
+                with_implants=config.method != "prune",
+                on_event=shop.on_event,
+            )
+
+    @cached_property
+    def setting(self) -> Setting:
+        """What all candidates of the round share."""
+        shop, config = self.shop, self.shop.config
+        return Setting(
+            prepared=self.prepared,
+            losses=self.losses,
+            method=config.method,
+            preset=config.preset,
+            kinds=self._kinds(),
+            calibrate=shop.few(shop.splits.calibrate),
+            choose=shop.few(shop.splits.choose),
+            scales=shop.scales,
+            batch_size=shop.batch_size,
+            seed=config.seed,
+            align=config.align,
+            recover="none" if config.recover == "none" else "refit",
+            work_dir=config.work_dir,
+            device=pick_device(config.device),
+            time=None if config.allow_slower else lambda candidate: shop.time(candidate, self.prepared),
+            on_event=shop.on_event,
+        )
+
+    def _kinds(self) -> dict[str, dict[str, float]]:
+        """Which implants each layer may become: with the speed gate on, only those that are faster there."""
+        config = self.shop.config
+        if config.method == "prune":
+            return {}
+        offered = all_kinds(self.losses)
+        if config.allow_slower or config.preset is not None:  # a preset is taken as it is; the gate decides
+            return offered
+        with self.shop.clock.stage("implant speed"):
+            found = faster_kinds(self.prepared, offered, lambda model: open_session(model, config))
+        n_without = sum(not kinds for kinds in found.values())
+        if n_without:
+            self.shop.note(
+                f"{n_without} of {len(found)} layers get no implant, since none saves enough time here "
+                "(--allow-slower lets them)"
+            )
+        if config.method == "implant" and not any(found.values()):
+            raise BudgetError(
+                "no implant of any layer saves time in onnxruntime here; let channels go, too, with "
+                "--method hap, or pass --allow-slower"
+            )
+        return found
+
+    def sizes(self) -> dict[str, float]:
+        """Parameters and multiply-accumulates of the model that the round starts from."""
+        cost = cost_model(self.prepared.graph, self.prepared.coupling, self.prepared.shapes)
+        return {"params": float(self.prepared.n_params), "macs": float(cost.macs(cost.sizes))}
+
+    def name_of(self, budgets: Budgets) -> str:
+        """Under which name the work folder keeps what this round makes of ``budgets``."""
+        content = repr((self.prepared.source.sha256, sorted(budgets.items())))
+        return f"{len(self.earlier) + 1}-{hashlib.sha256(content.encode()).hexdigest()[:12]}"
+
+    def sketch(self, budgets: Budgets) -> Candidate:
+        """Plan and cut only; raises BudgetError."""
+        setting = self.setting
+        with self.shop.clock.stage("compress"):
+            return self._explained(sketch(setting, budgets))
+
+    def compress_to(self, budgets: Budgets) -> Candidate:
+        """Return the best model within ``budgets``, repaired but not trained; raises BudgetError."""
+        name = self.name_of(budgets)
+        if self._last is not None and self._last[0] == name:
+            return self._last[1]
+        candidate = self.kept(name)
+        if candidate is None:
+            setting = self.setting  # its stages are not part of this one
+            with self.shop.clock.stage("compress"):
+                candidate = self._explained(compress_to(setting, budgets))
+                self.shop.work.save(name, candidate.plan)
+        self._last = name, candidate
+        return candidate
+
+    def train(self, candidate: Candidate, budgets: Budgets, original: PreparedModel) -> Candidate:
+        """Train a candidate towards the model that the job has started from."""
+        shop, config, name = self.shop, self.shop.config, self.name_of(budgets)
+        kept = self.kept(f"{name}-trained")
+        if kept is not None:
+            return kept
+        finished = candidate.compressed.finished()
+        with shop.clock.stage("distill"):
+            found = distill(
+                original.graph,
+                finished,
+                shop.splits.calibrate,
+                shop.few(shop.splits.choose, N_CHECKED),
+                Recipe(config.n_epochs, shop.batch_size, seed=config.seed),
+                scales=shop.scales,
+                scores=shop.scores,
+                augment=config.augment == "auto",
+                leave=left_alone(original.graph, finished, self.prepared.untouched),
+                moved=self.moved_by(candidate),
+                folder=shop.work.training(name),
+                key=shop.work.key,
+                device=pick_device(config.device),
+                on_event=shop.on_event,
+            )
+        compressed = candidate.compressed.with_trained(found.weights)
+        plan = replace(
+            candidate.plan, weights=compressed.plan_weights(), training=found.facts(config.n_epochs)
+        )
+        shop.work.save(f"{name}-trained", plan)
+        shop.work.drop_training(name)
+        return Candidate(compressed, plan)
+
+    def moved_by(self, candidate: Candidate) -> frozenset[str]:
+        """The tensors of a candidate whose channels have another order than in the original."""
+        return self.moved | moved_tensors(self.prepared, candidate.compressed.choice)
+
+    def kept(self, name: str) -> Candidate | None:
+        """Return a candidate of an interrupted job from the work folder, if it is there."""
+        plan = self.shop.work.load(name)
+        if plan is None or plan.model_sha256 != self.prepared.source.sha256:
+            return None
+        words = plan_words(self.shop.config, self.prepared)  # budgets and gates may have other words by now
+        plan = replace(plan, config=words, earlier=self.earlier)
+        try:
+            choice = Choice(plan.decisions_for(self.prepared.coupling), plan.replacements)
+            return Candidate(from_plan_weights(self.prepared, choice, plan.weights), plan)
+        except (ModelError, SurgeryError) as error:
+            _log.warning("the candidate %s in the work folder is not used: %s", name, error)
+            return None
+
+    def _explained(self, compressed: Compressed) -> Candidate:
+        config, losses, choice = self.shop.config, self.losses, compressed.choice
+        plan = CompressionPlan(
+            model_sha256=self.prepared.source.sha256,
+            version=hap_onnx.__version__,
+            config=plan_words(config, self.prepared),
+            decisions=choice.decisions,
+            replacements=with_measured(losses, choice.replacements),
+            predicted_loss=predicted_losses(losses, choice.decisions),
+            weights=compressed.plan_weights(),
+            notes=explain_groups(losses, choice, method=config.method, preset=config.preset),
+            layer_notes=explain_layers(
+                self.prepared,
+                losses,
+                choice,
+                self.setting.kinds,
+                left={node.name for node in compressed.graph.nodes},
+                method=config.method,
+                preset=config.preset,
+            ),
+            earlier=self.earlier,
+        )
+        return Candidate(compressed, plan)

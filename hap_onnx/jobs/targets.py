@@ -1,0 +1,90 @@
+"""What to aim at: limits from budgets, and the search for the smallest model within a quality drop."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+import onnx_graphsurgeon as gs
+
+from hap_onnx.errors import BudgetError
+from hap_onnx.jobs.candidates import Budgets
+from hap_onnx.model.measure import is_float_type
+from hap_onnx.model.saving import ALIGNMENT
+from hap_onnx.prepare import PreparedModel
+from hap_onnx.runtime.metrics import Quality
+
+T = TypeVar("T")  # a candidate
+
+SEARCH_RATIOS = tuple(twentieths / 20 for twentieths in range(19, 1, -1))
+"""Sizes, as fractions of the original, among which the smallest within ``max_drop`` is searched."""
+SEARCH_MARGIN = 1.28
+"""The search wants the drop plus so many standard errors below the limit: 90 % one-sided."""
+SPARE_BYTES = 256
+"""What ``--max-bytes`` leaves for the entry in the model's metadata."""
+
+
+def params_within(max_bytes: int, prepared: PreparedModel, n_bytes: int, *, external_data: bool) -> float:
+    """Return how many parameters a file of ``max_bytes`` has room for.
+
+    Bytes of parameters all but make up a file; the rest is as in the whole model, which has ``n_bytes``.
+
+    Raises BudgetError if there is room for none.
+    """
+    constants = [t for t in prepared.graph.tensors().values() if isinstance(t, gs.Constant)]
+    weights = [t.values for t in constants if is_float_type(t.values.dtype)]
+    n_weight_bytes = sum(values.nbytes for values in weights)
+    per_param = n_weight_bytes / max(sum(values.size for values in weights), 1)
+    rest = n_bytes - n_weight_bytes + SPARE_BYTES + (ALIGNMENT * len(weights) if external_data else 0)
+    if max_bytes <= rest:
+        raise BudgetError(
+            f"--max-bytes {max_bytes} cannot be reached: {int(rest)} bytes are needed apart from weights"
+        )
+    return (max_bytes - rest) / per_param
+
+
+@dataclass(frozen=True)
+class Found(Generic[T]):
+    """The smallest model that was accepted, and the last that was refused; None where there was none."""
+
+    accepted: T | None
+    refused: T | None
+
+
+def search_smallest(
+    full: Mapping[str, float],
+    compress_to: Callable[[Budgets], T],
+    measure: Callable[[T], Quality],
+    *,
+    limit: float,
+    note: Callable[[str], None],
+) -> Found[T]:
+    """Bisect the sizes for the smallest model whose drop, plus a margin for chance, is within ``limit``.
+
+    ``full`` holds the costs of the whole model, ``measure`` the quality on samples set aside for choices.
+    """
+    accepted: T | None = None
+    refused: T | None = None
+    low, high = 0, len(SEARCH_RATIOS)  # ratios before `low` are accepted, from `high` on refused
+    while low < high:
+        middle = (low + high) // 2
+        ratio = SEARCH_RATIOS[middle]
+        try:
+            candidate = compress_to({name: ratio * size for name, size in full.items()})
+        except BudgetError:
+            high = middle
+            continue
+        quality = measure(candidate)
+        interval = quality.interval
+        spread = 0.0 if interval is None else (interval[1] - interval[0]) / (2 * 1.96)
+        fits = quality.drop + SEARCH_MARGIN * spread <= limit
+        note(
+            f"at {ratio:.0%} of the size: {quality.metric} drops by {quality.drop:.4f} "
+            f"(+-{spread:.4f}), {'accepted' if fits else 'refused'}"
+        )
+        if fits:
+            accepted, low = candidate, middle + 1
+        else:
+            refused, high = candidate, middle
+    return Found(accepted, refused)

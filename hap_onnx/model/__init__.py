@@ -1,0 +1,1 @@
+"""The ONNX side: models are loaded, checked, normalised, measured and written here."""

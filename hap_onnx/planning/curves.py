@@ -1,0 +1,265 @@
+"""Loss curves: what each width of each group costs, predicted and then corrected by measurement.
+
+The prediction comes from a sensitivity (the loss after each removal in the order of removal). It is corrected
+where it can be measured cheaply: at a few widths the group alone is removed, its consumers take over in
+closed form, and the model runs on from there; the distance of its outputs to the original's is the loss.
+Between the measured widths the ratio of measured to predicted loss is interpolated (linearly in its log).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import onnx_graphsurgeon as gs
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from hap_onnx.coupling.channels import ChannelGroup, Coupling
+from hap_onnx.data.calibration import Subset
+from hap_onnx.events import OnEvent, ignore_event, track
+from hap_onnx.sensitivity.curvature import (
+    GroupConsumers,
+    LayerCurvature,
+    group_consumers,
+    refitted_weights,
+    to_tensors,
+)
+from hap_onnx.twin import Step, Twin
+
+MEASURED_WIDTHS = (0.0, 0.25, 0.5, 0.75)
+_TINY = 1e-12
+
+Overrides = Mapping[tuple[str, int], Tensor]
+Masks = Mapping[tuple[str, int], tuple[int, Tensor]]
+
+
+@dataclass(frozen=True)
+class GroupRanking:
+    """The order in which elements of a group go (indices into ``group.elements``) and the predicted loss.
+
+    ``loss[k]`` is the loss after k removals, [size + 1].
+    """
+
+    group: str
+    order: NDArray[np.int64]
+    loss: NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class GroupCurve:
+    """``loss[w]``: expected loss when w elements stay, [size + 1]; ``measured``: {width: measured loss}."""
+
+    group: str
+    loss: NDArray[np.float64]
+    measured: Mapping[int, float]
+
+
+def rank_by_score(group: ChannelGroup, score: NDArray[np.float64]) -> GroupRanking:
+    """Order the elements of a group by their score; losses add up."""
+    own = np.maximum(score[group.elements], 0.0)
+    # What no gradient reaches scores infinity: it goes last, at a loss that dwarfs the rest but adds up.
+    finite = own[np.isfinite(own)]
+    own = np.where(np.isfinite(own), own, 1e3 * finite.sum() + 1.0)
+    order = np.argsort(own, kind="stable")
+    return GroupRanking(group.name, order, np.concatenate([[0.0], np.cumsum(own[order])]))
+
+
+def measure_curves(
+    graph: gs.Graph,
+    twin: Twin,
+    coupling: Coupling,
+    rankings: Sequence[GroupRanking],
+    curvature: Mapping[str, LayerCurvature],
+    subset: Subset,
+    *,
+    scales: Mapping[str, float],
+    batch_size: int,
+    on_event: OnEvent = ignore_event,
+) -> tuple[GroupCurve, ...]:
+    """Measure each group at a few widths and correct its predicted curve.
+
+    At the first node that reads a group the model forks once per width. Memory is that of one batch and of
+    the replaced weights.
+    """
+    nodes = {node.name: node for node in graph.nodes}
+    groups = {group.name: group for group in coupling.groups}
+    position = {step.name: index for index, step in enumerate(twin.steps)}
+    forks: list[Fork] = []
+    for ranking in rankings:
+        group = groups[ranking.group]
+        parts = group_consumers(group, nodes, twin, curvature)
+        readers = [
+            position[read.node] for read in coupling.reads if np.isin(read.elements, group.elements).any()
+        ]
+        if not readers:
+            continue
+        for width in sorted({round(group.size * share) for share in MEASURED_WIDTHS}):
+            if width >= group.size:
+                continue
+            removed = ranking.order[: group.size - width]
+            overrides = _overrides(group, removed, coupling, parts, nodes, twin, curvature)
+            masks = _masks(group, removed, coupling, overrides)
+            forks.append(Fork((group.name, width), min(readers), overrides, masks))
+    measured = run_forks(twin, subset, forks, scales=scales, batch_size=batch_size, on_event=on_event)
+    return tuple(
+        _correct(ranking, {width: loss for (name, width), loss in measured.items() if name == ranking.group})
+        for ranking in rankings
+    )
+
+
+@dataclass(frozen=True)
+class Fork:
+    """One way to run the model from step ``start`` on: with other values for some inputs of its nodes.
+
+    ``masks`` holds positions that are zero instead, (axis, indices), of inputs that are activations.
+    """
+
+    key: tuple[str, int]
+    start: int
+    overrides: Overrides
+    masks: Masks = field(default_factory=dict)
+
+
+def run_forks(
+    twin: Twin,
+    subset: Subset,
+    forks: Sequence[Fork],
+    *,
+    scales: Mapping[str, float],
+    batch_size: int,
+    on_event: OnEvent = ignore_event,
+) -> dict[tuple[str, int], float]:
+    """Return the distance of the outputs to the original's for each fork, per sample, by its key.
+
+    The model runs once per batch, and each fork from its first changed step on; memory is that of one batch.
+    """
+    batch_size = twin.batch_limit or batch_size  # single steps do not loop over samples by themselves
+    by_start: dict[int, list[Fork]] = {}
+    for fork in forks:
+        by_start.setdefault(fork.start, []).append(fork)
+    n_batches = -(-subset.n_samples // batch_size)
+    sums = {fork.key: 0.0 for fork in forks}
+    work = _run_all(twin, subset, by_start, scales=scales, batch_size=batch_size)
+    for key, loss in track(work, stage="measure", total=n_batches * max(1, len(forks)), on_event=on_event):
+        sums[key] += loss
+    return {key: total / subset.n_samples for key, total in sums.items()}
+
+
+def _run_all(
+    twin: Twin,
+    subset: Subset,
+    forks: Mapping[int, Sequence[Fork]],
+    *,
+    scales: Mapping[str, float],
+    batch_size: int,
+) -> Iterator[tuple[tuple[str, int], float]]:
+    """Run all forks of all batches; yields the key of each and its loss, summed over the batch."""
+    if not forks:
+        return
+    with torch.no_grad():
+        for batch in subset.batches(batch_size):
+            inputs = to_tensors(batch.inputs, twin)
+            expected = twin(inputs)
+            values: dict[str, Tensor] = dict(inputs)
+            for index, step in enumerate(twin.steps):
+                for fork in forks.get(index, ()):
+                    outputs = _run_from(twin, index, values, fork)
+                    yield fork.key, output_distance(outputs, expected, scales)
+                _advance(twin, step, values)
+
+
+def output_distance(
+    outputs: Mapping[str, Tensor], expected: Mapping[str, Tensor], scales: Mapping[str, float]
+) -> float:
+    """Half the squared, scaled distance, summed over samples."""
+    return sum(
+        float((scale**2) * 0.5 * (outputs[name] - expected[name]).double().square().sum())
+        for name, scale in scales.items()
+    )
+
+
+def _run_from(twin: Twin, start: int, values: Mapping[str, Tensor], fork: Fork) -> dict[str, Tensor]:
+    own = dict(values)
+    for step in twin.steps[start:]:
+        _advance(twin, step, own, fork)
+    return {name: own[name] for name in twin.output_names if name in own}
+
+
+def _advance(twin: Twin, step: Step, values: dict[str, Tensor], fork: Fork | None = None) -> None:
+    def on_read(step: Step, index: int, tensor: Tensor) -> Tensor:
+        assert fork is not None
+        if (step.name, index) in fork.masks:
+            axis, gone = fork.masks[step.name, index]
+            return tensor.index_fill(axis, gone.to(tensor.device), 0.0)
+        return fork.overrides.get((step.name, index), tensor)
+
+    outputs = twin.run_step(step, values, on_read=on_read if fork is not None else None)
+    for name, tensor in zip(step.outputs, outputs, strict=False):
+        if name:
+            values[name] = tensor
+    for name in step.last_use:
+        values.pop(name, None)
+
+
+def _overrides(
+    group: ChannelGroup,
+    removed: NDArray[np.int64],
+    coupling: Coupling,
+    parts: GroupConsumers,
+    nodes: Mapping[str, gs.Node],
+    twin: Twin,
+    curvature: Mapping[str, LayerCurvature],
+) -> dict[tuple[str, int], Tensor]:
+    """Weights without the removed elements: refitted where statistics are there, else with zeros."""
+    result = refitted_weights(parts, removed, nodes, twin, curvature)
+    gone = group.elements[removed]
+    consumer_axes = {
+        weight.initializer: (weight.axis, np.isin(weight.elements, gone))
+        for weight in coupling.weights
+        if weight.role == "consumer"
+    }
+    for read in coupling.reads:
+        node = nodes[read.node]
+        for index, tensor in enumerate(node.inputs):
+            if tensor.name in consumer_axes and (read.node, index) not in result:
+                axis, hit = consumer_axes[tensor.name]
+                if not hit.any():
+                    continue
+                weight = twin.constant(tensor.name).detach().clone()
+                weight.index_fill_(axis, torch.from_numpy(np.flatnonzero(hit)).to(weight.device), 0.0)
+                result[read.node, index] = weight
+    return result
+
+
+def _masks(
+    group: ChannelGroup, removed: NDArray[np.int64], coupling: Coupling, overrides: Overrides
+) -> dict[tuple[str, int], tuple[int, Tensor]]:
+    """What goes of activations that no changed weight reads: the width of heads, in a product of two."""
+    gone = group.elements[removed]
+    masks = {}
+    changed = {node for node, _ in overrides}
+    for read in coupling.reads:
+        hit = np.isin(read.elements, gone)
+        if read.node not in changed and hit.any():
+            masks[read.node, read.index] = (read.axis, torch.from_numpy(np.flatnonzero(hit)))
+    return masks
+
+
+def _correct(ranking: GroupRanking, measured: Mapping[int, float]) -> GroupCurve:
+    """Scale the predicted curve so that it passes through the measured points."""
+    size = len(ranking.order)
+    predicted = ranking.loss[::-1]  # by width
+    if not measured:
+        return GroupCurve(ranking.group, predicted.copy(), {})
+    widths = np.array(sorted(measured))
+    losses = np.array([max(measured[int(width)], _TINY) for width in widths])
+    floor = _TINY + 1e-9 * float(predicted.max(initial=0.0))
+    ratios = np.log(losses) - np.log(predicted[widths] + floor)
+    every = np.arange(size + 1)
+    loss = (predicted + floor) * np.exp(np.interp(every, widths, ratios))
+    loss[widths] = losses
+    loss[size] = 0.0
+    return GroupCurve(ranking.group, loss, dict(measured))

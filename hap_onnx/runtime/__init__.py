@@ -1,0 +1,1 @@
+"""Whole models in onnxruntime: their outputs, quality, soundness and latency."""

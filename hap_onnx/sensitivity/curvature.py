@@ -1,0 +1,403 @@
+"""Kronecker curvature: what a layer loses when input channels go and the rest is refitted.
+
+For a contraction y = W x the second-order loss of changing W by dW is 1/2 tr(G dW A dW^T), with
+A = E[x x^T] over input rows and G = E[sum of g g^T over positions] over output gradients g. Without labels
+the loss is half the squared distance of the model's outputs to those of the original, whose Hessian is the
+Gauss-Newton matrix: one backward pass per batch with an independent random output direction per sample
+gives unbiased gradients g (the covariance of J^T v is J^T J for v ~ N(0, I)).
+
+The order of removal is Optimal Brain Surgeon on blocks: remove next the element that costs least *after the
+other inputs have taken over*, 1/2 tr(G W_e ([A^-1]_ee)^-1 W_e^T) summed over all contractions that read it;
+then update W and A^-1 (Hassibi and Stork 1993, as used for channels by K-FAC pruning).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_graphsurgeon as gs
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from hap_onnx.coupling.channels import ChannelGroup, Coupling, Read
+from hap_onnx.data.calibration import Subset
+from hap_onnx.events import OnEvent, ignore_event, track
+from hap_onnx.ops.linear import LinearForm, linear_form
+from hap_onnx.twin import Step, Twin
+
+MAX_FEATURES = 6000
+"""Above this many inputs only the diagonal of A is kept (8 bytes x features^2 is the cost of all of it)."""
+MIN_ROWS = 32_768
+
+
+@dataclass(frozen=True)
+class LayerCurvature:
+    """Statistics of one contraction; ``read`` says which channels it reads, None if none that can go.
+
+    ``inputs`` is A, float64 [g, F + 1, F + 1] with a constant 1 as last input, or [g, F + 1] where only the
+    diagonal is kept; ``gradients`` is G, float64 [g, O, O].
+    """
+
+    node: str
+    form: LinearForm
+    read: Read | None
+    inputs: Tensor
+    gradients: Tensor
+
+
+def output_directions(
+    outputs: Mapping[str, Tensor], scales: Mapping[str, float], generator: torch.Generator
+) -> list[tuple[Tensor, Tensor]]:
+    """Pair each float output that varies with an independent Gaussian direction per sample."""
+    pairs = []
+    for name, scale in scales.items():
+        output = outputs[name]
+        noise = torch.randn(output.shape, generator=generator).to(output)
+        pairs.append((output, noise * scale))
+    return pairs
+
+
+def output_scales(outputs: Iterable[Mapping[str, NDArray[np.generic]]]) -> dict[str, float]:
+    """Scale of each float output: 1 / (std over samples x sqrt(numbers per sample x outputs)).
+
+    Distances are then relative to how much the original's own outputs vary, and several outputs count
+    alike. Outputs that do not vary are left out.
+    """
+    sums: dict[str, list[float | NDArray[np.float64]]] = {}
+    for batch in outputs:
+        for name, values in batch.items():
+            if values.dtype.kind != "f" or not values.ndim:
+                continue
+            x = values.astype(np.float64)
+            entry = sums.setdefault(name, [0, np.zeros(x.shape[1:]), np.zeros(x.shape[1:])])
+            entry[0] += len(x)
+            entry[1] = entry[1] + x.sum(0)
+            entry[2] = entry[2] + (x * x).sum(0)
+    scales = {}
+    for name, (n, total, squares) in sums.items():
+        variance = float(np.mean(np.maximum(squares / n - (total / n) ** 2, 0)))
+        if np.isfinite(variance) and variance > 1e-12:
+            scales[name] = 1.0 / np.sqrt(variance * max(1, np.size(total)))
+    return {name: scale / np.sqrt(len(scales)) for name, scale in scales.items()}
+
+
+def to_tensors(inputs: Mapping[str, NDArray[np.generic]], twin: Twin) -> dict[str, Tensor]:
+    """Turn a batch of arrays into tensors on the twin's device, floats in the type that it computes in."""
+    tensors = {}
+    for name, values in inputs.items():
+        tensor = torch.from_numpy(np.ascontiguousarray(values)).to(twin.device)
+        tensors[name] = tensor.to(twin.dtype) if tensor.is_floating_point() else tensor
+    return tensors
+
+
+def collect_curvature(
+    graph: gs.Graph,
+    twin: Twin,
+    coupling: Coupling,
+    subset: Subset,
+    *,
+    scales: Mapping[str, float],
+    batch_size: int,
+    seed: int,
+    layers: Collection[str] = (),
+    on_event: OnEvent = ignore_event,
+) -> dict[str, LayerCurvature]:
+    """Collect A and G of every contraction that reads channels, and of the nodes in ``layers``.
+
+    One forward and backward pass per batch; memory does not depend on the number of samples. Contractions
+    without a matrix form (transposed convolutions) are left out.
+    """
+    batch_size = twin.batch_limit or batch_size  # else the hooks below see parts of a batch
+    nodes = {node.name: node for node in graph.nodes}
+    reads = {(read.node, read.index): read for read in coupling.reads}
+    forms: dict[str, tuple[LinearForm, Read | None]] = {}
+    for name in dict.fromkeys([*(read.node for read in coupling.reads), *layers]):
+        form = linear_form(nodes[name])
+        read = None if form is None else reads.get((name, form.data_index))
+        if form is not None and (read is not None or name in layers):
+            forms[name] = (form, read)
+    if not forms:
+        return {}
+    a_sums: dict[str, Tensor] = {}
+    g_sums: dict[str, Tensor] = {}
+    n_rows: dict[str, int] = {}
+    n_samples = 0
+    directions = torch.Generator().manual_seed(seed)
+    places = torch.Generator().manual_seed(seed + 1)
+    n_batches = -(-subset.n_samples // batch_size)
+    for batch in track(subset.batches(batch_size), stage="sensitivity", total=n_batches, on_event=on_event):
+        with torch.enable_grad():
+            outputs, seen, made = _run_and_capture(twin, to_tensors(batch.inputs, twin), forms)
+            pairs = output_directions(outputs, scales, directions)
+            total = sum((output * noise).sum() for output, noise in pairs)
+            names = list(made)
+            gradients: Sequence[Tensor | None] = [None] * len(names)
+            if isinstance(total, Tensor) and total.requires_grad:  # else opaque operators block all of it
+                gradients = torch.autograd.grad(total, [made[name] for name in names], allow_unused=True)
+        n_batch = len(next(iter(batch.inputs.values())))
+        n_samples += n_batch
+        with torch.no_grad():
+            for name, gradient in zip(names, gradients, strict=True):
+                form, _ = forms[name]
+                x, y = seen.pop(name), made.pop(name)
+                n_positions = form.n_positions(y)
+                wanted = _n_positions(n_positions, _n_features(x, form), subset.n_samples)
+                picked = torch.randperm(n_positions, generator=places)[:wanted].sort().values
+                rows = form.patches(x, picked)
+                rows = torch.cat([rows, rows.new_ones(*rows.shape[:2], 1)], 2)
+                if rows.shape[2] - 1 > MAX_FEATURES:
+                    a = rows.double().square().sum(1)
+                else:
+                    a = (rows.transpose(1, 2) @ rows).double()
+                a_sums[name] = a_sums[name] + a if name in a_sums else a
+                n_rows[name] = n_rows.get(name, 0) + rows.shape[1]
+                if gradient is not None:
+                    g = form.outputs(gradient, torch.arange(n_positions))
+                    g = (g.transpose(1, 2) @ g).double()
+                    g_sums[name] = g_sums[name] + g if name in g_sums else g
+    return {
+        name: LayerCurvature(
+            name,
+            form,
+            read,
+            a_sums[name] / n_rows[name],
+            _gradients_of(name, g_sums, n_samples, twin, nodes, form),
+        )
+        for name, (form, read) in forms.items()
+        if name in a_sums
+    }
+
+
+def _run_and_capture(
+    twin: Twin, inputs: Mapping[str, Tensor], forms: Mapping[str, tuple[LinearForm, Read | None]]
+) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
+    """Run the twin; return its outputs, and what the nodes of ``forms`` read and write, by node."""
+    seen: dict[str, Tensor] = {}
+    made: dict[str, Tensor] = {}
+
+    def on_read(step: Step, index: int, tensor: Tensor) -> Tensor:
+        if step.name in forms and index == forms[step.name][0].data_index:
+            seen[step.name] = tensor.detach()
+        return tensor
+
+    def on_write(step: Step, index: int, tensor: Tensor) -> Tensor:
+        if step.name in forms and index == 0:
+            made[step.name] = tensor
+        return tensor
+
+    return twin(inputs, on_read=on_read, on_write=on_write), seen, made
+
+
+def _gradients_of(
+    name: str,
+    sums: Mapping[str, Tensor],
+    n_samples: int,
+    twin: Twin,
+    nodes: Mapping[str, gs.Node],
+    form: LinearForm,
+) -> Tensor:
+    """G of a layer; the identity where an opaque operator blocks the gradient: its output error counts."""
+    if name in sums:
+        return sums[name] / n_samples
+    weight = twin.constant(nodes[name].inputs[form.weight_index].name)
+    matrix = form.to_matrix(weight)
+    return torch.eye(matrix.shape[1], dtype=torch.float64).expand(matrix.shape[0], -1, -1)
+
+
+def _n_features(x: Tensor, form: LinearForm) -> int:
+    return x.shape[form.channel_axis] // form.conv_group * form.n_taps
+
+
+def _n_positions(n_positions: int, n_features: int, n_samples: int) -> int:
+    """Positions per sample so that there are enough rows in all, but not many more."""
+    return min(n_positions, max(1, -(-max(MIN_ROWS, 4 * n_features) // n_samples)))
+
+
+# --- one layer as a consumer of elements ---
+
+
+class Consumer:
+    """A contraction that reads elements of one group: the state of greedy removal.
+
+    ``features[e]`` holds the inputs that belong to element e of the group, [n_elements, block].
+    """
+
+    def __init__(
+        self, layer: LayerCurvature, weight: Tensor, bias: Tensor | None, conv_group: int, damping: float
+    ) -> None:
+        matrix = layer.form.to_matrix(weight.detach())[conv_group].double()
+        last = bias.detach().double() if bias is not None else matrix.new_zeros(matrix.shape[0])
+        self.weight = torch.cat([matrix, last.reshape(-1, 1)], 1)  # [O, F + 1]
+        a = layer.inputs[conv_group]
+        self.diagonal = a.ndim == 1
+        if self.diagonal:
+            self.damped = a + damping * a.mean()
+        else:
+            self.damped = a + damping * a.diagonal().mean() * torch.eye(len(a), dtype=a.dtype)
+        values, vectors = torch.linalg.eigh(layer.gradients[conv_group])
+        self.half = (vectors * values.clamp_min(0).sqrt()).T  # half^T half = G
+
+    def start(self) -> None:
+        """Forget all removals."""
+        self._v = self.half @ self.weight
+        if not self.diagonal:
+            self._inverse = torch.cholesky_inverse(torch.linalg.cholesky(self.damped))
+            self._place = torch.arange(len(self.damped))  # of each feature in the inverse
+            self._gone = torch.zeros(len(self.damped), dtype=torch.bool)
+
+    def costs(self, features: Tensor) -> Tensor:
+        """Loss of removing each element next; features [m, block] -> [m]."""
+        if self.diagonal:
+            v = self._v[:, features].permute(1, 2, 0)  # [m, block, O]
+            return 0.5 * (v.square().sum(2) * self.damped[features]).sum(1)
+        features = self._place[features]
+        v = self._v[:, features].permute(1, 2, 0)
+        blocks = self._inverse[features[:, :, None], features[:, None, :]]  # [m, block, block]
+        return 0.5 * (torch.linalg.solve(blocks, v) * v).sum((1, 2))
+
+    def remove(self, features: Tensor) -> None:
+        """Remove elements [block] and let the remaining inputs take over."""
+        if self.diagonal:
+            self._v[:, features] = 0
+            return
+        features = self._place[features]
+        p = self._inverse
+        k = torch.linalg.solve(p[features][:, features], p[features])  # [block, what is left of F + 1]
+        self._v -= self._v[:, features] @ k
+        p.addmm_(p[:, features], k, alpha=-1)  # in place: it may be hundreds of megabytes
+        self._v[:, features] = 0
+        p[features] = 0
+        p[:, features] = 0
+        p[features, features] = 1
+        self._forget(features)
+
+    def _forget(self, features: Tensor) -> None:
+        """Mark places of the inverse as unused; drop them once they are a quarter of it."""
+        gone = torch.zeros(len(self._inverse), dtype=torch.bool)
+        gone[features] = True
+        self._gone |= gone
+        if self._gone.sum() * 4 < len(gone):
+            return
+        left = ~self._gone
+        self._inverse, self._v = self._inverse[left][:, left], self._v[:, left]
+        new = torch.cumsum(left, 0) - 1
+        alive = self._place >= 0
+        alive[alive.clone()] = left[self._place[alive]]
+        self._place = torch.where(alive, new[self._place.clamp_min(0)], -1)
+        self._gone = torch.zeros(len(self._inverse), dtype=torch.bool)
+
+    def solve(self, removed: Tensor) -> Tensor:
+        """Weights [O, F + 1] that lose least without the removed features: zero there, refitted elsewhere."""
+        keep = torch.ones(self.weight.shape[1], dtype=torch.bool)
+        keep[removed] = False
+        result = torch.zeros_like(self.weight)
+        if self.diagonal:
+            result[:, keep] = self.weight[:, keep]
+        else:
+            factor = torch.linalg.cholesky(self.damped[keep][:, keep])
+            result[:, keep] = torch.cholesky_solve(self.damped[keep] @ self.weight.T, factor).T
+        return result
+
+
+@dataclass(frozen=True)
+class GroupConsumers:
+    """All consumers of one group; ``features[k][e]``: inputs of consumer k that element e feeds."""
+
+    keys: tuple[tuple[str, int], ...]  # (node, conv group)
+    consumers: tuple[Consumer, ...]
+    features: tuple[Tensor, ...]
+
+
+def group_consumers(
+    group: ChannelGroup,
+    graph_nodes: Mapping[str, gs.Node],
+    twin: Twin,
+    curvature: Mapping[str, LayerCurvature],
+    *,
+    damping: float = 1e-2,
+) -> GroupConsumers:
+    """Bring the statistics of all contractions that read a group together."""
+    keys, consumers, features = [], [], []
+    position_in_group = {int(element): index for index, element in enumerate(group.elements)}
+    for name, layer in curvature.items():
+        node, form = graph_nodes[name], layer.form
+        if layer.read is None:
+            continue
+        elements = layer.read.elements
+        local = np.array([position_in_group.get(int(element), -1) for element in elements])
+        if (local < 0).all():
+            continue
+        weight = twin.constant(node.inputs[form.weight_index].name)
+        bias = (
+            None if form.bias_index is None else twin.constant(node.inputs[form.bias_index].name).reshape(-1)
+        )
+        width = len(elements) // form.conv_group
+        n_out = form.to_matrix(weight).shape[1]
+        for conv_group in range(form.conv_group):
+            here = local[conv_group * width : (conv_group + 1) * width]
+            owned = np.repeat(here, form.n_taps)
+            order = np.argsort(owned, kind="stable")
+            order = order[owned[order] >= 0]
+            part = None if bias is None else bias[conv_group * n_out : (conv_group + 1) * n_out]
+            keys.append((name, conv_group))
+            consumers.append(Consumer(layer, weight, part, conv_group, damping))
+            features.append(torch.from_numpy(order.reshape(group.size, -1)))
+    return GroupConsumers(tuple(keys), tuple(consumers), tuple(features))
+
+
+def eliminate(parts: GroupConsumers, size: int) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """Remove the elements of a group one by one, the cheapest first.
+
+    Returns the order of removal [size] and the predicted loss after each removal [size + 1] (0 first).
+    """
+    for consumer in parts.consumers:
+        consumer.start()
+    alive = torch.arange(size)
+    order, loss = [], [0.0]
+    # Many elements go in steps of several: the ranking hardly moves within one step.
+    while len(alive):
+        costs = torch.zeros(len(alive), dtype=torch.float64)
+        for consumer, features in zip(parts.consumers, parts.features, strict=True):
+            costs += consumer.costs(features[alive])
+        n_next = max(1, len(alive) // 64)
+        ranked = torch.argsort(costs, stable=True)[:n_next]
+        for index in ranked:
+            order.append(int(alive[index]))
+            loss.append(loss[-1] + max(float(costs[index]), 0.0))
+        for consumer, features in zip(parts.consumers, parts.features, strict=True):
+            consumer.remove(features[alive[ranked]].reshape(-1))
+        keep = torch.ones(len(alive), dtype=torch.bool)
+        keep[ranked] = False
+        alive = alive[keep]
+    return np.array(order, np.int64), np.array(loss)
+
+
+def refitted_weights(
+    parts: GroupConsumers,
+    removed: Sequence[int] | NDArray[np.int64],
+    graph_nodes: Mapping[str, gs.Node],
+    twin: Twin,
+    curvature: Mapping[str, LayerCurvature],
+) -> dict[tuple[str, int], Tensor]:
+    """Weights and biases, {(node, input index): tensor}, that take over when elements of a group go."""
+    solved: dict[str, dict[int, Tensor]] = {}
+    index = torch.as_tensor(np.asarray(removed, np.int64))
+    for (name, conv_group), consumer, features in zip(
+        parts.keys, parts.consumers, parts.features, strict=True
+    ):
+        solved.setdefault(name, {})[conv_group] = consumer.solve(features[index].reshape(-1))
+    result = {}
+    for name, by_group in solved.items():
+        node, form = graph_nodes[name], curvature[name].form
+        weight = twin.constant(node.inputs[form.weight_index].name)
+        both = torch.stack([by_group[g] for g in range(form.conv_group)])  # [g, O, F + 1]
+        result[name, form.weight_index] = form.to_weight(both[:, :, :-1], tuple(weight.shape)).to(
+            weight.dtype
+        )
+        if form.bias_index is not None:
+            bias = twin.constant(node.inputs[form.bias_index].name)
+            result[name, form.bias_index] = both[:, :, -1].reshape(bias.shape).to(bias.dtype)
+    return result

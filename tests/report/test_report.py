@@ -1,0 +1,160 @@
+from __future__ import annotations
+
+import io
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from sample_reports import compress_report, inspect_report, validate_report
+
+from hap_onnx.events import Event
+from hap_onnx.report import Fidelity, ModelFacts, Quality, RoundRecovered
+from hap_onnx.report.render import EventPrinter, render_json, render_report
+
+
+def test_the_keys_of_a_compress_report_are_the_contract():
+    plain = compress_report().to_dict()
+    assert list(plain) == [
+        "schema", "model", "output", "before", "after", "quality", "fidelity", "plan", "frozen", "budget",
+        "seconds", "seed", "versions", "recovery",
+    ]  # fmt: skip
+    assert plain["schema"] == "hap-onnx/compress/1"
+    assert list(plain["before"]) == ["params", "macs", "bytes", "latency_ms", "metric"]
+    assert list(plain["quality"]) == [
+        "metric", "before", "after", "drop", "interval", "n_samples", "max_drop", "passed",
+    ]  # fmt: skip
+    assert list(plain["fidelity"]) == ["r2", "agreement", "max_abs_error"]
+    assert list(plain["plan"]) == ["groups", "implants", "removed_branches", "layers"]
+    assert plain["plan"]["groups"][0] == {"name": "a", "size": 16, "kept": 8, "why": "half is copies"}
+    assert plain["plan"]["implants"] == [
+        {"node": "c", "kind": "lowrank", "rank": 4, "predicted_loss": 0.25, "expected_loss": 0.5,
+         "measured": [{"kind": "spatial", "predicted": 0.125, "measured": 0.25}]}
+    ]  # fmt: skip
+    assert plain["plan"]["layers"] == [{"node": "c", "choice": "lowrank", "why": "it fits"}]
+    assert plain["plan"]["removed_branches"] == ["add_3"]
+    assert plain["frozen"] == [{"node": "Gemm_1", "reason": "feeds a graph output"}]
+    assert plain["budget"]["asked"] == {"keep_macs": 0.5, "max_bytes": 2e6}
+
+
+def test_reports_are_strict_json_whatever_numbers_they_hold():
+    fidelity = Fidelity(float("-inf"), np.float32(0.5), float("nan"))
+    odd = compress_report(fidelity=fidelity, seed=np.int64(3), seconds={"x": np.float64(1)})
+    plain = json.loads(render_json(odd))
+    assert plain["fidelity"] == {"r2": None, "agreement": 0.5, "max_abs_error": None}
+    assert plain["seed"] == 3
+    assert json.loads(render_json(compress_report(model=Path("x.onnx"))))["model"] == "x.onnx"
+
+
+def test_a_report_refuses_what_json_cannot_say():
+    with pytest.raises(TypeError, match="cannot hold"):
+        compress_report(seed=object()).to_dict()
+
+
+@pytest.mark.parametrize("report", [compress_report(), inspect_report(), validate_report()])
+def test_reports_fit_80_columns_and_carry_no_colour_in_a_pipe(report):
+    text = render_report(report, io.StringIO())
+    assert max(len(line) for line in text.splitlines()) <= 80
+    assert "\x1b" not in text
+    assert text.endswith("\n")
+
+
+def test_the_table_shows_both_models_and_the_change():
+    text = render_report(compress_report(), io.StringIO())
+    for row in (
+        ["parameters", "855,770", "402,113", "-53.0", "%"],
+        ["MACs", "125.5", "M", "62.0", "M", "-50.6", "%"],
+        ["latency", "2.410", "ms", "1.720", "ms", "1.40x", "faster"],
+        ["accuracy", "92.72", "%", "91.90", "%", "-0.82", "points"],
+    ):
+        assert row in [line.split() for line in text.splitlines()]
+    text = " ".join(text.split())
+    assert "-0.82 points (-1.50 to -0.10) on 1017 held-out samples" in text
+    assert "keep-macs 50.0 %, reached 49.4 %; max-bytes 2.00 MB, reached 1.64 MB" in text
+    assert "1 implant (1 lowrank), 1 residual branch removed" in text
+
+
+def test_the_table_counts_the_kinds_of_implants():
+    plan = compress_report().plan
+    kinds = ["spatial", "lowrank", "spatial"]
+    used = tuple(replace(plan.implants[0], node=f"n{index}", kind=kind) for index, kind in enumerate(kinds))
+    text = render_report(compress_report(plan=replace(plan, implants=used)), io.StringIO())
+    assert "3 implants (1 lowrank, 2 spatial)" in " ".join(text.split())
+    assert "implant" not in render_report(compress_report(plan=replace(plan, implants=())), io.StringIO())
+
+
+def test_a_dry_run_has_no_quality_and_says_that_nothing_was_written():
+    after = ModelFacts(400_000, None, 1_600_000)
+    report = compress_report(output=None, quality=None, fidelity=None, after=after)
+    text = render_report(report, io.StringIO())
+    assert "nothing written" in text
+    assert "latency" not in text
+    assert json.loads(render_json(report))["quality"] is None
+
+
+def test_a_failed_gate_is_told():
+    quality = Quality("r2", 1.0, 0.8, 0.2, (0.1, 0.3), 1, 0.01, False)
+    text = render_report(validate_report(quality=quality, slower=True, passed=False), io.StringIO())
+    assert "gate -0.0100 FAILED" in text
+    assert "slower than the reference" in text
+    assert "on 1 sample;" in text
+
+
+def test_frozen_nodes_are_told_once_per_reason():
+    text = render_report(inspect_report(), io.StringIO())
+    assert text.count("feeds a graph output") == 1
+    assert "node_0, node_1, node_2 and 2 more: feeds a graph output" in text
+
+
+def test_names_with_brackets_are_shown_as_they_are():
+    report = compress_report(model="net[bold]1.onnx", frozen=())
+    assert "net[bold]1.onnx" in render_report(report, io.StringIO())
+
+
+# ---------------------------------------------------------------- events
+
+EVENTS = (
+    Event("refit", "start", total=2), Event("refit", "advance"), Event("x", "advance"), Event("refit", "end"),
+    Event("refit", "start", total=None), Event("refit", "end"), Event("data", "note", message="a [note]"),
+    Event("data", "warning", message="a [warning]"),
+)  # fmt: skip
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def play(stream, *, quiet):
+    with EventPrinter(stream, quiet=quiet) as printer:
+        for event in EVENTS:
+            printer(event)
+    return stream.getvalue()
+
+
+def test_without_a_terminal_there_are_notes_but_no_bars():
+    assert play(io.StringIO(), quiet=False) == "a [note]\nwarning: a [warning]\n"
+
+
+def test_quiet_keeps_only_warnings():
+    assert play(io.StringIO(), quiet=True) == "warning: a [warning]\n"
+    assert "refit" not in play(Terminal(), quiet=True)
+
+
+def test_a_terminal_gets_bars(monkeypatch):
+    monkeypatch.setenv("TERM", "xterm")
+    text = play(Terminal(), quiet=False)
+    assert "refit" in text
+    assert "a [note]" in text
+
+
+@pytest.mark.parametrize(("n", "words"), [(1, "1 epoch"), (4, "4 epochs")])
+def test_the_table_tells_of_training(n, words):
+    entry = RoundRecovered("distill", n, 0.5, 0.25, 0.125, 2, ())
+    text = " ".join(render_report(compress_report(recovery=(entry,)), io.StringIO()).split())
+    assert f"training: distance to the original 0.25 -> 0.125, best after 0.5 of {words}, 2 rollbacks" in text
+    rounds = (RoundRecovered("refit"), entry)
+    text = " ".join(render_report(compress_report(recovery=rounds), io.StringIO()).split())
+    assert f"training in round 2: distance to the original 0.25 -> 0.125, best after 0.5 of {words}" in text
+    assert "round 1" not in text
