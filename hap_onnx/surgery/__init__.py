@@ -20,11 +20,11 @@ from numpy.typing import NDArray
 
 from hap_onnx.coupling.channels import Coupling, IdAxis
 from hap_onnx.errors import SurgeryError
-from hap_onnx.model.shape_program import evaluate, find_edits, replace_numbers
 from hap_onnx.ops.elementwise import is_elementwise
 from hap_onnx.ops.registry import find_bias, find_edit, keeps_constant
 from hap_onnx.ops.rules import read_ints
 from hap_onnx.ops.shape import resolve_shape
+from hap_onnx.surgery.shape_program import evaluate, find_edits, replace_numbers
 from hap_onnx.twin import Step, build_twin
 
 _log = logging.getLogger(__name__)

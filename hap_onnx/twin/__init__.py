@@ -31,8 +31,8 @@ from torch import Tensor, nn
 
 from hap_onnx import ops  # noqa: F401  (registers the operators)
 from hap_onnx.errors import CalibrationError, ModelError
-from hap_onnx.model.calls import BodyCall, TorchCall, find_call, is_float_array
 from hap_onnx.ops.arguments import UnitShapes
+from hap_onnx.twin.calls import BodyCall, TorchCall, find_call, is_float_array
 from hap_onnx.twin.opaque import OpaqueNode, captured_names, is_known, write_node
 
 logger = getLogger(__name__)

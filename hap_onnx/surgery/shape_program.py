@@ -14,10 +14,10 @@ import onnx_graphsurgeon as gs
 import torch
 from numpy.typing import NDArray
 
-from hap_onnx.model.calls import call_node
 from hap_onnx.ops.concat import is_concat
 from hap_onnx.ops.elementwise import is_elementwise
 from hap_onnx.ops.shape import asks_shape_only
+from hap_onnx.twin.calls import call_node
 
 MAX_NUMBERS = 10_000
 _MAX_NODES = 100

@@ -8,8 +8,8 @@ import onnx_graphsurgeon as gs
 import pytest
 import torch
 
-from hap_onnx.model.calls import BodyCall, make_body
 from hap_onnx.ops import registry
+from hap_onnx.twin.calls import BodyCall, make_body
 from tests.helpers import check_model, make_model, make_twin, node, rand
 
 

@@ -10,7 +10,7 @@ import pytest
 from topologies import Net
 
 from hap_onnx.model.model_io import load_model, normalise
-from hap_onnx.model.shape_program import evaluate, find_edits, replace_numbers
+from hap_onnx.surgery.shape_program import evaluate, find_edits, replace_numbers
 
 OPSET = 17
 
