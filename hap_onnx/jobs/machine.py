@@ -22,6 +22,7 @@ from hap_onnx.model.model_io import SourceModel, to_proto
 from hap_onnx.planning.plan import CompressionPlan, plan_hash
 from hap_onnx.runtime.latency import LatencyComparison, latency_feed, measure_latency
 from hap_onnx.runtime.session import Session, make_session
+from hap_onnx.timing.table import KeptTable, default_path, this_machine
 
 LATENCY_SECONDS = 3.0
 """How long two models are timed against each other."""
@@ -73,6 +74,16 @@ def compare_speed(
     """Time two models in turn on the first sample of ``inputs``."""
     feed = latency_feed(reference, inputs)
     return measure_latency(reference, candidate, feed, seconds=LATENCY_SECONDS)
+
+
+def open_times(config: CompressConfig, session: Session) -> KeptTable:
+    """Open the times that a job may use again: of the table named, the work folder, or the user's cache."""
+    machine = this_machine(session.provider, session.threads)
+    if config.latency_table is not None:
+        return KeptTable(machine, config.latency_table)
+    if config.work_dir is not None:
+        return KeptTable(machine, config.work_dir / "latency.json")
+    return KeptTable(machine, default_path(machine) if config.needs_times else None, is_cache=True)
 
 
 def whole_batch_size(wanted: int, session: Session) -> int:

@@ -161,9 +161,18 @@ def make_session(
 
 
 def load(
-    model: Model, providers: Sequence[str], *, threads: int | None, severity: int, label: str
+    model: Model,
+    providers: Sequence[str],
+    *,
+    threads: int | None,
+    severity: int,
+    label: str,
+    profile: str | None = None,
 ) -> ort.InferenceSession:
+    """Load a model with the options that all sessions share; ``profile`` begins the name of its profile."""
     options = ort.SessionOptions()
+    if profile is not None:
+        options.enable_profiling, options.profile_file_prefix = True, profile
     options.log_severity_level = severity
     options.use_deterministic_compute = True
     if threads is not None:
