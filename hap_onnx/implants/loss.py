@@ -369,9 +369,7 @@ def implant_menu(
         most = len(of_rank) - 1 if kind != "pointwise" else n_out - 1  # something stays as it is
         step = align if align != "auto" else _rank_step(n_least, is_timed=kinds[kind] < 1)
         for rank in allowed_widths(most + 1, step).tolist():
-            table = rank_coefficients(form_of[kind], rank, node, shapes, n_groups=n_groups, n_taps=n_taps)
-            if times is not None:
-                table[:, 2] = times.implants[node.name, kind].at_rank(kind, rank, n_groups=n_groups)
+            table = implant_costs(losses.layer, form_of[kind], rank, node, shapes, times=times)
             cost = lengths @ table
             if (cost < full).any() and cost[1] <= kinds[kind] * full[1] * (1 + 1e-9) and cost[2] >= 0:
                 choices.append(ImplantChoice(kind, rank))
@@ -403,6 +401,23 @@ def _rank_step(size: int, *, is_timed: bool) -> int:
     if is_timed and size >= 32:
         return 8
     return 8 if size >= 64 else 4 if size >= 16 else 2 if size >= 8 else 1
+
+
+def implant_costs(
+    layer: ImplantLayer,
+    form: ImplantForm,
+    rank: int,
+    node: gs.Node,
+    shapes: Shapes,
+    *,
+    times: NodeTimes | None,
+) -> Ints:
+    """Costs of an implant of a layer, int64 [4, n_metrics], with what it takes if ``times`` tell."""
+    n_groups, n_taps = layer.form.conv_group, layer.form.n_taps
+    table = rank_coefficients(form, rank, node, shapes, n_groups=n_groups, n_taps=n_taps)
+    if times is not None:
+        table[:, 2] = times.implants[layer.node, form.kind].at_rank(form.kind, rank, n_groups=n_groups)
+    return table
 
 
 def rank_coefficients(

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from hap_onnx.coupling.channels import Coupling
 from hap_onnx.errors import BudgetError
 from hap_onnx.implants.factors import pointwise_order
-from hap_onnx.implants.loss import ImplantLayer, LayerMenu, cut_layer, implant_menu
+from hap_onnx.implants.loss import ImplantLayer, LayerMenu, cut_layer, implant_costs, implant_menu
 from hap_onnx.model.measure import constants_of
 from hap_onnx.ops.linear import linear_form
 from hap_onnx.ops.registry import find_macs
@@ -180,6 +180,25 @@ def _choice(
             )
         )
     return Choice(decisions, tuple(replacements))
+
+
+def predicted_costs(prepared: PreparedModel, model: LossModel, choice: Choice) -> Ints:
+    """Return what a choice costs, in the order of ``METRICS``, without carrying it out."""
+    nodes = {node.name: node for node in prepared.graph.nodes}
+    replaced = {entry.node: entry for entry in choice.replacements}
+    tables = []
+    for terms in model.cost.layers:
+        entry = replaced.get(terms.node)
+        if entry is None:
+            tables.append(terms.dense)
+            continue
+        layer = model.implants[terms.node].layer
+        form = layer.kind(entry.kind)
+        tables.append(
+            implant_costs(layer, form, entry.rank, nodes[terms.node], prepared.shapes, times=model.times)
+        )
+    widths = [len(decision.keep) for decision in choice.decisions]
+    return model.cost.totals(widths, np.stack(tables) if tables else None)
 
 
 def predicted_losses(model: LossModel, decisions: tuple[GroupDecision, ...]) -> dict[str, float]:
