@@ -8,7 +8,8 @@
 ``plans`` times 20 plans of all sizes, pruned and with implants, and prints the rank correlation with what was
 predicted. ``keep`` plans for fractions of the original's latency, ``budgets`` for fractions of its multiply-
 accumulates, and ``equal`` compares the accuracy of both at the same latency; each result is written and timed
-against the original in a process of its own. All points of one model share its sensitivities. Without ``--data`` images are made up, which is enough for times.
+against the original in a process of its own. All points of one model share its sensitivities. Without
+``--data`` images are made up, which is enough for times.
 """
 
 from __future__ import annotations
@@ -218,7 +219,13 @@ def _make_and_time(
 @click.option("--ratio", "ratios", multiple=True, type=float, default=(0.8, 0.65, 0.5, 0.35))
 @click.option("--seed", default=0, show_default=True)
 def equal(
-    model: Path, data: Path, test: Path, max_samples: int, seconds: float, ratios: tuple[float, ...], seed: int
+    model: Path,
+    data: Path,
+    test: Path,
+    max_samples: int,
+    seconds: float,
+    ratios: tuple[float, ...],
+    seed: int,
 ) -> None:
     """Compare, at equal measured latency, plans for multiply-accumulates with plans for time."""
     rows = []
@@ -246,14 +253,15 @@ def equal(
                 row += [f"{latency:.3f}", bounds, f"{_accuracy(job, path):.2%}"]
             rows.append(row)
             click.echo(f"  {row}", err=True)
-    header = "keep MACs|latency|95 % interval|accuracy|planned for this latency: latency|95 % interval|accuracy"
+    header = "keep MACs|latency|95 % interval|accuracy|planned for it: latency|95 % interval|accuracy"
     click.echo(table(header, rows))
 
 
 def _accuracy(job: Job, path: Path) -> float:
     part = job.splits.report
     outputs = run_outputs(make_session(path, providers="cpu", threads=1), part)
-    return choose_metric("accuracy", outputs=outputs, labels=part.labels).reference_value(outputs, part.labels)
+    metric = choose_metric("accuracy", outputs=outputs, labels=part.labels)
+    return metric.reference_value(outputs, part.labels)
 
 
 @main.command()
