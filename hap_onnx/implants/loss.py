@@ -368,7 +368,7 @@ def implant_menu(
     for kind, of_rank in every.items():
         most = len(of_rank) - 1 if kind != "pointwise" else n_out - 1  # something stays as it is
         step = align if align != "auto" else _rank_step(n_least, is_timed=kinds[kind] < 1)
-        for rank in allowed_widths(most + 1, step).tolist():
+        for rank in allowed_widths(most + 1, step, of=n_least).tolist():
             table = implant_costs(losses.layer, form_of[kind], rank, node, shapes, times=times)
             cost = lengths @ table
             if (cost < full).any() and cost[1] <= kinds[kind] * full[1] * (1 + 1e-9) and cost[2] >= 0:

@@ -14,8 +14,8 @@ Ints = NDArray[np.int64]
 class Blocks:
     """Alignment by measurement: the runtime computes ``unit`` channels at once.
 
-    Multiples of it are offered, and in narrow groups, which would have next to no choice, its quarters
-    below it: what reads a fraction of a block may read less.
+    Multiples of it are offered, and quarters of it where there is one block only, and else no choice: making
+    a part of a block takes as long as all of it, but reading less is faster.
     """
 
     unit: int
@@ -28,16 +28,16 @@ Align = int | str | Blocks
 """``auto``, multiples of a number, or blocks that were measured."""
 
 
-def allowed_widths(size: int, align: int | str | Blocks) -> Ints:
-    """Return the widths from 1 to ``size - 1`` that are offered, ascending.
+def allowed_widths(size: int, align: int | str | Blocks, *, of: int | None = None) -> Ints:
+    """Return the widths from 1 to ``size - 1`` that are offered, ascending, in a layer of ``of`` channels.
 
     ``auto`` means multiples of 8 from 64 channels on, of 4 from 16, of 2 from 8.
     """
+    n_channels = size if of is None else of
     if isinstance(align, Blocks):
-        unit, quarter = align.unit, max(align.unit // 4, 1)
-        below = np.arange(quarter, min(unit, size), quarter) if size <= 2 * unit else np.zeros(0, np.int64)
-        return np.concatenate([below, np.arange(unit, size, unit)])
-    unit = _auto_unit(size) if isinstance(align, str) else align
+        unit = align.unit if n_channels > align.unit else max(align.unit // 4, 1)
+    else:
+        unit = _auto_unit(n_channels) if isinstance(align, str) else align
     return np.arange(unit, size, unit)
 
 

@@ -30,6 +30,7 @@ from hap_onnx.report import (
     Fidelity,
     FrozenNode,
     InspectReport,
+    Latency,
     ModelFacts,
     PlanSummary,
     Quality,
@@ -66,7 +67,8 @@ def _layout(report: Report) -> RenderableType:
         return _layout_inspect(report)
     if isinstance(report, ValidateReport):
         title = f"{report.reference} -> {report.candidate}"
-        lines = [*_quality_lines(report.quality, of="sample"), *_fidelity_lines(report.fidelity)]
+        lines = [*_latency_lines(report.latency), *_quality_lines(report.quality, of="sample")]
+        lines += _fidelity_lines(report.fidelity)
         if report.slower:
             lines.append(Text("slower than the reference beyond noise", style="red"))
     else:
@@ -77,7 +79,8 @@ def _layout(report: Report) -> RenderableType:
 
 def _compress_lines(report: CompressReport) -> list[Text]:
     lines = [Text(f"budget: {_budget_text(report)}")] if report.budget.asked else []
-    lines += _quality_lines(report.quality) + _fidelity_lines(report.fidelity)
+    lines += _latency_lines(report.latency) + _quality_lines(report.quality)
+    lines += _fidelity_lines(report.fidelity)
     lines.append(Text(f"plan: {_plan_text(report.plan)}"))
     lines += _recovery_lines(report.recovery)
     if report.frozen:
@@ -104,6 +107,22 @@ def _facts_table(report: CompressReport | ValidateReport) -> Table:
         name = quality.metric
         table.add_row(name, _metric(name, quality.before), _metric(name, quality.after), _drop(quality))
     return table
+
+
+def _latency_lines(latency: Latency | None) -> list[Text]:
+    if latency is None:
+        return []
+    low, high = latency.interval
+    threads = "threads as onnxruntime chooses"
+    if latency.threads is not None:
+        threads = _plural(latency.threads, "thread")
+    provider = latency.provider.removesuffix("ExecutionProvider")
+    return [
+        Text(
+            f"latency: {latency.ratio:.3f} of the original's (95 %: {low:.3f} to {high:.3f}), batch "
+            f"{latency.batch}, {threads}, {provider}"
+        )
+    ]
 
 
 def _quality_lines(quality: Quality | None, *, of: str = "held-out sample") -> list[Text]:

@@ -178,9 +178,12 @@ def _grid(specimens: Sequence[Specimen], unit: int) -> list[Point]:
 
 
 def _counts(size: int, unit: int) -> list[int]:
-    below = [n for n in allowed_widths(size, Blocks(unit)).tolist() if n < unit]
-    above = [max(round(size * share / unit), 1) * unit for share in GRID if size > unit]
-    return sorted({size, *below, *above})
+    """Some of the widths that are offered, and the whole."""
+    offered = allowed_widths(size, Blocks(unit))
+    if size <= unit:
+        return [*offered.tolist(), size]
+    wanted = [max(round(size * share / unit), 1) * unit for share in GRID]
+    return sorted({size, *(n for n in wanted if n < size)})
 
 
 # --- timing ---

@@ -10,7 +10,7 @@ import pytest
 from sample_reports import compress_report, inspect_report, validate_report
 
 from hap_onnx.events import Event
-from hap_onnx.report import Fidelity, ModelFacts, Quality, RoundRecovered
+from hap_onnx.report import Fidelity, Latency, ModelFacts, Quality, RoundRecovered
 from hap_onnx.report.render import EventPrinter, render_json, render_report
 
 
@@ -158,3 +158,14 @@ def test_the_table_tells_of_training(n, words):
     text = " ".join(render_report(compress_report(recovery=rounds), io.StringIO()).split())
     assert f"training in round 2: distance to the original 0.25 -> 0.125, best after 0.5 of {words}" in text
     assert "round 1" not in text
+
+
+@pytest.mark.parametrize("make", [compress_report, validate_report])
+def test_the_latency_is_shown_with_its_interval_and_what_it_was_measured_with(make) -> None:
+    latency = Latency(2.0, 1.0, 0.5, (0.49, 0.515), 300, 1, "CPUExecutionProvider", 4)
+    text = " ".join(render_report(make(latency=latency), io.StringIO()).split())
+    assert "latency: 0.500 of the original's (95 %: 0.490 to 0.515), batch 4, 1 thread, CPU" in text
+    chosen = replace(latency, threads=None)
+    text = " ".join(render_report(make(latency=chosen), io.StringIO()).split())
+    assert "threads as onnxruntime chooses" in text
+    assert "of the original's (" not in render_report(make(), io.StringIO())
