@@ -34,7 +34,6 @@ from hap_onnx.jobs.job import Job
 from hap_onnx.jobs.machine import use_threads, write_proto
 from hap_onnx.jobs.rounds import Candidate
 from hap_onnx.model.saving import save_model
-from hap_onnx.planning.align import Blocks
 from hap_onnx.planning.choose import choose, predicted_costs
 from hap_onnx.planning.cost import METRICS
 from hap_onnx.runtime.latency import latency_feed, measure_latency
@@ -121,11 +120,10 @@ def plans(
         for index in range(n_plans):
             metric = METRICS[index % len(METRICS)]
             kinds = setting.kinds if index % 2 else {}
-            align = setting.align if index % 4 < 2 or not isinstance(setting.align, Blocks) else "auto"
             ratio = float(generator.uniform(0.3, 0.98))
             limits = {metric: ratio * float(full[METRICS.index(metric)])}
             try:
-                choice = choose(prepared, losses, limits, align=align, kinds=kinds)
+                choice = choose(prepared, losses, limits, align=setting.align, kinds=kinds)
             except BudgetError:
                 continue
             cut = cut_model(prepared, choice, losses.implants)
@@ -135,7 +133,7 @@ def plans(
             found = measure_latency(*sessions, feed, seconds=seconds)
             predicted = float(predicted_costs(prepared, losses, choice)[LATENCY] / full[LATENCY])
             pairs.append((predicted, found.ratio))
-            what = f"{metric} {ratio:.2f}, {'hap' if kinds else 'prune'}, widths {align}"
+            what = f"{metric} {ratio:.2f}, {'hap' if kinds else 'prune'}"
             rows.append([what, f"{predicted:.3f}", f"{found.ratio:.3f}"])
             click.echo(f"  {rows[-1]}", err=True)
     click.echo(table("plan|predicted|measured", rows))
