@@ -1,15 +1,13 @@
 """Whether planning in time keeps its word: predictions and measurements, budgets of time, never slower.
 
-    python -m tools.latency plans   MODEL.onnx --data calib.npz
-    python -m tools.latency keep    MODEL.onnx --data calib.npz --ratio 0.8 --ratio 0.6
-    python -m tools.latency budgets MODEL.onnx --data calib.npz
-    python -m tools.latency equal   MODEL.onnx --data calib.npz --test test.npz
+    python -m tools.latency check MODEL.onnx --data calib.npz
+    python -m tools.latency equal MODEL.onnx --data calib.npz --test test.npz
 
-``plans`` times 20 plans of all sizes, pruned and with implants, and prints the rank correlation with what was
-predicted. ``keep`` plans for fractions of the original's latency, ``budgets`` for fractions of its multiply-
-accumulates, and ``equal`` compares the accuracy of both at the same latency; each result is written and timed
-against the original in a process of its own. All points of one model share its sensitivities. Without
-``--data`` images are made up, which is enough for times.
+``check`` times 20 plans of all sizes, pruned and with implants, and prints the rank correlation with what was
+predicted; then it plans for fractions of the original's latency (--keep-latency) and of its
+multiply-accumulates. ``equal`` compares the accuracy of both kinds of plans at the same latency. Each
+result is written and timed against the original in a process of its own. All points of one model share its
+sensitivities. Without ``--data`` images are made up, which is enough for times.
 """
 
 from __future__ import annotations
@@ -104,108 +102,91 @@ _SECONDS = click.option("--seconds", default=6.0, show_default=True, help="How l
 @_SAMPLES
 @_SECONDS
 @click.option("-n", "n_plans", default=20, show_default=True)
+@click.option("--latency", "latencies", multiple=True, type=float, default=(0.8, 0.6, 0.4), show_default=True)
+@click.option("--macs", "macs", multiple=True, type=float, help="Default: 0.95 to 0.3 in steps of 0.05.")
+@click.option("--recover", default="none", show_default=True)
 @click.option("--seed", default=0, show_default=True)
-def plans(
-    model: Path, data: Path | None, max_samples: int, seconds: float, n_plans: int, seed: int
+def check(
+    model: Path,
+    data: Path | None,
+    max_samples: int,
+    seconds: float,
+    n_plans: int,
+    latencies: tuple[float, ...],
+    macs: tuple[float, ...],
+    recover: str,
+    seed: int,
 ) -> None:
-    """Print predicted and measured latency of plans of all sizes, and their rank correlation."""
-    generator = np.random.default_rng(seed)
-    with tempfile.TemporaryDirectory() as folder, use_threads(1):
-        words = {"max_samples": max_samples, "objective": "latency", "allow_slower": True}
-        job = open_job(model, data, words, Path(folder))
-        setting = job.rounds[0].setting
-        prepared, losses = setting.prepared, setting.losses
-        full = losses.cost.totals(losses.cost.sizes)
-        rows, pairs = [], []
-        for index in range(n_plans):
-            metric = METRICS[index % len(METRICS)]
-            kinds = setting.kinds if index % 2 else {}
-            ratio = float(generator.uniform(0.3, 0.98))
-            limits = {metric: ratio * float(full[METRICS.index(metric)])}
-            try:
-                choice = choose(prepared, losses, limits, align=setting.align, kinds=kinds)
-            except BudgetError:
-                continue
-            cut = cut_model(prepared, choice, losses.implants)
-            proto = write_proto(compress_layers(cut).finished(), prepared.source, None)
-            sessions = [make_session(m, providers="cpu", threads=1) for m in (str(model), proto)]
-            feed = latency_feed(sessions[0], job._first_batch())
-            found = measure_latency(*sessions, feed, seconds=seconds)
-            predicted = float(predicted_costs(prepared, losses, choice)[LATENCY] / full[LATENCY])
-            pairs.append((predicted, found.ratio))
-            what = f"{metric} {ratio:.2f}, {'hap' if kinds else 'prune'}"
-            rows.append([what, f"{predicted:.3f}", f"{found.ratio:.3f}"])
-            click.echo(f"  {rows[-1]}", err=True)
-    click.echo(table("plan|predicted|measured", rows))
+    """Print predicted and measured latency of plans, and what becomes of budgets of time and of MACs."""
+    macs = macs or tuple(n / 20 for n in range(19, 5, -1))
+    words = {"max_samples": max_samples, "recover": recover}
+    with tempfile.TemporaryDirectory() as name, use_threads(1):
+        folder = Path(name)
+        by_time = open_job(model, data, {**words, "objective": "latency"}, folder)
+        by_macs = open_job(model, data, {**words, "keep_macs": 0.5}, folder)
+        by_macs.rounds[0].losses = by_time.rounds[0].losses  # they are the same
+        click.echo(compare_plans(model, by_time, n_plans, np.random.default_rng(seed), seconds))
+        wanted = [(f"{ratio:g}", {"latency": ratio}) for ratio in latencies]
+        click.echo(f"\n{make_and_time(model, by_time, wanted, folder, seconds)}")
+        wanted = [(f"{ratio:.2f}", {"macs": ratio}) for ratio in macs]
+        click.echo(f"\n{make_and_time(model, by_macs, wanted, folder, seconds)}")
+
+
+def compare_plans(model: Path, job: Job, n_plans: int, generator: np.random.Generator, seconds: float) -> str:
+    """Time plans of all sizes and kinds, and compare with what was predicted for them."""
+    setting = job.rounds[0].setting
+    prepared, losses = setting.prepared, setting.losses
+    full = losses.cost.totals(losses.cost.sizes)
+    rows, pairs = [], []
+    for index in range(n_plans):
+        metric = METRICS[index % len(METRICS)]
+        kinds = setting.kinds if index % 2 else {}
+        ratio = float(generator.uniform(0.3, 0.98))
+        limits = {metric: ratio * float(full[METRICS.index(metric)])}
+        try:
+            choice = choose(prepared, losses, limits, align=setting.align, kinds=kinds)
+        except BudgetError:
+            continue
+        cut = cut_model(prepared, choice, losses.implants)
+        proto = write_proto(compress_layers(cut).finished(), prepared.source, None)
+        sessions = [make_session(m, providers="cpu", threads=1) for m in (str(model), proto)]
+        feed = latency_feed(sessions[0], next(iter(job.splits.calibrate.batches(1))).inputs)
+        found = measure_latency(*sessions, feed, seconds=seconds)
+        predicted = float(predicted_costs(prepared, losses, choice)[LATENCY] / full[LATENCY])
+        pairs.append((predicted, found.ratio))
+        what = f"{metric} {ratio:.2f}, {'hap' if kinds else 'prune'}"
+        rows.append([what, f"{predicted:.3f}", f"{found.ratio:.3f}"])
+        click.echo(f"  {rows[-1]}", err=True)
     predicted_all, measured_all = np.array(pairs).T
     error = np.median(np.abs(predicted_all / measured_all - 1))
     rank = spearmanr(predicted_all, measured_all).statistic
-    click.echo(f"\n{len(pairs)} plans: rank correlation {rank:.3f}, median error {error:.1%}")
+    summary = f"{len(pairs)} plans: rank correlation {rank:.3f}, median error {error:.1%}"
+    return f"{table('plan|predicted|measured', rows)}\n\n{summary}"
 
 
-@main.command()
-@_MODEL
-@_DATA
-@_SAMPLES
-@_SECONDS
-@click.option("--ratio", "ratios", multiple=True, type=float, default=(0.8, 0.6, 0.4), show_default=True)
-@click.option("--recover", default="none", show_default=True)
-def keep(
-    model: Path, data: Path | None, max_samples: int, seconds: float, ratios: tuple[float, ...], recover: str
-) -> None:
-    """Print what becomes of budgets of time."""
-    words = {"max_samples": max_samples, "objective": "latency", "recover": recover}
-    budgets = [(f"{ratio:g}", {"latency": ratio}) for ratio in ratios]
-    _make_and_time(model, data, words, budgets, seconds)
-
-
-@main.command()
-@_MODEL
-@_DATA
-@_SAMPLES
-@_SECONDS
-@click.option("--ratio", "ratios", multiple=True, type=float)
-@click.option("--recover", default="none", show_default=True)
-def budgets(
-    model: Path, data: Path | None, max_samples: int, seconds: float, ratios: tuple[float, ...], recover: str
-) -> None:
-    """Print how fast the results of budgets of multiply-accumulates are, from 0.95 to 0.3 unless told."""
-    ratios = ratios or tuple(n / 20 for n in range(19, 5, -1))
-    words = {"max_samples": max_samples, "keep_macs": 0.5, "recover": recover}
-    _make_and_time(model, data, words, [(f"{ratio:.2f}", {"macs": ratio}) for ratio in ratios], seconds)
-
-
-def _make_and_time(
-    model: Path,
-    data: Path | None,
-    words: dict[str, Any],
-    wanted: list[tuple[str, dict[str, float]]],
-    seconds: float,
-) -> None:
-    rows = []
-    with tempfile.TemporaryDirectory() as name, use_threads(1):
-        folder = Path(name)
-        job = open_job(model, data, words, folder)
-        here = job.rounds[0]
-        full = here.sizes()
-        for label, limits in wanted:
-            absolute = {name: limits[name] * size if name in limits else None for name, size in full.items()}
-            try:
-                candidate = here.compress_to(absolute)
-            except BudgetError as error:
-                rows.append([label, "", "", "", f"refused: {error}"])
-            else:
-                path = folder / "candidate.onnx"
-                write_candidate(job, candidate, path)
-                found = time_apart(model, path, seconds)
-                low, high = found["ratio_low"], found["ratio_high"]
-                costs = predicted_costs(here.prepared, here.losses, candidate.compressed.choice)
-                verdict = "the gate refuses it" if low > 1 else ""
-                macs = costs[METRICS.index("macs")] / full["macs"]
-                bounds = f"{low:.3f} to {high:.3f}"
-                rows.append([label, f"{macs:.2f}", f"{found['ratio']:.3f}", bounds, verdict])
-            click.echo(f"  {rows[-1]}", err=True)
-    click.echo(table("budget|MACs|latency|95 % interval|", rows))
+def make_and_time(
+    model: Path, job: Job, wanted: list[tuple[str, dict[str, float]]], folder: Path, seconds: float
+) -> str:
+    """Make candidates for budgets, fractions by metric, and time each in a process of its own."""
+    here, path, rows = job.rounds[0], folder / "candidate.onnx", []
+    full = here.sizes()
+    for label, limits in wanted:
+        absolute = {name: limits[name] * size if name in limits else None for name, size in full.items()}
+        try:
+            candidate = here.compress_to(absolute)
+        except BudgetError as error:
+            rows.append([label, "", "", "", f"refused: {error}"])
+        else:
+            write_candidate(job, candidate, path)
+            found = time_apart(model, path, seconds)
+            low, high = found["ratio_low"], found["ratio_high"]
+            costs = predicted_costs(here.prepared, here.setting.losses, candidate.compressed.choice)
+            macs = costs[METRICS.index("macs")] / full["macs"]
+            verdict = "the gate refuses it" if low > 1 else ""
+            bounds = f"{low:.3f} to {high:.3f}"
+            rows.append([label, f"{macs:.2f}", f"{found['ratio']:.3f}", bounds, verdict])
+        click.echo(f"  {rows[-1]}", err=True)
+    return table("budget|MACs|latency|95 % interval|", rows)
 
 
 @main.command()

@@ -122,7 +122,7 @@ class Job:
             clock=self.clock,
             on_event=on_event,
         )
-        self.times = open_times(config, self.session)
+        self.times = open_times(config, self.session, self.shop.work.latency_table())
         self.rounds = [Round(self.shop, self.prepared)]
 
     def note(self, text: str, *, kind: str = "note") -> None:

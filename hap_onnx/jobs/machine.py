@@ -76,14 +76,13 @@ def compare_speed(
     return measure_latency(reference, candidate, feed, seconds=LATENCY_SECONDS)
 
 
-def open_times(config: CompressConfig, session: Session) -> KeptTable:
+def open_times(config: CompressConfig, session: Session, in_work_folder: Path | None) -> KeptTable:
     """Open the times that a job may use again: of the table named, the work folder, or the user's cache."""
     machine = this_machine(session.provider, session.threads)
-    if config.latency_table is not None:
-        return KeptTable(machine, config.latency_table)
-    if config.work_dir is not None:
-        return KeptTable(machine, config.work_dir / "latency.json")
-    return KeptTable(machine, default_path(machine) if config.needs_times else None, is_cache=True)
+    named = config.latency_table or in_work_folder
+    if named is not None:
+        return KeptTable(machine, named)
+    return KeptTable(machine, default_path(machine), is_cache=True)
 
 
 def whole_batch_size(wanted: int, session: Session) -> int:

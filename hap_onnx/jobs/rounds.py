@@ -21,7 +21,7 @@ from hap_onnx.events import Event, OnEvent
 from hap_onnx.implants.speed import faster_kinds
 from hap_onnx.jobs.candidates import Budgets, Setting, all_kinds, compress_to, sketch
 from hap_onnx.jobs.carry_out import Compressed, from_plan_weights, left_alone
-from hap_onnx.jobs.machine import Stopwatch, open_session, pick_device
+from hap_onnx.jobs.machine import Stopwatch, pick_device
 from hap_onnx.jobs.work_folder import WorkFolder
 from hap_onnx.planning.align import Align, Blocks
 from hap_onnx.planning.choose import Choice, moved_tensors, predicted_losses
@@ -122,21 +122,17 @@ class Round:
     @cached_property
     def setting(self) -> Setting:
         """What all candidates of the round share."""
-        shop, config, losses, kinds = self.shop, self.shop.config, self.losses, self._kinds()
+        shop, config, losses, times = self.shop, self.shop.config, self.losses, self.times
+        kinds = self._kinds(times)
         align: Align = config.align
         base_ratio = 1.0
         if config.needs_times:
-            with shop.clock.stage("layer times"):
-                times = shop.time_nodes(self.prepared, kinds)
-                losses = with_times(losses, self.prepared, times)
-                kinds = {
-                    node: {kind: share for kind, share in found.items() if (node, kind) in times.implants}
-                    for node, found in kinds.items()
-                }
-                align = Blocks(times.unit) if align == "auto" else align
-                if self.earlier:
-                    unchanged = Compressed(Choice(()), self.prepared.graph)
-                    base_ratio = shop.time(unchanged, self.prepared).ratio
+            assert times is not None
+            losses = with_times(losses, self.prepared, times)
+            align = Blocks(times.unit) if align == "auto" else align
+            if self.earlier:
+                unchanged = Compressed(Choice(()), self.prepared.graph)
+                base_ratio = shop.time(unchanged, self.prepared).ratio
         return Setting(
             prepared=self.prepared,
             losses=losses,
@@ -161,18 +157,32 @@ class Round:
             on_event=shop.on_event,
         )
 
-    def _kinds(self) -> dict[str, dict[str, float]]:
+    @cached_property
+    def times(self) -> NodeTimes | None:
+        """What nodes and implants take in the runtime; None where it does not matter."""
+        config = self.shop.config
+        # A preset is taken as it is; whether it is slower, the gate decides.
+        guards_speed = not config.allow_slower and config.preset is None and config.method != "prune"
+        if not (config.needs_times or guards_speed):
+            return None
+        offered = {} if config.method == "prune" else all_kinds(self.losses)
+        with self.shop.clock.stage("layer times"):
+            return self.shop.time_nodes(self.prepared, offered)
+
+    def _kinds(self, times: NodeTimes | None) -> dict[str, dict[str, float]]:
         """Which implants each layer may become: with the speed gate on, only those that are faster there."""
         config = self.shop.config
         if config.method == "prune":
             return {}
         offered = all_kinds(self.losses)
-        if config.allow_slower or config.preset is not None:  # a preset is taken as it is; the gate decides
+        if times is None:
             return offered
         if config.needs_times:  # they are priced by what they take
-            return offered
-        with self.shop.clock.stage("implant speed"):
-            found = faster_kinds(self.prepared, offered, lambda model: open_session(model, config))
+            return {
+                node: {kind: share for kind, share in kinds.items() if (node, kind) in times.implants}
+                for node, kinds in offered.items()
+            }
+        found = faster_kinds(self.prepared, offered, times)
         n_without = sum(not kinds for kinds in found.values())
         if n_without:
             self.shop.note(

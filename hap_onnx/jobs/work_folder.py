@@ -89,6 +89,10 @@ class WorkFolder:
         if path is not None:
             shutil.rmtree(path, ignore_errors=True)
 
+    def latency_table(self) -> Path | None:
+        """Where times are kept, so that a job that goes on plans as it would have done."""
+        return None if self._path is None else self._file("latency")
+
     def _file(self, name: str) -> Path:
         assert self._path is not None
         return self._path / f"{name}.json"
