@@ -35,6 +35,8 @@ MAX_TIMED = 5
 """How many plans are timed at most on the way to a budget of time."""
 SLACK = 0.03
 """How far below a budget of time a model may stay, as a share of it: nearer is not to be told from noise."""
+AIM_TOLERANCE = 0.005
+"""Plans for times that differ by less are all but the same."""
 N_BISECTIONS = 6
 
 Budgets = Mapping[str, float | None]
@@ -201,6 +203,7 @@ def _plan_in_time(
     assert setting.time is not None, "a budget of time comes with a stopwatch"
     best: tuple[float, CutModel, Compressed] | None = None
     aim, reached = wanted, inf
+    fits, too_slow = 0.0, inf  # the largest aim that was met so far, and the least that was not
     for _ in range(MAX_TIMED):
         try:
             cut = _plan_at(setting, budgets, aim, whole=whole)
@@ -212,12 +215,19 @@ def _plan_in_time(
         ratio = setting.time(plain).ratio
         _log.info("planned for %.3f of the original's latency, measured %.3f of it", aim, ratio)
         reached = min(reached, ratio)
-        if ratio <= wanted and (best is None or ratio > best[0]):
-            best = ratio, cut, plain
-        corrected = aim * wanted * (1 - SLACK / 2) / ratio
-        if wanted * (1 - SLACK) <= ratio <= wanted or corrected >= 1 / setting.base_ratio:
+        if ratio <= wanted:
+            fits = max(fits, aim)
+            if best is None or ratio > best[0]:
+                best = ratio, cut, plain
+        else:
+            too_slow = min(too_slow, aim)
+        if wanted * (1 - SLACK) <= ratio <= wanted:
             break
-        aim = corrected
+        aim *= wanted * (1 - SLACK / 2) / ratio
+        if not fits < aim < too_slow:  # what was measured errs, too
+            aim = (fits + min(too_slow, setting.base_ratio)) / 2
+        if aim >= setting.base_ratio or too_slow - fits < AIM_TOLERANCE:
+            break
     if best is None:
         raise BudgetError(
             f"--keep-latency {wanted:g} cannot be reached: the least that was reached is {reached:.2f} of "
