@@ -33,6 +33,7 @@ from hap_onnx.jobs.carry_out import Compressed, from_plan_weights
 from hap_onnx.jobs.inspection import inspect_report
 from hap_onnx.jobs.job import Job
 from hap_onnx.jobs.machine import check_loads, compare_speed, protect_weights, use_threads, write_proto
+from hap_onnx.jobs.self_check import Result, check_result
 from hap_onnx.model.measure import model_size
 from hap_onnx.model.model_io import SourceModel, load_model, normalise, save_model
 from hap_onnx.model.saving import count_saved_bytes
@@ -52,7 +53,6 @@ from hap_onnx.report.summary import (
 )
 from hap_onnx.runtime.metrics import check_chance_level, choose_metric, compare_outputs
 from hap_onnx.runtime.session import Session, make_session, run_outputs
-from hap_onnx.runtime.soundness import check_model
 from hap_onnx.sensitivity.curvature import to_tensors
 from hap_onnx.twin import Twin, build_twin, probe_shapes
 
@@ -172,7 +172,12 @@ def apply_plan(
         proto = write_proto(candidate.finished(), part, saved if round_plan is saved else None)
         part = part if round_plan is saved else load_model(proto)
     prepared = rounds[0]
-    check_model(proto, reference=source.proto)
+    original = make_session(source.proto, providers="cpu", threads=1)
+    check_result(
+        Result(proto, candidate.finished(), saved, rounds, rounds[0].probe),
+        original,
+        lambda result: make_session(result, providers="cpu", threads=1),
+    )
     save_model(proto, target, external_data=source.external_data, check=lambda path: check_loads(path, None))
     before = facts_before(prepared)
     n_bytes = count_saved_bytes(proto, target, external_data=source.external_data)
