@@ -44,6 +44,7 @@ from PIL import Image, UnidentifiedImageError
 
 from hap_onnx.errors import CalibrationError, UsageError
 from hap_onnx.model.input_spec import InputSpec, format_shape, is_float
+from hap_onnx.text_files import read_text
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -300,8 +301,8 @@ def _default_request(spec: InputSpec, channels: int | str | None) -> _Request:
 
 def _read_request(path: Path) -> _Request:
     try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        table = tomllib.loads(read_text(path))
+    except (OSError, ValueError, RecursionError) as error:
         raise UsageError(f"{path}: not a readable TOML file ({error}).") from error
     for key in table:
         if key != "image":

@@ -57,8 +57,8 @@ _Key = tuple[str, str, str]
 def _check_functions(proto: ModelProto, label: str) -> None:
     """Functions must not call themselves, nor too deep, nor become too many nodes."""
     functions = {_key(function): function for function in proto.functions}
-    if not functions:
-        return
+    if len(functions) < len(proto.functions):
+        raise ModelError(f"{label} has two local functions of one name; export it without them")
     n_nodes: dict[_Key, int] = {}
     depth: dict[_Key, int] = {}
     for root in functions:
@@ -153,13 +153,15 @@ def _check_sizes(proto: ModelProto, label: str) -> None:
     """No tensor may take more than the machine has, one sample at a time."""
     limit = min(MAX_TENSOR_BYTES, _machine_bytes())
     model = copy_without_weights(proto)
-    model.graph.ClearField("value_info")
+    for message, names in ((model, ("metadata_props", "doc_string")), (model.graph, ("value_info",))):
+        for name in names:
+            message.ClearField(name)
     for header, tensor in zip(model.graph.initializer, proto.graph.initializer, strict=True):
         if n_elements(tensor.dims) <= _MAX_PROPAGATED:
             header.CopyFrom(tensor)
     try:
         inferred = infer_shapes(model)
-    except (onnx.shape_inference.InferenceError, RuntimeError, ValueError):
+    except (onnx.shape_inference.InferenceError, onnx.checker.ValidationError, RuntimeError, ValueError):
         inferred = model  # what is wrong is for onnxruntime to say
     for where, value in _declared(inferred.graph, {}):
         kind = value.type.tensor_type
