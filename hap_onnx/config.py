@@ -250,7 +250,8 @@ class CompressConfig:
     metric: str = _option(
         "auto", _check_metric,
         "Quality metric: auto, accuracy (needs labels), agreement (same top class as the original), r2, or "
-        "your own package.module:function(reference, candidate, labels) -> float, larger is better.",
+        "your own package.module:function(reference, candidate, labels) -> float, larger is better: it is "
+        "imported and called, the only code from outside that runs.",
         section="Target", metavar="NAME",
     )  # fmt: skip
 
@@ -527,6 +528,8 @@ def check_outputs(outputs: Mapping[str, Path], *, inputs: Mapping[str, Any]) -> 
                 )
         if path.is_dir():
             raise UsageError(f"{option} {path} is a folder: give the name of a file")
+        if path.exists() and not path.is_file():  # a rename would take the place of a device
+            raise UsageError(f"{option} {path} is not a regular file: choose another name")
         if not path.parent.is_dir():
             raise ValidationError(f"{option} {path} cannot be written: there is no folder {path.parent}")
         if not os.access(path.parent, os.W_OK):

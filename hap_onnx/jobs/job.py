@@ -189,13 +189,12 @@ class Job:
             next(iter(self.splits.calibrate.batches(n_samples))).inputs,
             outputs=tuple(self.scales),
         )
-        with self.clock.stage("self-check"):
-            remark = check_result(
-                result,
-                self.session,
-                lambda model: open_session(model, self.config),
-                work_dir=self.config.work_dir,
-            )
+        remark = check_result(
+            result,
+            self.session,
+            lambda model: open_session(model, self.config),
+            work_dir=self.config.work_dir,
+        )
         if remark:
             self.note(remark, kind="warning")
 
@@ -369,8 +368,9 @@ class Job:
             report = self._report(candidate, proto)
             self._save_side_files(plan, report)
             return report
-        with self.clock.stage("validate"):
+        with self.clock.stage("self-check"):
             self._check_result(proto, candidate)
+        with self.clock.stage("validate"):
             session = open_session(proto, config)
             part = self.splits.report
             before = run_outputs(self.session, part, batch_size=self.batch_size)
