@@ -112,7 +112,8 @@ def _run(request: dict, streams: Sequence[Path]) -> None:
         used = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
         resource.setrlimit(resource.RLIMIT_AS, (used + request["memory"],) * 2)
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-        resource.setrlimit(resource.RLIMIT_CPU, (2 * request["seconds"],) * 2)  # should nobody be left to end it
+        # Should nobody be left to end it:
+        resource.setrlimit(resource.RLIMIT_CPU, (2 * request["seconds"],) * 2)
         from hap_onnx import cli
 
         code = cli.main(request["arguments"])
