@@ -28,6 +28,7 @@ EXIF rotation is not applied, as in the usual training pipelines.
 from __future__ import annotations
 
 import difflib
+import functools
 import math
 import struct
 import sys
@@ -67,6 +68,7 @@ _FILTERS = {
     "lanczos": Image.Resampling.LANCZOS,
     "box": Image.Resampling.BOX,
 }
+_FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TIFF", "WEBP")
 # What Pillow's decoders raise on damaged, cut, or over-sized files.
 _DECODE_ERRORS = (
     OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, OverflowError, MemoryError,
@@ -199,6 +201,13 @@ def resolve_preprocessing(preprocess: str | Path | Preprocessing | None, spec: I
     )
 
 
+@functools.cache
+def _formats() -> tuple[str, ...]:
+    """The formats that are read, whatever a file's name says: for others Pillow may run programs."""
+    Image.init()
+    return tuple(name for name in _FORMATS if name in Image.OPEN)
+
+
 def load_image(path: Path, *, check_only: bool = False) -> Image.Image:
     """Decode an image file completely to mode RGB or L (grey files stay grey).
 
@@ -209,7 +218,7 @@ def load_image(path: Path, *, check_only: bool = False) -> Image.Image:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path) as image:
+            with Image.open(path, formats=_formats()) as image:
                 if check_only:
                     image.draft(None, (max(1, image.width // 8), max(1, image.height // 8)))
                 image.load()
@@ -227,7 +236,7 @@ def image_size(path: Path) -> tuple[int, int]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            with Image.open(path) as image:
+            with Image.open(path, formats=_formats()) as image:
                 return image.height, image.width
     except _DECODE_ERRORS as error:
         raise UnreadableImageError(str(error) or type(error).__name__) from error
