@@ -49,6 +49,7 @@ def test_every_process_writes_the_same_bytes(tmp_path: Path, more: tuple[str, ..
     assert (folder / "again.onnx").read_bytes() == made[0][0]
 
 
+@pytest.mark.slow
 def test_other_threads_make_nearly_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fix_speed(monkeypatch)
     model, data = write(tmp_path), {"x": images()}

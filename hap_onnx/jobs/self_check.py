@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import logging
 import textwrap
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,7 @@ from hap_onnx.model.saving import make_folder
 from hap_onnx.planning.choose import Choice, arrange
 from hap_onnx.planning.plan import CompressionPlan, plan_hash, save_plan
 from hap_onnx.prepare import Arrays, CutTrial, NoProofError, PreparedModel
-from hap_onnx.runtime.session import Session
+from hap_onnx.runtime.session import Session, make_session
 from hap_onnx.runtime.soundness import check_model
 from hap_onnx.sensitivity.curvature import to_tensors
 from hap_onnx.surgery import remove_channels
@@ -118,22 +118,19 @@ def check_result(
     """
     try:
         remark = _check_written(result)
-        session = load(result.proto)
-        plan = [_RoundTrial(*pair) for pair in zip(result.rounds, _round_plans(result.plan), strict=True)]
-        n_trials = 0
-        for feed in make_feeds(original, result.samples):
-            expected = _run_original(original, feed)
-            if expected is None:
-                continue
-            for trial in plan:
-                trial.check(feed)
-            _compare_outputs(result, expected, session, feed)
-            n_trials += 1
-        if not n_trials:
+        feeds = [
+            feed for feed in make_feeds(original, result.samples) if _run_original(original, feed) is not None
+        ]
+        if not feeds:
             raise _Failure("the original ran on none of the inputs that the result was to be checked on")
-        _check_twin(result, session, Feed(_first(result.samples, original.fixed_batch or BATCHES[-1])))
+        for prepared, plan in zip(result.rounds, _round_plans(result.plan), strict=True):
+            _check_cut(prepared, plan, feeds)
+        session = load(result.proto)
+        for feed in feeds:
+            _compare_outputs(result, original, session, feed)
+        _check_twin(result, original, session, _largest_batch(feeds, result.samples))
         _check_plan(result)
-        _log.info("the result equals what the plan says at %d sets of sizes", n_trials)
+        _log.info("the result equals what the plan says at %d sets of sizes", len(feeds))
         return remark
     except _Failure as failure:
         raise failure.kind(f"{failure}; {_how_to_report(result, failure, work_dir)}") from failure
@@ -210,8 +207,14 @@ def _resized(samples: Arrays, sizes: Sizes) -> Arrays:
     return resized
 
 
-def _first(samples: Arrays, n: int) -> Arrays:
-    return _resized(samples, {(name, 0): n for name, array in samples.items() if array.ndim})
+def _largest_batch(feeds: Sequence[Feed], samples: Arrays) -> Feed:
+    """The feed with most samples at the sizes that the data has."""
+    plain = [
+        feed
+        for feed in feeds
+        if all(feed.inputs[name].shape[1:] == array.shape[1:] for name, array in samples.items())
+    ]
+    return (plain or list(feeds))[-1]
 
 
 # ---------------------------------------------------------------- what is compared
@@ -232,10 +235,9 @@ def _run_original(original: Session, feed: Feed) -> dict[str, NDArray[np.generic
         return None
 
 
-def _compare_outputs(
-    result: Result, expected: Mapping[str, NDArray[np.generic]], session: Session, feed: Feed
-) -> None:
+def _compare_outputs(result: Result, original: Session, session: Session, feed: Feed) -> None:
     """The result must run where the original does, with outputs of the same shapes and finite."""
+    expected = _run_original(original, feed) or {}
     try:
         found = session.run(session.prepare(feed.inputs))
     except (ModelError, CalibrationError) as error:
@@ -299,24 +301,21 @@ def _first_without_numbers(result: Result, feed: Feed) -> gs.Node | None:
     return next((node for node in result.graph.nodes if found and node.name == found[0]), None)
 
 
-class _RoundTrial:
-    """One round's cut without its repairs, to be compared with the masked model that it started from."""
-
-    def __init__(self, prepared: PreparedModel, plan: CompressionPlan) -> None:
-        choice = Choice(plan.decisions_for(prepared.coupling), plan.replacements)
-        arranged, keep, _ = arrange(prepared, choice)
+def _check_cut(prepared: PreparedModel, plan: CompressionPlan, feeds: Sequence[Feed]) -> None:
+    """One round's cut without its repairs must equal the model that it started from with the rest masked."""
+    choice = Choice(plan.decisions_for(prepared.coupling), plan.replacements)
+    arranged, keep, _ = arrange(prepared, choice)
+    try:
+        graph = remove_channels(arranged.graph, arranged.coupling, keep, shapes=arranged.probe_shapes)
+    except SurgeryError as error:
+        raise _Failure(str(error)) from error
+    trial = CutTrial(arranged, keep, graph)
+    for feed in feeds:
         try:
-            graph = remove_channels(arranged.graph, arranged.coupling, keep, shapes=arranged.probe_shapes)
-        except SurgeryError as error:
-            raise _Failure(str(error)) from error
-        self._trial = CutTrial(arranged, keep, graph)
-
-    def check(self, feed: Feed) -> None:
-        try:
-            complaint = self._trial.find_fault(feed.inputs)
+            complaint = trial.find_fault(feed.inputs)
         except NoProofError as error:
             _log.debug("the cut is not proven on %s: %s", feed, error)
-            return
+            continue
         except HapOnnxError as error:
             raise _Failure(f"the planned cut does not run on {feed}: {error}", feed=feed) from error
         if complaint is not None:
@@ -327,20 +326,30 @@ def _round_plans(plan: CompressionPlan) -> tuple[CompressionPlan, ...]:
     return (*plan.earlier, plan)
 
 
-def _check_twin(result: Result, session: Session, feed: Feed) -> None:
-    """onnxruntime must compute what the twin of the result does."""
+def _check_twin(result: Result, original: Session, session: Session, feed: Feed) -> None:
+    """onnxruntime must compute what the twin of the result does, where that is so of the original."""
     twin = build_twin(result.graph, device=str(result.rounds[0].twin.device or "cpu"))
+    bad = [name for name in _differences(twin, session, feed) if not result.outputs or name in result.outputs]
+    if not bad or bad[0] in _differences(result.rounds[0].twin, original, feed):
+        return
+    node = _first_difference(result.proto, twin, feed)
+    raise _Failure(
+        f"output '{bad[0]}' of the result is not what its twin computes on {feed}"
+        + (f"; node '{node.name}' ({node.op_type}) is the first to differ" if node else ""),
+        feed=feed,
+    )
+
+
+def _differences(twin: Twin, session: Session, feed: Feed) -> list[str]:
+    """The floating-point outputs in which a twin and onnxruntime differ."""
     with torch.no_grad():
         ours = twin(to_tensors(feed.inputs, twin))
     theirs = session.run(session.prepare(feed.inputs))
-    for name in result.outputs or tuple(theirs):
-        if theirs[name].dtype.kind == "f" and not _is_close(ours[name], theirs[name]):
-            node = _first_difference(result.proto, twin, session, feed)
-            raise _Failure(
-                f"output '{name}' of the result is not what its twin computes on {feed}"
-                + (f"; node '{node.name}' ({node.op_type}) is the first to differ" if node else ""),
-                feed=feed,
-            )
+    return [
+        name
+        for name, array in theirs.items()
+        if array.dtype.kind == "f" and not _is_close(ours[name], array)
+    ]
 
 
 def twin_tolerance(theirs: NDArray[np.generic]) -> float:
@@ -358,10 +367,8 @@ def _is_close(ours: Tensor, theirs: NDArray[np.generic]) -> bool:
     return bool(np.abs(found - expected)[finite].max(initial=0.0) <= twin_tolerance(theirs))
 
 
-def _first_difference(proto: ModelProto, twin: Twin, session: Session, feed: Feed) -> Step | None:
+def _first_difference(proto: ModelProto, twin: Twin, feed: Feed) -> Step | None:
     """The first node of a model whose result in onnxruntime is not that of its twin."""
-    from hap_onnx.runtime.session import make_session
-
     exposed = ModelProto()
     exposed.CopyFrom(proto)
     present = {value.name for value in exposed.graph.output}
