@@ -35,6 +35,7 @@ from hap_onnx.config import (
     read_config,
 )
 from hap_onnx.errors import GateError, HapOnnxError, TargetError
+from hap_onnx.report.printable import one_line, printable
 
 if TYPE_CHECKING:
     from hap_onnx.events import OnEvent
@@ -187,8 +188,8 @@ def _run(args: Sequence[str] | None, session: Session) -> int:
 
 def _complain(session: Session, message: str) -> None:
     if session.verbose and sys.exc_info()[0] is not None:
-        traceback.print_exc()
-    click.echo(f"{PROGRAM}: {message}", err=True)
+        click.echo(printable(traceback.format_exc(), keep="\n"), err=True, nl=False)
+    click.echo(f"{PROGRAM}: {one_line(message)}", err=True)
 
 
 # ---------------------------------------------------------------- options, generated from CompressConfig

@@ -8,6 +8,7 @@ The command line, ``hap.toml`` and the Python functions share these words. A val
 from __future__ import annotations
 
 import difflib
+import errno
 import math
 import os
 import re
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from hap_onnx.errors import UsageError, ValidationError
+from hap_onnx.text_files import read_text
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -74,10 +76,15 @@ def _check_fraction(name: str, value: Any) -> float:
     return number
 
 
-def _whole(minimum: int) -> Check:
+MAX_THREADS = 1024
+
+
+def _whole(minimum: int, maximum: int = 2**53) -> Check:
     def check(name: str, value: Any) -> int:
         expected = f"a whole number of at least {minimum}"
         number = _number(name, value, expected)
+        if number > maximum:
+            raise _wrong(name, f"a whole number of at most {maximum}", value)
         if number != int(number) or number < minimum:
             raise _wrong(name, expected, value)
         return int(number)
@@ -256,7 +263,8 @@ class CompressConfig:
     metric: str = _option(
         "auto", _check_metric,
         "Quality metric: auto, accuracy (needs labels), agreement (same top class as the original), r2, or "
-        "your own package.module:function(reference, candidate, labels) -> float, larger is better.",
+        "your own package.module:function(reference, candidate, labels) -> float, larger is better: it is "
+        "imported and called, the only code from outside that runs.",
         section="Target", metavar="NAME",
     )  # fmt: skip
 
@@ -332,7 +340,8 @@ class CompressConfig:
         "comma-separated. Default: CPUExecutionProvider.", section="Machine", metavar="LIST",
     )  # fmt: skip
     threads: int | None = _option(
-        None, _whole(1), "Threads of torch and of onnxruntime. Default: torch chooses, onnxruntime uses one.",
+        None, _whole(1, MAX_THREADS),
+        "Threads of torch and of onnxruntime. Default: torch chooses, onnxruntime uses one.",
         section="Machine", metavar="N",
     )  # fmt: skip
     seed: int = _option(
@@ -477,10 +486,10 @@ def read_config(path: str | Path, *, also: tuple[str, ...] = ()) -> dict[str, An
     """
     path = Path(path)
     try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
+        table = tomllib.loads(read_text(path))
     except OSError as error:
         raise UsageError(f"--config: cannot read {path}: {error.strerror or error}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # also too many digits, and lists inside of lists
         raise UsageError(f"--config: {path} is not valid TOML: {error}") from error
     known = COMMAND_OPTIONS["compress"] + also
     options: dict[str, Any] = {}
@@ -540,6 +549,8 @@ def check_outputs(outputs: Mapping[str, Path], *, inputs: Mapping[str, Any]) -> 
     is missing or not writable.
     """
     taken = {name: Path(path) for name, path in inputs.items() if isinstance(path, (str, Path))}
+    for name, path in (*taken.items(), *outputs.items()):
+        _check_possible(name, path)
     for option, path in outputs.items():
         for other, known in taken.items():
             if _same_file(path, known):
@@ -550,11 +561,25 @@ def check_outputs(outputs: Mapping[str, Path], *, inputs: Mapping[str, Any]) -> 
                 )
         if path.is_dir():
             raise UsageError(f"{option} {path} is a folder: give the name of a file")
+        if path.exists() and not path.is_file():  # a rename would take the place of a device
+            raise UsageError(f"{option} {path} is not a regular file: choose another name")
         if not path.parent.is_dir():
             raise ValidationError(f"{option} {path} cannot be written: there is no folder {path.parent}")
         if not os.access(path.parent, os.W_OK):
             raise ValidationError(f"{option} {path} cannot be written: no permission in {path.parent}")
         taken[option] = path
+
+
+def _check_possible(name: str, path: Path) -> None:
+    """Refuse a path that no file can have: too long, or with a zero in it."""
+    try:
+        os.lstat(path)
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            shown = f"{str(path)[:60]}..."
+            raise UsageError(f"{name} {shown} is too long for a path: choose another name") from error
+    except ValueError as error:
+        raise UsageError(f"{name} {str(path)!r} cannot be a path ({error}): choose another name") from error
 
 
 def _same_file(first: Path, second: Path) -> bool:

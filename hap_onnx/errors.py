@@ -3,8 +3,9 @@
 HapOnnxError                     exit code 1: the model or the data cannot be processed
 ├── ModelError                   the input is not a model that can be loaded, run or compressed
 ├── CalibrationError             the data does not fit the model, or is damaged or empty
-├── SurgeryError                 an edited graph broke a promise (a bug in hap-onnx: please report)
-├── ValidationError              the result does not load or run in onnxruntime, or cannot be written
+├── SurgeryError                 a result is not what its plan says (a bug in hap-onnx: please report)
+├── ValidationError              the result does not load or run in onnxruntime (a bug, too), has numbers
+│                                that are none, or cannot be written
 ├── UsageError                   exit code 2: the request itself makes no sense
 └── TargetError                  exit code 3: nothing is written
     ├── BudgetError              the budget cannot be reached

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +34,11 @@ from hap_onnx.jobs.carry_out import Compressed, from_plan_weights
 from hap_onnx.jobs.inspection import inspect_report
 from hap_onnx.jobs.job import Job
 from hap_onnx.jobs.machine import check_loads, compare_speed, protect_weights, use_threads, write_proto
+from hap_onnx.jobs.self_check import Result, check_result
+from hap_onnx.model.bounds import MAX_TENSOR_BYTES
 from hap_onnx.model.measure import model_size
 from hap_onnx.model.model_io import SourceModel, load_model, normalise, save_model
+from hap_onnx.model.protos import count_bytes, n_elements
 from hap_onnx.model.saving import count_saved_bytes
 from hap_onnx.planning.choose import Choice
 from hap_onnx.planning.plan import CompressionPlan, load_plan
@@ -59,6 +63,9 @@ from hap_onnx.twin import Twin, build_twin, probe_shapes
 __all__ = ["apply_plan", "compress", "inspect", "load_twin", "validate"]
 
 _log = logging.getLogger(__name__)
+
+MAX_PROVEN_BYTES = 2**30
+"""Of larger models ``apply`` checks the file alone: ``compress`` has proven the plan, and memory is short."""
 
 
 # ---------------------------------------------------------------- compress
@@ -172,7 +179,7 @@ def apply_plan(
         proto = write_proto(candidate.finished(), part, saved if round_plan is saved else None)
         part = part if round_plan is saved else load_model(proto)
     prepared = rounds[0]
-    check_model(proto, reference=source.proto)
+    _check_applied(Result(proto, candidate.finished(), saved, rounds, rounds[0].probe))
     save_model(proto, target, external_data=source.external_data, check=lambda path: check_loads(path, None))
     before = facts_before(prepared)
     n_bytes = count_saved_bytes(proto, target, external_data=source.external_data)
@@ -197,23 +204,50 @@ def apply_plan(
     return result
 
 
+def _check_applied(result: Result) -> None:
+    """Prove what a plan has made; of a large model, which must fit into memory once more, only the file."""
+    if count_bytes(result.source.proto) > MAX_PROVEN_BYTES:
+        check_model(result.proto, reference=result.source.proto)
+        return
+    original = make_session(result.source.proto, providers="cpu", threads=1)
+    check_result(result, original, lambda proto: make_session(proto, providers="cpu", threads=1))
+
+
 def _carry_out(
     source: SourceModel, plan: CompressionPlan, *, is_first: bool
 ) -> tuple[PreparedModel, Compressed]:
     """Carry out one round of a plan on the model that it was made for; raises ModelError for any other."""
     plan.check_model(source.sha256)
     session = make_session(source.proto, providers="cpu")
-    words = plan.config
-    sizes = {name: tuple(shape) for name, shape in dict(words.get("input_shapes", {})).items()}
+    sizes, exclude, only = _read_words(plan.config)
     prepared = prepare(
         source,
         make_probe(session.inputs, sizes=sizes),
-        exclude=tuple(words.get("exclude", ())),
-        only=tuple(words.get("only", ())),
+        exclude=exclude,
+        only=only,
         must_match=is_first,
     )
     choice = Choice(plan.decisions_for(prepared.coupling), plan.replacements)
     return prepared, from_plan_weights(prepared, choice, plan.weights)
+
+
+def _read_words(
+    words: Mapping[str, Any],
+) -> tuple[dict[str, tuple[int, ...]], tuple[str, ...], tuple[str, ...]]:
+    """Return the input shapes and the patterns that a plan was made with; raises ModelError."""
+    shapes = words.get("input_shapes", {})
+    if not isinstance(shapes, Mapping) or not all(map(_is_shape, shapes.values())):
+        raise ModelError("the plan is damaged: its 'input_shapes' are no shapes")
+    patterns = [words.get(name, []) for name in ("exclude", "only")]
+    for name, entries in zip(("exclude", "only"), patterns, strict=True):
+        if not isinstance(entries, list) or not all(isinstance(entry, str) for entry in entries):
+            raise ModelError(f"the plan is damaged: its '{name}' is no list of patterns")
+    return {name: tuple(shape) for name, shape in shapes.items()}, tuple(patterns[0]), tuple(patterns[1])
+
+
+def _is_shape(shape: Any) -> bool:
+    whole = isinstance(shape, list) and all(type(size) is int and size >= 0 for size in shape)
+    return whole and n_elements(shape) * 8 <= MAX_TENSOR_BYTES
 
 
 def validate(

@@ -19,15 +19,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from hap_onnx.coupling.channels import Coupling, Frozen, IdAxis, find_groups
-from hap_onnx.errors import CalibrationError, HapOnnxError, ModelError, UsageError
+from hap_onnx.errors import CalibrationError, HapOnnxError, ModelError, SurgeryError, UsageError
 from hap_onnx.model.input_spec import InputSpec
 from hap_onnx.model.measure import count_params, model_size
 from hap_onnx.model.model_io import SourceModel, normalise
 from hap_onnx.ops.implant import layer_of
 from hap_onnx.sensitivity.curvature import to_tensors
-from hap_onnx.surgery import masked_reads, remove_channels, shape_after
+from hap_onnx.surgery import kept_positions, masked_reads, remove_channels, shape_after
 from hap_onnx.surgery.fusion import fold_batch_norms
-from hap_onnx.twin import Twin, build_twin, in_double, probe_shapes
+from hap_onnx.twin import Step, Twin, build_twin, in_double, probe_shapes
 
 _log = logging.getLogger(__name__)
 
@@ -246,45 +246,130 @@ def try_cut(prepared: PreparedModel, keep: NDArray[np.bool_]) -> str | None:
 
     Shapes are compared at both probes, outputs at the probe of two samples.
     """
-    coupling, twin = prepared.coupling, prepared.twin
     try:
-        graph = remove_channels(prepared.graph, coupling, keep, shapes=prepared.probe_shapes)
-        cut = build_twin(graph, device=str(twin.device or "cpu"))
-        tensors = to_tensors(prepared.probe, twin)
+        graph = remove_channels(prepared.graph, prepared.coupling, keep, shapes=prepared.probe_shapes)
         first = {
             name: values[: prepared.shapes[name][0]] if values.ndim else values
-            for name, values in tensors.items()
+            for name, values in prepared.probe.items()
         }
-        for shapes, inputs in ((prepared.probe_shapes, tensors), (prepared.shapes, first)):
-            found = probe_shapes(cut, inputs)
-            for step in cut.steps:
-                for name in step.outputs:
-                    if name not in shapes:
-                        continue
-                    expected = shape_after(shapes[name], coupling.tensors.get(name), keep)
-                    if found[name] != expected:
-                        return f"'{name}' has shape {list(found[name])} instead of {list(expected)}"
-        with torch.no_grad():
-            expected_outputs = twin(tensors, on_read=masked_reads(coupling, keep))
-            outputs = cut(tensors)
-        found_wrong = _difference(outputs, expected_outputs)
-        if found_wrong is not None:  # it may be that floats cannot tell: deep models amplify rounding
-            found_wrong = _difference(*_outputs_in_double(prepared, graph, keep))
+        trial = CutTrial(prepared, keep, graph)
+        return trial.find_fault(first, only_shapes=True) or trial.find_fault(prepared.probe)
     except (HapOnnxError, AssertionError) as error:
         _log.info("trial cut failed", exc_info=True)
         return " ".join(str(error).split())[:300]
-    return found_wrong
 
 
-def _outputs_in_double(
-    prepared: PreparedModel, graph: gs.Graph, keep: NDArray[np.bool_]
-) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]]:
-    """Outputs of the cut graph and of the masked original at the probe, computed in double precision."""
-    twin = prepared.twin
-    cut = build_twin(graph, device=str(twin.device or "cpu")).double()
-    with in_double(twin), torch.no_grad():
-        tensors = to_tensors(prepared.probe, twin)
-        return cut(tensors), twin(tensors, on_read=masked_reads(prepared.coupling, keep))
+class CutTrial:
+    """A model without some channels, to be compared with the whole one that has them masked."""
+
+    def __init__(self, prepared: PreparedModel, keep: NDArray[np.bool_], graph: gs.Graph) -> None:
+        self._prepared, self._keep, self._graph = prepared, keep, graph
+        self._cut = build_twin(graph, device=str(prepared.twin.device or "cpu"))
+
+    def find_fault(self, inputs: Arrays, *, only_shapes: bool = False) -> str | None:
+        """Return where the cut is not what it should be on some inputs, by node, or None.
+
+        Raises:
+            NoProofError: the inputs show nothing: the whole model does not take them, or its channels lie
+                elsewhere at their sizes.
+            ModelError: the whole model takes the inputs, and the cut one does not.
+        """
+        twin, cut = self._prepared.twin, self._cut
+        tensors = to_tensors(inputs, twin)
+        before, after = _Shapes(), _Shapes()
+        expected = self._run_masked(twin, tensors, before)
+        with torch.no_grad():
+            outputs = cut(tensors, on_write=after.note)
+        if before.in_parts != after.in_parts:
+            raise NoProofError("only one of the two models takes such a batch at once")
+        for step in cut.steps:
+            for name in step.outputs:
+                if name not in before.found or name not in after.found:
+                    continue
+                carried = self._prepared.coupling.tensors.get(name)
+                wanted = shape_after(before.found[name], carried, self._keep)
+                if after.found[name] != wanted:
+                    return (
+                        f"node '{step.name}' ({step.op_type}): '{name}' has shape {list(after.found[name])} "
+                        f"instead of {list(wanted)}"
+                    )
+        if only_shapes or _difference(outputs, expected) is None:
+            return None
+        # It may be that floats cannot tell: deep models amplify rounding.
+        complaint = _difference(*self._run_in_double(inputs))
+        return None if complaint is None else complaint + self._first_difference(tensors)
+
+    def _run_masked(
+        self, twin: Twin, tensors: Mapping[str, Tensor], shapes: _Shapes
+    ) -> Mapping[str, Tensor]:
+        coupling = self._prepared.coupling
+        mask = masked_reads(coupling, self._keep)
+        reads = {(read.node, read.index): read for read in coupling.reads}
+
+        def on_read(step: Step, index: int, tensor: Tensor) -> Tensor:
+            read = reads.get((step.name, index))
+            if read is not None and tensor.shape[read.axis] != len(read.elements):
+                raise NoProofError(f"'{step.name}' reads a tensor of another size")
+            return mask(step, index, tensor)
+
+        try:
+            with torch.no_grad():
+                return twin(tensors, on_read=on_read, on_write=shapes.note)
+        except (ModelError, CalibrationError) as error:
+            raise NoProofError(f"the model itself does not run: {error}") from error
+
+    def _run_in_double(self, inputs: Arrays) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]]:
+        """Outputs of the cut model and of the masked one, computed in double precision."""
+        twin = self._prepared.twin
+        cut = build_twin(self._graph, device=str(twin.device or "cpu")).double()
+        with in_double(twin), torch.no_grad():
+            tensors = to_tensors(inputs, twin)
+            return cut(tensors), self._run_masked(twin, tensors, _Shapes())
+
+    def _first_difference(self, tensors: Mapping[str, Tensor]) -> str:
+        """Name the first node of the cut model whose result is not what is left of the whole one's."""
+        coupling, whole, places = self._prepared.coupling, dict[str, Tensor](), list[str]()
+
+        def note(step: Step, index: int, tensor: Tensor) -> Tensor:
+            whole[step.outputs[index]] = tensor
+            return tensor
+
+        def compare(step: Step, index: int, tensor: Tensor) -> Tensor:
+            name = step.outputs[index]
+            if places or name not in whole or not tensor.is_floating_point():
+                return tensor
+            left, found = whole[name], coupling.tensors.get(name)
+            if found is not None and left.shape[found.axis] == len(found.ids):
+                positions = torch.from_numpy(kept_positions(found.ids, self._keep)).to(left.device)
+                left = left.index_select(found.axis, positions)
+            if left.shape == tensor.shape and _difference({name: tensor}, {name: left}) is not None:
+                places.append(f"; node '{step.name}' ({step.op_type}) is the first to differ")
+            return tensor
+
+        with torch.no_grad():
+            self._prepared.twin(
+                tensors, on_read=masked_reads(coupling, self._keep), on_write=note
+            )
+            self._cut(tensors, on_write=compare)
+        return places[0] if places else ""
+
+
+class NoProofError(SurgeryError):
+    """Some inputs cannot show whether a cut is exact."""
+
+
+class _Shapes:
+    """The shapes of the tensors that a twin writes; ``in_parts`` if it ran more than once for one batch."""
+
+    def __init__(self) -> None:
+        self.found: dict[str, tuple[int, ...]] = {}
+        self.in_parts = False
+
+    def note(self, step: Step, index: int, tensor: Tensor) -> Tensor:
+        name = step.outputs[index]
+        self.in_parts |= name in self.found
+        self.found[name] = tuple(tensor.shape)
+        return tensor
 
 
 def _difference(outputs: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> str | None:

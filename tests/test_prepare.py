@@ -18,7 +18,16 @@ from hap_onnx.coupling.channels import Frozen
 from hap_onnx.errors import ModelError, UsageError
 from hap_onnx.model.input_spec import InputSpec
 from hap_onnx.model.model_io import load_model
-from hap_onnx.prepare import PreparedModel, freeze_groups, make_probe, prepare, try_cut
+from hap_onnx.prepare import (
+    CutTrial,
+    NoProofError,
+    PreparedModel,
+    freeze_groups,
+    make_probe,
+    prepare,
+    try_cut,
+)
+from hap_onnx.surgery import remove_channels
 from tests.helpers import make_model, node, rand
 
 FLOAT = np.dtype(np.float32)
@@ -317,10 +326,33 @@ def test_a_trial_cut_says_what_is_wrong() -> None:
     keep = np.ones(result.coupling.n_elements, bool)
     keep[result.coupling.groups[0].elements[:4]] = False
     assert try_cut(result, keep) is None
-    wrong = dict(result.probe_shapes)
-    wrong["h1"] = (2, 16, 99, 8)
-    complaint = try_cut(replace(result, probe_shapes=wrong), keep)
-    assert complaint == "'h1' has shape [2, 16, 8, 8] instead of [2, 16, 99, 8]"
+    graph = remove_channels(result.graph, result.coupling, keep, shapes=result.probe_shapes)
+    keep[result.coupling.groups[0].elements[4]] = False
+    trial = CutTrial(result, keep, graph)
+    complaint = "node 'make_stem' (Conv): 'stem' has shape [2, 12, 8, 8] instead of [2, 11, 8, 8]"
+    assert trial.find_fault(result.probe) == complaint
+
+
+def test_a_trial_cut_names_the_first_node_that_differs() -> None:
+    result = prepared()
+    keep = np.ones(result.coupling.n_elements, bool)
+    keep[result.coupling.groups[0].elements[:4]] = False
+    graph = remove_channels(result.graph, result.coupling, keep, shapes=result.probe_shapes)
+    bias = next(t for t in graph.tensors().values() if t.name == "b2.b")
+    bias.values = bias.values + np.float32(0.1)
+    complaint = CutTrial(result, keep, graph).find_fault(result.probe)
+    assert complaint is not None
+    assert "the output 'scores' differs by" in complaint
+    assert complaint.endswith("; node 'make_b2' (Conv) is the first to differ")
+
+
+def test_inputs_that_the_model_does_not_take_prove_nothing() -> None:
+    result = prepared()
+    keep = np.ones(result.coupling.n_elements, bool)
+    keep[result.coupling.groups[0].elements[:4]] = False
+    graph = remove_channels(result.graph, result.coupling, keep, shapes=result.probe_shapes)
+    with pytest.raises(NoProofError, match="does not run"):
+        CutTrial(result, keep, graph).find_fault({"x": rand(2, 4, 8, 8)})
 
 
 def test_a_difference_beyond_rounding_is_noticed() -> None:
@@ -329,7 +361,8 @@ def test_a_difference_beyond_rounding_is_noticed() -> None:
     keep[result.coupling.groups[0].elements[:4]] = False
     with torch.no_grad():
         result.twin.parameter_of["head.b"].add_(1.0)  # the graph is not changed
-    assert try_cut(result, keep) == "the output 'scores' differs by 1"
+    complaint = "the output 'scores' differs by 1; node 'make_scores' (Gemm) is the first to differ"
+    assert try_cut(result, keep) == complaint
 
 
 def test_a_model_that_does_not_fit_its_data_is_refused() -> None:

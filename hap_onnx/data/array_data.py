@@ -26,6 +26,7 @@ from hap_onnx.model.input_spec import InputSpec, format_shape, is_float, type_na
 
 LABELS = "labels"
 _CHUNK_BYTES = 1 << 24
+_MAX_DEFLATED = 1100  # how many bytes one byte of a .npz that NumPy writes can stand for, and a little more
 _LIKELY_LABELS = ("label", "y", "target", "targets", "classes", "class", "gt")
 
 
@@ -567,14 +568,18 @@ def _member_array(path: Path, info: zipfile.ZipInfo, name: str, spill: SpillFold
     where = f"{path}, array '{name}'"
     with _reading(where), _open_member(path, info.filename) as file:
         shape, dtype, fortran_order, header_bytes = _checked_header(file, where)
+    n_bytes = dtype.itemsize * math.prod(shape)
+    most = info.file_size
+    if info.compress_type in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):  # the file may lie about that
+        most = min(most, _MAX_DEFLATED * path.stat().st_size)
+    if most - header_bytes < n_bytes:
+        raise CalibrationError(f"{where}: holds less data than its header says; write it again.")
     if info.compress_type != zipfile.ZIP_STORED or (fortran_order and len(shape) > 1):
         return PackedArray(path, info.filename, shape=shape, dtype=dtype, where=where, spill=spill)
     with _reading(where), path.open("rb") as file:
         file.seek(info.header_offset + 26)  # the local header repeats the name with its own "extra" length
         name_bytes, extra_bytes = np.frombuffer(file.read(4), "<u2")
     offset = info.header_offset + 30 + int(name_bytes) + int(extra_bytes) + header_bytes
-    if shape and info.file_size - header_bytes < dtype.itemsize * math.prod(shape):
-        raise CalibrationError(f"{where}: holds less data than its header says; write it again.")
     return FileArray(path, offset=offset, shape=shape, dtype=dtype, where=where)
 
 

@@ -238,6 +238,8 @@ def _open_path(
 ) -> _Source:
     if not path.exists():
         raise CalibrationError(f"{path}: no such file or folder; {_FORMS}.")
+    if not (path.is_dir() or path.is_file()):
+        raise CalibrationError(f"{path}: is neither a file nor a folder; {_FORMS}.")
     if path.is_dir():
         arrays = [
             entry for entry in visible(path) if entry.suffix.lower() in (".npz", ".npy") and entry.is_file()

@@ -19,6 +19,7 @@ from hap_onnx.data.preprocess import (
 )
 from hap_onnx.errors import CalibrationError
 from hap_onnx.model.input_spec import InputSpec, is_float
+from hap_onnx.text_files import read_text
 
 IMAGE_SUFFIXES = frozenset(
     (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pnm", ".jp2")
@@ -174,7 +175,7 @@ def _class_names(folder: Path, subfolders: Sequence[str]) -> list[str]:
     if not path.is_file():
         return sorted(subfolders)
     try:
-        lines = path.read_text(encoding="utf-8-sig").rstrip().splitlines()
+        lines = read_text(path, encoding="utf-8-sig").rstrip().splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise CalibrationError(f"{path}: cannot be read as text ({error}).") from error
     names = [line.strip() for line in lines]

@@ -28,6 +28,7 @@ EXIF rotation is not applied, as in the usual training pipelines.
 from __future__ import annotations
 
 import difflib
+import functools
 import math
 import struct
 import sys
@@ -44,6 +45,7 @@ from PIL import Image, UnidentifiedImageError
 
 from hap_onnx.errors import CalibrationError, UsageError
 from hap_onnx.model.input_spec import InputSpec, format_shape, is_float
+from hap_onnx.text_files import read_text
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -66,6 +68,7 @@ _FILTERS = {
     "lanczos": Image.Resampling.LANCZOS,
     "box": Image.Resampling.BOX,
 }
+_FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TIFF", "WEBP")
 # What Pillow's decoders raise on damaged, cut, or over-sized files.
 _DECODE_ERRORS = (
     OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, OverflowError, MemoryError,
@@ -198,6 +201,13 @@ def resolve_preprocessing(preprocess: str | Path | Preprocessing | None, spec: I
     )
 
 
+@functools.cache
+def _formats() -> tuple[str, ...]:
+    """The formats that are read, whatever a file's name says: for others Pillow may run programs."""
+    Image.init()
+    return tuple(name for name in _FORMATS if name in Image.OPEN)
+
+
 def load_image(path: Path, *, check_only: bool = False) -> Image.Image:
     """Decode an image file completely to mode RGB or L (grey files stay grey).
 
@@ -208,7 +218,7 @@ def load_image(path: Path, *, check_only: bool = False) -> Image.Image:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path) as image:
+            with Image.open(path, formats=_formats()) as image:
                 if check_only:
                     image.draft(None, (max(1, image.width // 8), max(1, image.height // 8)))
                 image.load()
@@ -226,7 +236,7 @@ def image_size(path: Path) -> tuple[int, int]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            with Image.open(path) as image:
+            with Image.open(path, formats=_formats()) as image:
                 return image.height, image.width
     except _DECODE_ERRORS as error:
         raise UnreadableImageError(str(error) or type(error).__name__) from error
@@ -300,8 +310,8 @@ def _default_request(spec: InputSpec, channels: int | str | None) -> _Request:
 
 def _read_request(path: Path) -> _Request:
     try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        table = tomllib.loads(read_text(path))
+    except (OSError, ValueError, RecursionError) as error:
         raise UsageError(f"{path}: not a readable TOML file ({error}).") from error
     for key in table:
         if key != "image":

@@ -35,6 +35,7 @@ from hap_onnx.jobs.machine import (
     write_proto,
 )
 from hap_onnx.jobs.rounds import Candidate, Round, Workshop
+from hap_onnx.jobs.self_check import SELF_CHECK_SAMPLES, Result, check_result, twin_tolerance
 from hap_onnx.jobs.targets import SPARE_BYTES, params_within, search_smallest
 from hap_onnx.jobs.work_folder import WorkFolder, job_key
 from hap_onnx.model.model_io import load_model, save_model
@@ -56,10 +57,10 @@ from hap_onnx.report.summary import (
 from hap_onnx.runtime.latency import LatencyComparison, latency_feed
 from hap_onnx.runtime.metrics import Metric, Quality, check_chance_level, choose_metric, compare_outputs
 from hap_onnx.runtime.session import Session, run_outputs
-from hap_onnx.runtime.soundness import check_finite, check_model
+from hap_onnx.runtime.soundness import check_finite
 from hap_onnx.sensitivity.curvature import output_scales, to_tensors
 from hap_onnx.timing.measure import measure_times
-from hap_onnx.twin import Twin, build_twin
+from hap_onnx.twin import Twin
 
 _log = logging.getLogger(__name__)
 
@@ -67,7 +68,6 @@ LARGE_DROP = 0.02
 LATENCY_TOLERANCE = 0.05
 """How far a budget of time may be exceeded, as a fraction of the original: it is met by measurement."""
 MAX_RESIZES = 3
-TWIN_TOLERANCE = {np.dtype(np.float32): 1e-3, np.dtype(np.float64): 1e-3}
 
 Outputs = Mapping[str, np.ndarray]
 
@@ -186,10 +186,25 @@ class Job:
         if twin.opaque_nodes:
             self.note(f"{len(twin.opaque_nodes)} nodes run in onnxruntime only and stay as they are")
 
-    def _check_result(self, candidate: Compressed, session: Session) -> None:
-        """Refuse a written model that does not compute what the compressed graph says."""
-        twin = build_twin(candidate.finished(), device=pick_device(self.config.device))
-        self._check_same(twin, session, "the compressed model's twin")
+    def _check_result(self, proto: ModelProto, candidate: Candidate) -> None:
+        """Refuse a model that is not sound, or not what its plan says."""
+        n_samples = max(SELF_CHECK_SAMPLES, self.session.fixed_batch or 1)
+        result = Result(
+            proto,
+            candidate.compressed.finished(),
+            candidate.plan,
+            [one.prepared for one in self.rounds],
+            next(iter(self.splits.calibrate.batches(n_samples))).inputs,
+            outputs=tuple(self.scales),
+        )
+        remark = check_result(
+            result,
+            self.session,
+            lambda model: open_session(model, self.config),
+            work_dir=self.config.work_dir,
+        )
+        if remark:
+            self.note(remark, kind="warning")
 
     def _check_same(self, twin: Twin, session: Session, what: str) -> None:
         batch = next(
@@ -201,8 +216,7 @@ class Job:
         for name in self.scales:
             expected = theirs[name].astype(np.float64)
             error = float(np.abs(ours[name].cpu().numpy() - expected).max())
-            allowed = TWIN_TOLERANCE.get(theirs[name].dtype, 5e-2) * max(float(np.abs(expected).max()), 1e-6)
-            if not error <= allowed:
+            if not error <= twin_tolerance(theirs[name]):
                 raise ModelError(
                     f"{what} differs from onnxruntime by {error:.3g} in output '{name}', so the model "
                     "cannot be compressed safely; please report it with the model"
@@ -215,9 +229,9 @@ class Job:
         if not self.prepared.coupling.groups and (
             config.method == "prune" or not find_implant_layers(self.prepared)
         ):
+            reasons = [f"'{entry.node}': {entry.reason}" for entry in self.prepared.coupling.frozen[:3]]
             raise BudgetError(
-                "no channel of the model can be removed: "
-                + "; ".join(f"'{entry.node}': {entry.reason}" for entry in self.prepared.coupling.frozen[:3])
+                f"no channel of the model can be removed: {'; '.join(reasons) or 'no layer has weights'}"
             )
         with self.shop.work.lock():
             found = self._compress_in_rounds(self._budgets()) if config.has_budget else self._search()
@@ -382,16 +396,14 @@ class Job:
             report = self._report(candidate, proto)
             self._save_side_files(plan, report)
             return report
+        with self.clock.stage("self-check"):
+            self._check_result(proto, candidate)
         with self.clock.stage("validate"):
-            remark = check_model(proto, reference=self.source.proto)
-            if remark:
-                self.note(remark, kind="warning")
             session = open_session(proto, config)
             part = self.splits.report
             before = run_outputs(self.session, part, batch_size=self.batch_size)
             after = run_outputs(session, part, batch_size=self.batch_size)
             check_finite(after, label="the compressed model")
-            self._check_result(candidate.compressed, session)
             measured = self._metric_for(before, part).measure(before, after, part.labels)
             quality = judge_quality(measured, config.drop_limit)
             fidelity = compare_outputs(before, after)

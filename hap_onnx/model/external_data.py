@@ -13,6 +13,7 @@ from onnx import ModelProto, TensorProto
 from hap_onnx.errors import ModelError
 from hap_onnx.model.protos import check_tensor, n_data_bytes, walk_tensors
 
+_MAX_DIGITS = 18  # more than any file has, and never too many for Python
 _MAX_FIELD_BYTES = 2**31 - 1  # protobuf's limit for one field
 
 
@@ -108,14 +109,15 @@ def _find_file(location: str, folder: Path, *, where: str) -> Path:
             )
     except (OSError, ValueError, RuntimeError) as error:
         raise ModelError(
-            f"{where} names the external data file {location!r}, which cannot be opened ({error})"
+            f"{where} names the external data file {location!r}, which cannot be opened "
+            f"({getattr(error, 'strerror', None) or error})"
         ) from error
     return file
 
 
 def _number(text: str, key: str, *, where: str) -> int:
-    if not (text.isascii() and text.isdigit()):
+    if not (text.isascii() and text.isdigit() and len(text) <= _MAX_DIGITS):
         raise ModelError(
-            f"{where} has the external data {key} {text!r}, but a whole number of bytes is expected"
+            f"{where} has the external data {key} {text[:40]!r}, but a whole number of bytes is expected"
         )
     return int(text)

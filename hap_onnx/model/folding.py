@@ -18,6 +18,7 @@ import onnx
 import onnx_graphsurgeon as gs
 from onnx import GraphProto, ModelProto, NodeProto
 
+from hap_onnx.model.bounds import infer_shapes
 from hap_onnx.model.protos import DEFAULT_DOMAINS, captured, export_constant, export_node, opset_of, subgraphs
 
 MAX_ELEMENTS = 10_000
@@ -135,7 +136,7 @@ def infer(graph: gs.Graph, context: Context) -> tuple[Dims, Mapping[str, np.dtyp
 def _infer_proto(model: ModelProto) -> list[onnx.ValueInfoProto]:
     """Infer shapes; operators without rules leave them unknown, and then less is folded."""
     try:
-        graph = onnx.shape_inference.infer_shapes(model, data_prop=True).graph
+        graph = infer_shapes(model).graph
     except (onnx.shape_inference.InferenceError, RuntimeError, ValueError) as error:
         _log.info("shapes cannot be inferred, so less is folded: %s", error)
         graph = model.graph

@@ -17,6 +17,7 @@ from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 from onnx import GraphProto, ModelProto, TensorProto
 
 from hap_onnx.errors import ModelError
+from hap_onnx.model.bounds import check_bounds
 from hap_onnx.model.external_data import read_external_data
 from hap_onnx.model.protos import (
     DEFAULT_DOMAINS,
@@ -77,6 +78,7 @@ def load_model(model: str | Path | ModelProto) -> SourceModel:
         check_tensor(tensor, where=f"{where} of {label}")
     _check_structure(proto.graph, label)
     _check_versions(proto, label)
+    check_bounds(proto, label)
     return SourceModel(
         proto=proto,
         path=path,

@@ -20,6 +20,7 @@ from onnx_graphsurgeon.util.exception import OnnxGraphSurgeonException
 
 from hap_onnx.errors import ModelError, SurgeryError
 from hap_onnx.model import folding
+from hap_onnx.model.bounds import MAX_DENSE_ELEMENTS
 from hap_onnx.model.loading import SourceModel, load_model
 from hap_onnx.model.protos import (
     DEFAULT_DOMAINS,
@@ -40,7 +41,6 @@ __all__ = ["SourceModel", "load_model", "normalise", "save_model", "to_proto"]
 
 G_LOGGER.severity = 100  # it prints to stdout; what matters reaches the user as an error of ours
 
-_MAX_DENSE_ELEMENTS = 2**28
 M = TypeVar("M", bound=Message)
 
 
@@ -197,7 +197,7 @@ def _constant_value(node: NodeProto) -> TensorProto | None:
 def _to_dense(sparse: onnx.SparseTensorProto) -> TensorProto:
     """Write a sparse tensor in full, within bounds."""
     name, size = sparse.values.name, n_elements(sparse.dims)
-    if any(dim < 0 for dim in sparse.dims) or size > _MAX_DENSE_ELEMENTS:
+    if any(dim < 0 for dim in sparse.dims) or size > MAX_DENSE_ELEMENTS:
         raise ModelError(
             f"sparse tensor {name!r} has {size} elements, more than is reasonable; store it densely"
         )

@@ -19,6 +19,7 @@ from hap_onnx.errors import ModelError, SurgeryError
 DEFAULT_DOMAINS = ("", "ai.onnx")
 MAX_PROTO_BYTES = 2**31 - 1  # protobuf's limit for one message
 _MAX_AXES = 32  # numpy 1 allows no more
+_MAX_ELEMENTS = 2**56
 _GRAPH_ATTRIBUTES = (AttributeProto.GRAPH, AttributeProto.GRAPHS)
 # Elements per byte of the types that are packed.
 _PACKED: dict[int, int] = {
@@ -172,6 +173,11 @@ def check_tensor(tensor: TensorProto, *, where: str) -> None:
     if len(tensor.dims) > _MAX_AXES:
         raise ModelError(
             f"{where} has {len(tensor.dims)} axes, but {_MAX_AXES} is the most that can be handled"
+        )
+    if n_elements(max(dim, 1) for dim in tensor.dims) > _MAX_ELEMENTS:  # also of an empty one: [0, 10**15]
+        raise ModelError(
+            f"{where} has the shape {list(tensor.dims)}, which no machine can hold; the file is damaged: "
+            "export or download it again"
         )
     if tensor.data_location == TensorProto.EXTERNAL:
         return

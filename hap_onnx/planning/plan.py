@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -26,8 +27,10 @@ from hap_onnx.config import plan_weights_path
 from hap_onnx.coupling.channels import Coupling
 from hap_onnx.errors import ModelError, UsageError, ValidationError
 from hap_onnx.implants.factors import KINDS
+from hap_onnx.text_files import read_text
 
 PLAN_SCHEMA = "hap-onnx/plan/1"
+_MAX_PLAN_BYTES = 2**28
 
 Ints = NDArray[np.int64]
 
@@ -258,7 +261,9 @@ def load_plan(path: str | Path) -> CompressionPlan:
     """
     path = Path(path)
     try:
-        document = json.loads(path.read_text("utf-8"), parse_constant=_refuse_constant)
+        document = json.loads(
+            read_text(path, max_bytes=_MAX_PLAN_BYTES), parse_constant=_refuse_constant
+        )
     except OSError as error:
         raise ModelError(f"the plan {path} cannot be read: {error.strerror or error}") from error
     except (ValueError, RecursionError) as error:
@@ -567,6 +572,8 @@ def _load_weights(path: Path, entry: Any) -> dict[str, np.ndarray]:
 
 def _hash_file(path: Path) -> str:
     digest = hashlib.sha256()
+    if path.exists() and not path.is_file():
+        raise OSError(errno.EINVAL, "not a regular file")
     with path.open("rb") as stream:
         while chunk := stream.read(1 << 22):
             digest.update(chunk)

@@ -6,8 +6,9 @@ import io
 import json
 import logging
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from typing import TextIO
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import fields, is_dataclass, replace
+from typing import Any, TextIO
 
 from rich.console import Console, Group, RenderableType
 from rich.logging import RichHandler
@@ -39,6 +40,7 @@ from hap_onnx.report import (
     Share,
     ValidateReport,
 )
+from hap_onnx.report.printable import printable
 
 DEFAULT_WIDTH = 80
 _SHARES = ("accuracy", "agreement")  # metrics that read best in per cent
@@ -50,7 +52,9 @@ _MAX_NODES_NAMED = 3
 
 def render_json(report: Report) -> str:
     """Return a report as strict JSON with a newline at its end."""
-    return json.dumps(report.to_dict(), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    text = json.dumps(report.to_dict(), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    harmful = {letter for letter in text if letter != "\n" and printable(letter) != letter}
+    return text.translate({ord(letter): json.dumps(letter)[1:-1] for letter in harmful})
 
 
 def render_report(report: Report, stream: TextIO) -> str:
@@ -58,8 +62,21 @@ def render_report(report: Report, stream: TextIO) -> str:
     width = None if stream.isatty() else DEFAULT_WIDTH
     buffer = io.StringIO()
     console = Console(file=buffer, width=width, force_terminal=stream.isatty(), highlight=False, markup=False)
-    console.print(_layout(report))
+    console.print(_layout(_printable(report)))
     return "\n".join(line.rstrip() for line in buffer.getvalue().splitlines()) + "\n"
+
+
+def _printable(value: Any) -> Any:
+    """Return a report, or a part of one, whose texts a terminal can show: names come from files."""
+    if isinstance(value, str):
+        return printable(value)
+    if isinstance(value, (tuple, list)):
+        return type(value)(map(_printable, value))
+    if isinstance(value, Mapping):
+        return {_printable(key): _printable(item) for key, item in value.items()}
+    if is_dataclass(value) and not isinstance(value, type):
+        return replace(value, **{part.name: _printable(getattr(value, part.name)) for part in fields(value)})
+    return value
 
 
 def _layout(report: Report) -> RenderableType:
@@ -294,6 +311,11 @@ def _drop(quality: Quality) -> str:
 # ---------------------------------------------------------------- events
 
 
+def _make_printable(record: logging.LogRecord) -> bool:
+    record.msg, record.args = printable(record.getMessage(), keep="\n"), ()
+    return True
+
+
 class EventPrinter:
     """An ``on_event`` that draws one bar per stage on a terminal, and prints notes and warnings.
 
@@ -322,7 +344,9 @@ class EventPrinter:
 
     def log_handler(self) -> logging.Handler:
         """Return a handler that prints log records without disturbing the bars."""
-        return RichHandler(console=self._console, show_path=False, show_time=False, markup=False)
+        handler = RichHandler(console=self._console, show_path=False, show_time=False, markup=False)
+        handler.addFilter(_make_printable)
+        return handler
 
     def __call__(self, event: Event) -> None:
         if event.kind == "start":
@@ -335,9 +359,9 @@ class EventPrinter:
         elif event.kind == "end" and event.stage in self._tasks:
             self._progress.stop_task(self._tasks[event.stage])
         elif event.kind == "warning":
-            self._console.print(Text(f"warning: {event.message}", style="yellow"))
+            self._console.print(Text(f"warning: {printable(event.message)}", style="yellow"))
         elif event.kind == "note" and not self._quiet:
-            self._console.print(Text(event.message))
+            self._console.print(Text(printable(event.message)))
 
     def _start(self, event: Event) -> None:
         """Begin a stage, or begin it again: some stages run once per round."""
