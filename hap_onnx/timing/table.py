@@ -24,6 +24,7 @@ from scipy.optimize import nnls
 from hap_onnx.errors import ModelError, UsageError, ValidationError
 from hap_onnx.model.saving import make_folder, write_text
 from hap_onnx.runtime.latency import LatencyComparison
+from hap_onnx.text_files import read_text
 
 _log = logging.getLogger(__name__)
 
@@ -106,7 +107,7 @@ def read_table(path: Path, machine: Machine) -> LatencyTable:
         ModelError: the file is damaged.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(read_text(path))
     except FileNotFoundError:
         return LatencyTable(machine)
     except (OSError, ValueError) as error:
