@@ -31,6 +31,7 @@ SENSITIVITIES = ("auto", "obs", "hutchinson", "gauss-newton", "gate", "magnitude
 RECOVERIES = ("none", "refit", "distill")
 AUGMENTATIONS = ("auto", "none")
 PREPROCESSES = ("imagenet", "unit", "signed", "raw")
+THENS = ("int8", "fp16")
 DEVICES = ("auto", "cpu", "cuda")
 
 DEFAULT_MAX_DROP = 0.01
@@ -284,6 +285,11 @@ class CompressConfig:
     align: int | str = _option(
         "auto", _check_align, "Keep channels in multiples of N; auto: of 8 in wide layers, finer in narrow.",
         section="Method", metavar="auto|N",
+    )  # fmt: skip
+    then: str | None = _option(
+        None, _one_of(THENS), "What becomes of the compressed model in the end: int8 quantizes it with the "
+        "calibration part of the data, fp16 stores and computes with 16 bits. --max-drop is about the final "
+        "file.", section="Method", choices=THENS,
     )  # fmt: skip
     exclude: tuple[str, ...] = _option(
         (), _check_globs, "Leave alone nodes or initializers whose name matches; may be repeated.",

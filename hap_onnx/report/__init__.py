@@ -157,11 +157,31 @@ class Budget:
 
 
 @dataclass(frozen=True)
+class Conversion:
+    """What ``--then`` did, one row per model: ``original``, ``compressed``, the original converted in the same
+    way (``quantized``; None where it was not tried or cannot be), and ``both``, the final file.
+
+    ``kind`` is int8 or fp16. ``settings`` of int8: ``calibration`` (how ranges were taken: minmax or
+    percentile) and ``weight_bits``. ``left`` names the layers that stay in float32. Latencies are times on
+    this machine: that of float16 says little where the provider has no kernels for it.
+    """
+
+    kind: str
+    settings: Mapping[str, str | int]
+    original: ModelFacts
+    compressed: ModelFacts
+    quantized: ModelFacts | None
+    both: ModelFacts
+    left: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class CompressReport:
     """The result of ``compress``, and of ``apply`` (there without quality and fidelity).
 
     ``output`` is None when no model was written (a dry run); ``seconds`` is per stage; ``recovery`` has one
-    entry per round.
+    entry per round. With ``--then``, ``after``, ``quality`` and ``fidelity`` are those of the final file, and
+    ``then`` tells the steps apart; without it, ``then`` is None.
     """
 
     model: str
@@ -177,6 +197,7 @@ class CompressReport:
     seed: int
     versions: Mapping[str, str]
     recovery: tuple[RoundRecovered, ...] = ()
+    then: Conversion | None = None
     schema: str = COMPRESS_SCHEMA
 
     def to_dict(self) -> dict[str, Any]:
