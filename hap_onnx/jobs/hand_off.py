@@ -25,7 +25,7 @@ from hap_onnx.runtime.session import Session, run_outputs
 CALIBRATION_SAMPLES = 512
 """So many samples settle the range of an activation; more make no difference and take time."""
 GOOD_ENOUGH = 0.02
-"""Variance of the outputs that quantization may cost before layers alone, without what lies between, are tried."""
+"""Share of the outputs' variance that quantization may cost before layers alone are tried."""
 
 Outputs = Mapping[str, np.ndarray]
 
@@ -153,7 +153,9 @@ def describe(
 
 
 def _left_in_float(final: ModelProto) -> tuple[str, ...]:
-    made = {name for node in final.graph.node if is_dequantizer(node.op_type, node.domain) for name in node.output}
+    made = {
+        name for node in final.graph.node if is_dequantizer(node.op_type, node.domain) for name in node.output
+    }
     return tuple(
         node.name
         for node in final.graph.node

@@ -42,7 +42,8 @@ def params_within(
     """
     constants = [t for t in prepared.graph.tensors().values() if isinstance(t, gs.Constant)]
     weights = [t for t in constants if is_float_type(t.values.dtype)]
-    n_weight_bytes: float = sum(t.values.size if t.name in prepared.stored else t.values.nbytes for t in weights)
+    in_8_bits = prepared.stored
+    n_weight_bytes: float = sum(t.values.size if t.name in in_8_bits else t.values.nbytes for t in weights)
     n_weights = max(sum(t.values.size for t in weights), 1)
     if per_param is None:
         per_param = n_weight_bytes / n_weights

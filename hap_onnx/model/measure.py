@@ -13,7 +13,7 @@ from onnx import ModelProto
 
 from hap_onnx import ops  # noqa: F401  (registers the counting rules)
 from hap_onnx.model.protos import export_constant, n_data_bytes, walk_tensors
-from hap_onnx.ops.quantized import quantized_weights, is_quantized
+from hap_onnx.ops.quantized import is_quantized, quantized_weights
 from hap_onnx.ops.registry import find_macs
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -21,9 +21,11 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 @dataclass(frozen=True)
 class ModelSize:
-    """``params``: elements of float constants and of quantized weights, shared ones once, without scales. ``macs``: multiply-accumulates at the shapes
-    given, for their whole batch. ``bytes``: of all constants as they are stored; what else a file holds
-    (nodes, names, metadata) hardly changes when a model is compressed.
+    """``params``: elements of float constants and of quantized weights, shared ones once, without scales.
+
+    ``macs``: multiply-accumulates at the shapes given, for their whole batch. ``bytes``: of all constants as
+    the graph has them; what else a file holds (nodes, names, metadata) hardly changes when a model is
+    compressed.
     """
 
     params: int
@@ -156,7 +158,7 @@ def _weights(graph: gs.Graph) -> dict[str, gs.Constant]:
 def weights_of(node: gs.Node) -> Iterator[gs.Constant]:
     """Yield the constants of a node that count as parameters: floats, and what stands for floats.
 
-    Of operators on quantized numbers these are their weights; their scales and zero points say how to read them.
+    Of operators on quantized numbers these are the weights, not the scales and zero points.
     """
     if not is_quantized(node.op, node.domain or ""):
         yield from (t for t in constants_of(node) if is_float_type(np.dtype(t.values.dtype)))

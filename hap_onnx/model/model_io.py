@@ -52,8 +52,8 @@ def normalise(source: SourceModel) -> gs.Graph:
 
     Local functions are inlined, every node has a unique name, initializers and Constant nodes are
     ``gs.Constant`` (read-only arrays; one object where the file has one tensor), shapes are computed
-    where that freezes nothing, and a weight's private Transpose or Cast is applied to it. A weight that is stored
-    in 8 bits becomes the real numbers that it stands for, see ``hap_onnx.model.stored``.
+    where that freezes nothing, and a weight's private Transpose or Cast is applied to it. A weight that is
+    stored in 8 bits becomes the real numbers that it stands for, see ``hap_onnx.model.stored``.
 
     Raises:
         ModelError: the graph has circles or cannot be expressed in onnx-graphsurgeon.
@@ -166,8 +166,10 @@ def _prepare(proto: ModelProto) -> tuple[ModelProto, dict[str, TensorProto], dic
             pinned |= captured(subgraph)
     stored = find_stored(nodes, constants, pinned=pinned)
     for name, one in stored.items():
-        graph.initializer.append(TensorProto(name=name, data_type=TensorProto.FLOAT, dims=one.quantized.shape))
-    nodes = [node for node in nodes if not (node.output and node.output[0] in stored)]
+        header = TensorProto(name=name, data_type=TensorProto.FLOAT, dims=one.quantized.shape)
+        graph.initializer.append(header)
+    gone = {*stored, *(one.node.input[0] for one in stored.values())}
+    nodes = [node for node in nodes if gone.isdisjoint(node.output)]
     for field, values in (("input", [_copy(value) for value in inputs]), ("node", nodes)):
         graph.ClearField(field)
         getattr(graph, field).extend(values)

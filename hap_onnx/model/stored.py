@@ -3,9 +3,9 @@
     w [int8] --DequantizeLinear(scale, zero_point)--> Conv          in the file
     w [float32] -------------------------------------> Conv          in the graph that the stages work on
 
-All stages see such a weight as the real numbers that it stands for. When the graph is written, it is stored as
-it was: numbers that lie on a grid of the original scales, as those that were only sliced do, come out bit by bit;
-others (refitted, trained) get a scale of their own, within the same range of integers. Biases, which
+All stages see such a weight as the real numbers that it stands for. When the graph is written, it is stored
+as it was: numbers that lie on a grid of the original scales, as those that were only sliced do, come out bit
+by bit; others (refitted, trained) get a scale of their own, within the same range of integers. Biases, which
 onnxruntime takes as multiples of input scale times weight scale whatever their own scale says, follow these.
 """
 
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import onnx
@@ -22,9 +23,9 @@ from onnx import NodeProto, TensorProto
 
 from hap_onnx.errors import SurgeryError
 from hap_onnx.model.protos import reads
-from hap_onnx.ops.quantized import is_dequantizer
+from hap_onnx.ops.quantized import is_dequantizer, is_quantizer
 
-Numbers = NDArray[np.generic]
+Numbers = NDArray[Any]
 
 _TYPES = (TensorProto.INT8, TensorProto.UINT8, TensorProto.INT16, TensorProto.UINT16, TensorProto.INT32)
 _PROBE = 16  # numbers of a row that are tried on all scales at once, before the whole row on few
@@ -34,8 +35,8 @@ _PROBE = 16  # numbers of a row that are tried on all scales at once, before the
 class StoredWeight:
     """A weight, named as the output of its DequantizeLinear ``node``.
 
-    ``quantized``, ``scale`` and ``zero`` are the node's inputs (``zero`` None if it has none); ``axis`` is that
-    of the scales, None for one scale. ``shared`` says which of the inputs other nodes read, too.
+    ``quantized``, ``scale`` and ``zero`` are the node's inputs (``zero`` None if it has none); ``axis`` is
+    that of the scales, None for one scale. ``shared`` says which of the inputs other nodes read, too.
     """
 
     name: str
@@ -72,17 +73,27 @@ def find_stored(
 ) -> dict[str, StoredWeight]:
     """Find the weights that a graph keeps in 8 bits (biases in 32), by the names of their real numbers.
 
-    Left alone: what other nodes read as well, scales in blocks or of other types than float32, and ``pinned``
-    names (outputs of the model, tensors that subgraphs read).
+    A float weight behind a QuantizeLinear, as training for quantization leaves it, is one of them, and stored
+    in 8 bits from then on. Left alone: what other nodes read as well, scales in blocks or of other types than
+    float32, and ``pinned`` names (outputs of the model, tensors that subgraphs read).
     """
     nodes = list(nodes)
+    constants = dict(constants)
     readers: dict[str, int] = {}
     for node in nodes:
         for name in reads(node):
             readers[name] = readers.get(name, 0) + 1
+    alone = {name for name, count in readers.items() if count == 1} - set(pinned)
+    for node in nodes:
+        if is_quantizer(node.op_type, node.domain) and {node.input[0], node.output[0]} <= alone:
+            quantized = _evaluate(node, constants)
+            if quantized is not None:
+                constants[node.output[0]] = onnx.numpy_helper.from_array(quantized, node.output[0])
     found: dict[str, StoredWeight] = {}
     for node in nodes:
-        if not is_dequantizer(node.op_type, node.domain) or not set(filter(None, node.input)) <= set(constants):
+        if not is_dequantizer(node.op_type, node.domain) or not set(filter(None, node.input)) <= set(
+            constants
+        ):
             continue
         data, scale = constants[node.input[0]], constants[node.input[1]]
         zero = constants[node.input[2]] if len(node.input) > 2 and node.input[2] else None
@@ -112,6 +123,33 @@ def find_stored(
             shared=frozenset(name for name in node.input[1:] if name and readers[name] > 1),
         )
     return found
+
+
+def _evaluate(node: NodeProto, constants: Mapping[str, TensorProto]) -> Numbers | None:
+    """Quantize a float32 constant as a QuantizeLinear does; None if the node does anything else."""
+    if len(node.input) < 3 or not set(node.input) <= set(constants):
+        return None
+    values, scale, zero = (onnx.numpy_helper.to_array(constants[name]) for name in node.input)
+    attributes = {entry.name: entry.i for entry in node.attribute}
+    if values.dtype != np.float32 or scale.dtype != np.float32 or attributes.get("block_size", 0):
+        return None
+    if scale.shape != zero.shape or zero.dtype not in (np.int8, np.uint8, np.int16, np.uint16):
+        return None
+    if scale.size > 1:
+        axis = attributes.get("axis", 1) % max(values.ndim, 1)
+        if scale.shape != values.shape[axis : axis + 1]:
+            return None
+        scale, zero = (
+            part.reshape([-1 if index == axis else 1 for index in range(values.ndim)])
+            for part in (scale, zero)
+        )
+    limits = np.iinfo(zero.dtype)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        steps = np.rint(values / scale) + zero
+    if not np.isfinite(steps).all():
+        return None
+    quantized: Numbers = np.clip(steps, limits.min, limits.max).astype(zero.dtype)
+    return quantized
 
 
 # --- back into 8 bits ---
@@ -167,8 +205,10 @@ def _is_bias(one: StoredWeight) -> bool:
 def _to_grid(values: NDArray[np.float32], one: StoredWeight) -> _Grid:
     if values.ndim != one.quantized.ndim:
         raise SurgeryError(f"the weight '{one.name}' has other axes than the one that is stored")
-    rows = np.moveaxis(values, one.axis, 0).reshape(values.shape[one.axis], -1) if one.axis is not None else (
-        values.reshape(1, -1)
+    rows = (
+        np.moveaxis(values, one.axis, 0).reshape(values.shape[one.axis], -1)
+        if one.axis is not None
+        else (values.reshape(1, -1))
     )
     scales, zeros = one.scale.reshape(-1), np.broadcast_to(one._zeros().reshape(-1), one.scale.size)
     limits = np.iinfo(one.quantized.dtype)
@@ -183,22 +223,24 @@ def _to_grid(values: NDArray[np.float32], one: StoredWeight) -> _Grid:
             last = match
         else:
             picked_scale[index], picked_zero[index] = _new_scale(row, scales, zeros, limits, used)
-    quantized = _quantize(rows, picked_scale[:, None], picked_zero[:, None], limits).astype(one.quantized.dtype)
+    quantized = _quantize(rows, picked_scale[:, None], picked_zero[:, None], limits).astype(
+        one.quantized.dtype
+    )
     if one.axis is not None:
         moved = [values.shape[one.axis], *np.delete(values.shape, one.axis)]
         quantized = np.moveaxis(quantized.reshape(moved), 0, one.axis)
     return _Grid(np.ascontiguousarray(quantized).reshape(values.shape), picked_scale, picked_zero)
 
 
-def _quantize(values: Numbers, scale: Numbers, zero: Numbers, limits: np.iinfo) -> NDArray[np.int64]:
+def _quantize(values: Numbers, scale: Numbers, zero: Numbers, limits: np.iinfo[Any]) -> NDArray[np.int64]:
     steps = np.rint(values.astype(np.float64) / scale.astype(np.float64)) + zero
     return np.clip(steps, limits.min, limits.max).astype(np.int64)
 
 
 def _find_scale(
-    row: Numbers, scales: NDArray[np.float32], zeros: NDArray[np.int64], limits: np.iinfo, *, start: int
+    row: Numbers, scales: NDArray[np.float32], zeros: NDArray[np.int64], limits: np.iinfo[Any], *, start: int
 ) -> int | None:
-    """Return the index of a scale on whose grid a row lies exactly, the first from ``start`` on; None if none."""
+    """Return the first scale, from ``start`` on and around, on whose grid a row lies exactly; or None."""
     if len(scales) > start and _lies_on(row, scales[start], zeros[start], limits):
         return start
     probe = row[:_PROBE][None, :]
@@ -211,18 +253,18 @@ def _find_scale(
     return None
 
 
-def _lies_on(row: Numbers, scale: np.float32, zero: np.int64, limits: np.iinfo) -> bool:
+def _lies_on(row: Numbers, scale: np.float32, zero: np.int64, limits: np.iinfo[Any]) -> bool:
     steps = _quantize(row, np.asarray(scale), np.asarray(zero), limits)
     return bool((_dequantize(steps, np.asarray(scale), np.asarray(zero)) == row).all())
 
 
 def _new_scale(
-    row: Numbers, scales: NDArray[np.float32], zeros: NDArray[np.int64], limits: np.iinfo, used: int
+    row: Numbers, scales: NDArray[np.float32], zeros: NDArray[np.int64], limits: np.iinfo[Any], used: int
 ) -> tuple[np.float32, int]:
     """A scale and a zero point for numbers that lie on no grid: with as many steps as the original used.
 
-    Around the zero point that all rows have, if they have one, else wherever the row needs it. No scale is below
-    all of the original's: a bias that is a multiple of it must fit into its integers.
+    Around the zero point that all rows have, if they have one, else wherever the row needs it. No scale is
+    below all of the original's: a bias that is a multiple of it must fit into its integers.
     """
     zero, least = int(zeros[0]), float(scales.min())
     if (zeros == zero).all() and limits.min < zero < limits.max:

@@ -1,8 +1,8 @@
 """Quantized numbers: what stands between them and real ones, and operators that compute with them.
 
-The twin computes QuantizeLinear and DequantizeLinear on real numbers that happen to be whole, with the gradient
-of the identity wherever nothing was clipped: a model is then ranked and trained as if its activations were
-smooth. Operators that multiply integers run in onnxruntime, and their channels stay.
+The twin computes QuantizeLinear and DequantizeLinear on real numbers that happen to be whole, with the
+gradient of the identity wherever nothing was clipped: a model is ranked and trained as if its activations
+were smooth. Operators that multiply integers run in onnxruntime, and their channels stay.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _QUANTIZER = "QuantizeLinear"
 _DEQUANTIZER = "DequantizeLinear"
 _DOMAINS = ("", "ai.onnx", _MICROSOFT)
 
-# At which inputs operators on quantized numbers have weights; all others but the first are scales and the like.
+# At which inputs operators on quantized numbers have weights; others but the first are scales and the like.
 _WEIGHTS: Mapping[tuple[str, str], tuple[int, ...]] = MappingProxyType(
     {
         ("", _QUANTIZER): (0,),
@@ -101,7 +101,7 @@ def QuantizeLinear(
     saturate: int = 1,
     readers: tuple[tuple[str, str], ...] = (),
 ) -> Tensor:
-    """Round x / scale half to even, add the zero point, clip: whole numbers, as reals if only read as such."""
+    """Round x / scale half to even, add the zero point, clip; real numbers if all readers want such."""
     dtype = torch.uint8 if zero_point is None else zero_point.dtype
     if dtype not in _STEPS or block_size or precision or (output_dtype and zero_point is None):
         raise NotImplementedError("quantization to other types than 8 and 16 bits, or in blocks")
@@ -165,8 +165,8 @@ flow_op(_QUANTIZER, _DEQUANTIZER, domain=_MICROSOFT)(_flow_linear)
 # --- Operators that multiply integers ---
 
 _REASON = (
-    "{} multiplies integers, which are not pruned in this form: between QuantizeLinear and DequantizeLinear they "
-    "are"
+    "{} multiplies integers, and such nodes are not pruned (float ones between QuantizeLinear and "
+    "DequantizeLinear are)"
 )
 # Where they have their weight, and its axis of output channels.
 _OUTPUT_AXIS: Mapping[tuple[str, str], tuple[int, int]] = {

@@ -1,8 +1,8 @@
 """The last step: the compressed model in fewer bits (``--then int8`` or ``fp16``).
 
 ``choose_recipe`` looks at the data and decides; ``carry_out`` follows a recipe without data, so that a saved
-plan gives the same bytes again. Both conversions are onnxruntime's own; ours are the choice, the guarantees of
-the output (names, types, versions and metadata stay) and the refusals.
+plan gives the same bytes again. Both conversions are onnxruntime's own; ours are the choice, the guarantees
+of the output (names, types, versions and metadata stay) and the refusals.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from hap_onnx.quantize.protos import with_header_of, with_types
 def convert_to_fp16(model: ModelProto) -> ModelProto:
     """Return the model with weights and activations in float16; inputs and outputs keep their types.
 
-    Operators of other domains stay in float32, between casts. Weights beyond the range of float16 are clipped.
+    Operators of other domains stay in float32, between casts. Weights beyond its range are clipped.
 
     Raises:
         ModelError: the converter does not know how.

@@ -1,8 +1,8 @@
 """Weights and activations of 8 bits, by onnxruntime's static quantization in QDQ format.
 
-Weights are signed, one scale per output channel; activations are unsigned and asymmetric, one scale per tensor:
-what onnxruntime's kernels on x86 compute fastest (signed activations were slower than float32 there), and on
-ResNet20 and ResNet56 nothing else was more exact. What onnxruntime cannot quantize stays in float32.
+Weights are signed, one scale per output channel; activations are unsigned and asymmetric, one scale per
+tensor: what onnxruntime's kernels on x86 compute fastest (signed activations were slower than float32 there),
+and on ResNet20 and ResNet56 nothing else was more exact. What onnxruntime cannot quantize stays in float32.
 """
 
 from __future__ import annotations
@@ -119,7 +119,7 @@ def _chunks(
 
 
 def quantize_to_int8(model: ModelProto, recipe: Recipe) -> ModelProto:
-    """Return the model with QuantizeLinear and DequantizeLinear as a recipe says; the same one gives the same.
+    """Return the model quantized as a recipe says; the same recipe gives the same model.
 
     Raises:
         ModelError: onnxruntime cannot quantize the model, or the recipe does not fit it.
@@ -166,7 +166,7 @@ def preview_ranges(model: ModelProto) -> Ranges:
         for value in (*typed.graph.input, *typed.graph.output, *typed.graph.value_info)
         if value.type.tensor_type.elem_type == TensorProto.FLOAT
     ]
-    return {name: (-1.0, 1.0) for name in sorted(names)}
+    return dict.fromkeys(sorted(names), (-1.0, 1.0))
 
 
 def _known_op_types() -> list[str]:

@@ -2,25 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import onnx
 import onnx.version_converter
-from onnx import ModelProto, TensorProto
+from onnx import ModelProto, TensorProto, ValueInfoProto
 
 from hap_onnx.errors import ModelError
 from hap_onnx.model.protos import DEFAULT_DOMAINS, copy_without, opset_of, sort_nodes, walk_tensors
 from hap_onnx.ops.quantized import is_quantized
+from hap_onnx.runtime.session import load
 
 _SMALL = 256  # elements of what shape inference may have to read
 _LEAST_IR = 4  # before it, an initializer had to be listed as an input
+
+_ELEMENTS = {
+    f"tensor({name})": getattr(TensorProto, name.upper())
+    for name in ("float", "float16", "double", "bool", "int8", "uint8", "int32", "int64")
+}
 
 HALF_TYPES = (TensorProto.FLOAT16, TensorProto.BFLOAT16)
 
 
 def with_types(model: ModelProto) -> ModelProto:
-    """Copy a model and note the type of each of its tensors; weights of any size are not looked at."""
+    """Copy a model and note the type of each of its tensors.
+
+    Weights of any size are not looked at. Of operators that onnx does not know, onnxruntime is asked.
+    """
     light: ModelProto = copy_without(model, omit=["graph"])
     light.graph.CopyFrom(copy_without(model.graph, omit=["initializer", "value_info"]))
     listed = {value.name for value in model.graph.input}
@@ -33,12 +42,32 @@ def with_types(model: ModelProto) -> ModelProto:
     try:
         inferred = onnx.shape_inference.infer_shapes(light, data_prop=True).graph.value_info
     except (onnx.shape_inference.InferenceError, RuntimeError, ValueError) as error:
-        raise ModelError(f"the types of the compressed model's tensors cannot be inferred: {error}") from error
+        raise ModelError(
+            f"the types of the compressed model's tensors cannot be inferred: {error}"
+        ) from error
     typed = ModelProto()
     typed.CopyFrom(model)
     typed.graph.ClearField("value_info")
     typed.graph.value_info.extend(inferred)
+    known = {value.name for value in (*inferred, *model.graph.output) if value.type.WhichOneof("value")}
+    unknown = [name for node in model.graph.node for name in node.output if name and name not in known]
+    if unknown:
+        typed.graph.value_info.extend(_ask_onnxruntime(model, unknown))
     return typed
+
+
+def _ask_onnxruntime(model: ModelProto, names: Sequence[str]) -> list[ValueInfoProto]:
+    """Return the types of tensors as onnxruntime finds them when it loads a model."""
+    asking = ModelProto()
+    asking.CopyFrom(model)
+    asking.graph.output.extend(ValueInfoProto(name=name) for name in names)
+    session = load(asking, ["CPUExecutionProvider"], threads=1, severity=4, label="the compressed model")
+    found = []
+    for value in session.get_outputs()[len(model.graph.output) :]:
+        element = _ELEMENTS.get(value.type)
+        if element is not None:
+            found.append(onnx.helper.make_tensor_value_info(value.name, element, value.shape))
+    return found
 
 
 def with_header_of(original: ModelProto, converted: ModelProto) -> ModelProto:

@@ -158,8 +158,8 @@ class Budget:
 
 @dataclass(frozen=True)
 class Conversion:
-    """What ``--then`` did, one row per model: ``original``, ``compressed``, the original converted in the same
-    way (``quantized``; None where it was not tried or cannot be), and ``both``, the final file.
+    """What ``--then`` did, by model: ``original``, ``compressed``, the original converted in the same way
+    (``quantized``; None where it was not tried or cannot be), and ``both``, the final file.
 
     ``kind`` is int8 or fp16. ``settings`` of int8: ``calibration`` (how ranges were taken: minmax or
     percentile) and ``weight_bits``. ``left`` names the layers that stay in float32. Latencies are times on
