@@ -89,6 +89,8 @@ def find_stored(
             quantized = _evaluate(node, constants)
             if quantized is not None:
                 constants[node.output[0]] = onnx.numpy_helper.from_array(quantized, node.output[0])
+                for name in node.input:  # it will be gone
+                    readers[name] -= 1
     found: dict[str, StoredWeight] = {}
     for node in nodes:
         if not is_dequantizer(node.op_type, node.domain) or not set(filter(None, node.input)) <= set(
@@ -335,5 +337,5 @@ def _write(one: StoredWeight, grid: _Grid, names: set[str]) -> tuple[NodeProto, 
                 name = f"{base}_{n}"
             names.add(name)
             node.input[index] = name
-        tensors.append(onnx.numpy_helper.from_array(np.ascontiguousarray(values), name))
+        tensors.append(onnx.numpy_helper.from_array(np.array(values, order="C"), name))
     return node, tensors
