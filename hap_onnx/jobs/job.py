@@ -363,11 +363,13 @@ class Job:
 
     def _with_recipe(self, candidate: Candidate) -> CompressionPlan:
         """The plan of a candidate, with how it becomes the final file."""
+        # The candidate may come from the work folder, from a run with another ending.
+        plan = replace(candidate.plan, config={**candidate.plan.config, "then": self.config.then})
         if self.config.then is None or self._only_sketch:
-            return candidate.plan
+            return plan
         with self.clock.stage("quantize"):
             recipe = hand_off.choose_recipe(self._bench, self._to_proto(candidate), self.config.then)
-        return replace(candidate.plan, then=recipe.to_dict())
+        return replace(plan, then=recipe.to_dict())
 
     def _to_final(self, candidate: Candidate) -> ModelProto:
         """The final file of a candidate, without its entry in the metadata."""

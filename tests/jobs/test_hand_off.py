@@ -25,7 +25,8 @@ from hap_onnx.jobs import hand_off, job
 from hap_onnx.model.measure import count_params
 from hap_onnx.runtime.session import Session, make_session
 
-FAST: dict[str, Any] = {"threads": 1, "batch_size": 64}
+FAST: dict[str, Any] = {"threads": 1, "batch_size": 64, "method": "prune", "recover": "none"}
+FULL: dict[str, Any] = {"threads": 1, "batch_size": 64}
 
 
 @pytest.fixture(autouse=True)
@@ -35,7 +36,7 @@ def _no_timing(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def labelled() -> dict[str, np.ndarray]:
-    return with_labels(images(200))
+    return with_labels(images(120))
 
 
 def output_of(folder: Path) -> ModelProto:
@@ -43,7 +44,7 @@ def output_of(folder: Path) -> ModelProto:
 
 
 @pytest.mark.parametrize("kind", ["int8", "fp16"])
-@pytest.mark.parametrize("opset", [12, 17])
+@pytest.mark.parametrize("opset", [12, pytest.param(17, marks=pytest.mark.slow)])
 def test_the_final_file_has_few_bits_and_the_report_tells_the_steps_apart(tmp_path, labelled, kind, opset):
     model = write(tmp_path, residual_cnn(opset=opset))
     notes: list[Event] = []
@@ -95,9 +96,10 @@ def test_a_plan_gives_the_same_bytes_without_data(tmp_path, labelled, kind):
     assert report["then"]["compressed"]["bytes"] > report["after"]["bytes"]
 
 
+@pytest.mark.slow
 def test_the_same_run_gives_the_same_bytes(tmp_path, labelled):
     model = write(tmp_path)
-    options = {"keep_macs": 0.6, "then": "int8", "rounds": 2, "recover": "none", **FAST}
+    options = {"keep_macs": 0.6, "then": "int8", "rounds": 2, **FAST}
     plan = tmp_path / "plan.json"
     compress(model, labelled, output=tmp_path / "a.onnx", save_plan=plan, **options)
     compress(model, labelled, output=tmp_path / "b.onnx", **options)
@@ -108,7 +110,7 @@ def test_the_same_run_gives_the_same_bytes(tmp_path, labelled):
 
 def test_the_plan_of_a_dry_run_has_all_that_the_real_run_has(tmp_path, labelled):
     model = write(tmp_path)
-    options = {"keep_macs": 0.6, "then": "int8", "recover": "none", **FAST}
+    options = {"keep_macs": 0.6, "then": "int8", **FAST}
     plans = [tmp_path / "dry.json", tmp_path / "real.json"]
     dry = compress(model, labelled, dry_run=True, save_plan=plans[0], **options)
     real = compress(model, labelled, save_plan=plans[1], **options)
@@ -121,7 +123,7 @@ def test_the_plan_of_a_dry_run_has_all_that_the_real_run_has(tmp_path, labelled)
 
 def test_a_damaged_recipe_is_refused(tmp_path, labelled):
     model, plan = write(tmp_path), tmp_path / "plan.json"
-    compress(model, labelled, keep_macs=0.6, then="int8", recover="none", save_plan=plan, **FAST)
+    compress(model, labelled, keep_macs=0.6, then="int8", save_plan=plan, **FAST)
     document = json.loads(plan.read_text())
     document["then"]["ranges"]["x"] = [1.0, "b"]
     plan.write_text(json.dumps(document))
@@ -141,22 +143,22 @@ def test_the_gate_is_about_the_total_drop(tmp_path, labelled, monkeypatch):
 
     def ruin(bench, proto, kind):
         recipe = real(bench, proto, kind)
-        ranges = {name: (low / 30, high / 30) for name, (low, high) in recipe.ranges.items()}
+        ranges = {name: (low / 1e4, high / 1e4) for name, (low, high) in recipe.ranges.items()}
         return hand_off.Recipe("int8", ranges=ranges)
 
-    options = {"keep_macs": 0.9, "then": "int8", "max_drop": 0.2, **FAST}
-    assert compress(model, labelled, **options).quality.passed
-    (tmp_path / "net.hap.onnx").unlink()
     monkeypatch.setattr(hand_off, "choose_recipe", ruin)
+    options = {"keep_macs": 0.9, "then": "int8", "max_drop": 0.2, **FAST}
     with pytest.raises(GateError, match="accuracy drops by") as caught:
         compress(model, labelled, keep_rejected=True, **options)
     assert not (tmp_path / "net.hap.onnx").exists()
     rejected = onnx.load(rejected_path(tmp_path / "net.hap.onnx"))
     assert "QuantizeLinear" in ops_of(rejected)
     report = caught.value.report
-    assert report.then.compressed.metric > report.then.both.metric == report.quality.after
+    assert report.quality.before - report.then.compressed.metric <= 0.2 < report.quality.drop
+    assert report.then.both.metric == report.quality.after
 
 
+@pytest.mark.slow
 def test_the_search_is_about_the_final_file(tmp_path, labelled, monkeypatch):
     seen: list[str] = []
     real = hand_off.choose_recipe
@@ -166,7 +168,7 @@ def test_the_search_is_about_the_final_file(tmp_path, labelled, monkeypatch):
         return real(bench, proto, kind)
 
     monkeypatch.setattr(hand_off, "choose_recipe", choose)
-    report = compress(write(tmp_path), labelled, max_drop=0.5, then="int8", recover="none", **FAST)
+    report = compress(write(tmp_path), labelled, max_drop=0.5, then="int8", **FAST)
     assert report.quality.passed
     assert len(seen) > 3  # once for each candidate, for the result and for the original
 
@@ -175,7 +177,7 @@ def test_the_search_is_about_the_final_file(tmp_path, labelled, monkeypatch):
 def test_max_bytes_is_about_the_final_file(tmp_path, labelled, kind):
     model = write(tmp_path)
     limit = int((0.27 if kind == "int8" else 0.4) * model.stat().st_size)
-    report = compress(model, labelled, max_bytes=limit, then=kind, recover="none", **FAST)
+    report = compress(model, labelled, max_bytes=limit, then=kind, **FAST)
     size = (tmp_path / "net.hap.onnx").stat().st_size
     assert 0.75 * limit < size <= limit
     assert report.budget.reached["max_bytes"] == size
@@ -200,11 +202,11 @@ def test_speed_counts_where_the_provider_gains_from_it(tmp_path, labelled, monke
     monkeypatch.setattr(job, "open_session", open_session)
     monkeypatch.setattr(job, "compare_speed", slow_if_converted)
     model = write(tmp_path)
-    report = compress(model, labelled, keep_macs=0.6, then="fp16", recover="none", **FAST)
+    report = compress(model, labelled, keep_macs=0.6, then="fp16", **FAST)
     assert report.after.latency_ms == 2.0
     with pytest.raises(GateError, match="slower than the original"):
-        compress(model, labelled, keep_macs=0.6, then="int8", recover="none", **FAST)
-    compress(model, labelled, keep_macs=0.6, then="int8", recover="none", allow_slower=True, **FAST)
+        compress(model, labelled, keep_macs=0.6, then="int8", **FAST)
+    compress(model, labelled, keep_macs=0.6, then="int8", allow_slower=True, **FAST)
     assert hand_off.gains_from("fp16", "CUDAExecutionProvider")
     assert hand_off.gains_from(None, "CPUExecutionProvider")
 
@@ -218,8 +220,8 @@ def test_what_cannot_become_int8_is_refused_before_any_work(tmp_path, labelled):
 
 
 def test_pruned_widths_stay_aligned(tmp_path, labelled):
-    compress(write(tmp_path, residual_cnn(width=32)), labelled, keep_macs=0.5, then="int8", align=8,
-             method="prune", recover="none", **FAST)  # fmt: skip
+    model = write(tmp_path, residual_cnn(width=32))
+    compress(model, {"x": labelled["x"]}, keep_macs=0.5, then="int8", align=8, **FAST)
     weights = {k: v for k, v in initializers(output_of(tmp_path)).items() if k.endswith(".w_quantized")}
     widths = [array.shape[0] for name, array in weights.items() if not name.startswith("head")]
     assert min(widths) < 32
@@ -246,7 +248,7 @@ def test_layers_alone_are_tried_where_all_is_too_coarse(labelled, monkeypatch):
 def test_a_quantized_model_is_compressed_and_stays_quantized(tmp_path, labelled):
     model = write(tmp_path, to_int8())
     plan = tmp_path / "plan.json"
-    report = compress(model, labelled, keep_macs=0.6, save_plan=plan, **FAST)
+    report = compress(model, labelled, keep_macs=0.6, save_plan=plan, **FULL)
     final, before = output_of(tmp_path), onnx.load(model)
     assert report.before.params == count_params(residual_cnn())
     assert report.after.params == count_params(final) < 0.75 * report.before.params
@@ -267,16 +269,17 @@ def test_a_quantized_model_is_compressed_and_stays_quantized(tmp_path, labelled)
     assert lost_variance(outputs(final, x=x), outputs(before, x=x)) < 0.1
 
 
+@pytest.mark.slow
 def test_training_goes_through_quantized_activations(tmp_path, labelled):
     model = write(tmp_path, to_int8())
-    report = compress(model, labelled, keep_macs=0.5, epochs=1, **FAST)
+    report = compress(model, labelled, keep_macs=0.5, epochs=1, **FULL)
     assert report.recovery[0].method == "distill"
     assert "QuantizeLinear" in ops_of(output_of(tmp_path))
 
 
 def test_inspect_says_what_can_be_done_with_a_quantized_model(tmp_path):
     report = inspect(write(tmp_path, to_int8()))
-    assert report.prunable.params_ratio == 1.0
+    assert report.prunable.params_ratio > 0.999  # all but the last bias
     assert report.size.params == count_params(residual_cnn())
     whys = {layer.implant for layer in report.layers}
     assert whys == {"its weight is stored in 8 bits, which implants are not"}
