@@ -135,6 +135,13 @@ def test_options_of_later_releases_are_not_accepted(word):
         CompressConfig.from_options({word: 1})
 
 
+def test_what_comes_after_compression():
+    assert CompressConfig().then is None
+    assert [CompressConfig(then=word).then for word in ("int8", "fp16")] == ["int8", "fp16"]
+    with pytest.raises(UsageError, match=r"--then must be one of int8, fp16, not 'int4'"):
+        CompressConfig(then="int4")
+
+
 def test_methods_and_the_preset():
     assert [CompressConfig(method=word).method for word in ("hap", "prune", "implant")] == [
         "hap", "prune", "implant",
