@@ -26,6 +26,7 @@ else:  # pragma: no cover - the backport has the same interface
 
 METRICS = ("auto", "accuracy", "agreement", "r2")
 METHODS = ("hap", "prune", "implant")
+OBJECTIVES = ("params", "macs", "latency")
 PRESETS = ("paper",)
 SENSITIVITIES = ("auto", "obs", "hutchinson", "gauss-newton", "gate", "magnitude", "random")
 RECOVERIES = ("none", "refit", "distill")
@@ -33,6 +34,9 @@ AUGMENTATIONS = ("auto", "none")
 PREPROCESSES = ("imagenet", "unit", "signed", "raw")
 THENS = ("int8", "fp16")
 DEVICES = ("auto", "cpu", "cuda")
+
+BUDGETS = ("keep_params", "keep_macs", "keep_latency", "max_bytes")
+"""The options that say how small the result is to be."""
 
 DEFAULT_MAX_DROP = 0.01
 DEFAULT_EPOCHS = 20
@@ -231,6 +235,11 @@ class CompressConfig:
         None, _check_fraction, "Budget: keep at most this fraction of the multiply-accumulates, in (0, 1].",
         section="Target", metavar="R",
     )  # fmt: skip
+    keep_latency: float | None = _option(
+        None, _check_fraction, "Budget: take at most this fraction of the original's time, in (0, 1]; it is "
+        "measured in onnxruntime on this machine.",
+        section="Target", metavar="R",
+    )  # fmt: skip
     max_bytes: int | None = _option(
         None, _whole(1), "Budget: the file, with its external data, has at most N bytes.",
         section="Target", metavar="N",
@@ -240,6 +249,10 @@ class CompressConfig:
         "Largest acceptable loss of the quality metric, absolute (0.01: one point of accuracy); 'none' "
         f"switches the gate off. Default: {DEFAULT_MAX_DROP}; with a budget none, and the drop is reported.",
         section="Target", metavar="D|none",
+    )  # fmt: skip
+    objective: str | None = _option(
+        None, _one_of(OBJECTIVES), "What the search makes small when no budget is given. Default: params and "
+        "macs alike.", section="Target", choices=OBJECTIVES,
     )  # fmt: skip
     metric: str = _option(
         "auto", _check_metric,
@@ -290,6 +303,11 @@ class CompressConfig:
         None, _one_of(THENS), "What becomes of the compressed model in the end: int8 quantizes it with the "
         "calibration part of the data, fp16 stores and computes with 16 bits. --max-drop is about the final "
         "file.", section="Method", choices=THENS,
+    )  # fmt: skip
+    latency_table: Path | None = _option(
+        None, _check_path, "Where times are kept; with the same table a job plans the same. Default: in "
+        "--work-dir, else in the user's cache folder, where times of single layers only are kept.",
+        section="Machine", metavar="FILE.json", is_path=True,
     )  # fmt: skip
     exclude: tuple[str, ...] = _option(
         (), _check_globs, "Leave alone nodes or initializers whose name matches; may be repeated.",
@@ -354,15 +372,23 @@ class CompressConfig:
             object.__setattr__(self, option.name, _check(option, value))
         if self.max_drop == "none" and not self.has_budget:
             raise UsageError(
-                "--max-drop none without a budget leaves nothing to aim at: give --keep-params, --keep-macs "
-                "or --max-bytes, or a largest drop"
+                "--max-drop none without a budget leaves nothing to aim at: give --keep-params, --keep-macs, "
+                "--keep-latency or --max-bytes, or a largest drop"
             )
+        if self.objective is not None and self.has_budget:
+            raise UsageError(
+                "--objective says what is searched for where no budget is given: leave it away, or the budget"
+            )
+        if self.preset is not None and self.needs_times:
+            raise UsageError(f"--preset {self.preset} knows nothing of time: give another budget")
         if self.epochs is not None:
             if self.recover == "none":
                 raise UsageError("--epochs trains the model, --recover none forbids it: leave one away")
             object.__setattr__(self, "recover", "distill")
         if self.rounds > 1 and not self.has_budget:
-            raise UsageError("--rounds needs a budget: give --keep-params, --keep-macs or --max-bytes")
+            raise UsageError(
+                "--rounds needs a budget: give --keep-params, --keep-macs, --keep-latency or --max-bytes"
+            )
         if self.rounds > 1 and self.method == "implant":
             raise UsageError(
                 "--rounds has nothing to do after the first one with --method implant, which replaces a "
@@ -386,7 +412,12 @@ class CompressConfig:
     @property
     def has_budget(self) -> bool:
         """Whether a size was asked for."""
-        return any(value is not None for value in (self.keep_params, self.keep_macs, self.max_bytes))
+        return any(getattr(self, name) is not None for name in BUDGETS)
+
+    @property
+    def needs_times(self) -> bool:
+        """Whether plans are priced in time, too."""
+        return self.keep_latency is not None or self.objective == "latency"
 
     @property
     def drop_limit(self) -> float | None:
@@ -502,6 +533,8 @@ def files_of(config: CompressConfig, *, output: Path) -> dict[str, Path]:
     if config.save_plan is not None:
         files["--save-plan"] = config.save_plan
         files["--save-plan (weights)"] = plan_weights_path(config.save_plan)
+    if config.latency_table is not None:
+        files["--latency-table"] = config.latency_table
     return {option: path for option, path in files.items() if path is not None}
 
 

@@ -290,6 +290,7 @@ def validate(
         seconds=seconds,
         seed=words["seed"],
         versions=installed_versions(),
+        latency=timing.facts(),
     )
     if words["report"] is not None:
         write_report(words["report"], report)

@@ -55,7 +55,7 @@ class Job:
 
     def budgets(self, **ratios: float) -> dict[str, float | None]:
         """Absolute limits from fractions of the original."""
-        full = dict(zip(("params", "macs"), self.losses.cost.totals(self.losses.cost.sizes), strict=True))
+        full = dict(zip(("params", "macs"), self.losses.cost.totals(self.losses.cost.sizes)[:2], strict=True))
         return {name: ratios[name] * float(full[name]) if name in ratios else None for name in full}
 
     def inputs(self) -> dict[str, np.ndarray]:
@@ -117,7 +117,7 @@ def widths_of(choice: Choice) -> list[int]:
 
 
 def priced_totals(job: Job, choice: Choice) -> list[int]:
-    """What the cost model says that a choice costs."""
+    """Parameters and multiply-accumulates of a choice, by the cost model."""
     replaced = {replacement.node: replacement for replacement in choice.replacements}
     tables = []
     for terms in job.losses.cost.layers:
@@ -138,7 +138,7 @@ def priced_totals(job: Job, choice: Choice) -> list[int]:
         )
     assert not replaced, "replaced layers have a price"
     coefficients = np.stack(tables) if tables else None
-    return job.losses.cost.totals(widths_of(choice), coefficients).tolist()
+    return job.losses.cost.totals(widths_of(choice), coefficients)[:2].tolist()
 
 
 # --- what a choice must compute ---

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from math import prod
 from pathlib import Path
 
 import numpy as np
@@ -9,9 +11,11 @@ import onnx
 import pytest
 from onnx import helper
 
-from hap_onnx.implants import speed as implant_speed
 from hap_onnx.jobs import machine
 from hap_onnx.runtime.latency import LatencyComparison
+from hap_onnx.timing import measure
+from hap_onnx.timing.specimen import Specimen
+from hap_onnx.timing.table import LatencyTable, Point
 from tests.helpers import make_model, node, rand
 from tools.first_divergence import run_onnxruntime
 
@@ -92,10 +96,23 @@ def timing(ratio: float) -> LatencyComparison:
     return LatencyComparison(1.0, ratio, ratio, ratio - 0.01, ratio + 0.01, 11, 1, "CPUExecutionProvider", 1)
 
 
-def fix_speed(patch: pytest.MonkeyPatch) -> None:
-    """Time nothing, where time is not the question: results are as fast as the original, and implants pay."""
-    patch.setattr(machine, "measure_latency", lambda *args, **options: timing(1.0))
-    patch.setattr(implant_speed, "measure_latency", lambda *args, **options: timing(0.5))
+def fix_speed(patch: pytest.MonkeyPatch, *, overhead: float = 0.0) -> None:
+    """Time nothing, where time is not the question: results are faster than the original, implants pay.
+
+    Each layer takes as long as it computes, and ``overhead`` microseconds more.
+    """
+
+    def time_points(
+        specimen: Specimen, points: Sequence[Point], table: LatencyTable, *, seconds: float
+    ) -> dict[Point, float]:
+        n_weights = prod(specimen.constants[specimen.weight_index])
+        per_pair = n_weights / (specimen.n_in * specimen.n_out) * prod(specimen.y) / specimen.n_out
+        return {(i, o): per_pair * i * o / 1000 + overhead for i, o in points}
+
+    patch.setattr(machine, "measure_latency", lambda *args, **options: timing(0.9))
+    patch.setattr(measure, "time_points", time_points)
+    patch.setattr(measure, "time_run", lambda *args, **options: 1000.0)
+    patch.setattr(measure, "time_kernels", lambda *args, **options: ())
 
 
 def write(folder: Path, model: onnx.ModelProto | None = None, *, external: bool = False) -> Path:

@@ -42,6 +42,8 @@ from hap_onnx.runtime.latency import measure_latency
 from hap_onnx.runtime.session import Session, make_session, run_outputs
 from hap_onnx.sensitivity.curvature import collect_curvature, output_scales, to_tensors
 from hap_onnx.sensitivity.estimate import Options, estimate
+from hap_onnx.timing.measure import measure_times
+from hap_onnx.timing.table import LatencyTable, this_machine
 
 STUDENT_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
 LATENCY_SECONDS = 4
@@ -172,7 +174,12 @@ def main(
             models[name] = losses, rank_s, n_probes
         offered = all_kinds(models[recipes[0][0]][0])
         if latency and offered:
-            offered = faster_kinds(prepared, offered, open_session)
+            table = LatencyTable(this_machine(original.provider, original.threads))
+            offered = faster_kinds(
+                prepared,
+                offered,
+                measure_times(prepared, to_proto(prepared.graph, source), feed, offered, table),
+            )
         for name, method in recipes:
             losses, rank_s, n_probes = models[name]
 

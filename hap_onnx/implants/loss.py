@@ -30,8 +30,10 @@ from hap_onnx.implants.factors import Metric, factorise, make_metric, rank_losse
 from hap_onnx.model.measure import Shapes, constants_of
 from hap_onnx.ops.implant import ImplantForm, implant_forms, is_of_implant
 from hap_onnx.ops.linear import LinearForm, linear_form
-from hap_onnx.planning.cost import LayerTerms
+from hap_onnx.planning.align import Align, allowed_widths
+from hap_onnx.planning.cost import N_METRICS, LayerTerms
 from hap_onnx.planning.curves import Fork, run_forks
+from hap_onnx.planning.times import NodeTimes
 from hap_onnx.prepare import PreparedModel
 from hap_onnx.sensitivity.curvature import LayerCurvature
 from hap_onnx.surgery.grafting import permutable_groups
@@ -327,8 +329,8 @@ class ImplantChoice:
 class LayerMenu:
     """What a planner may choose for one layer at given widths: choice 0 is the layer as it is.
 
-    ``coefficients`` int64 [n_choices, 4, 2]: costs as ``planning.cost`` wants them. ``losses`` [n_choices]
-    are expected ones, ``predicted`` those without the correction by measurement.
+    ``coefficients`` int64 [n_choices, 4, n_metrics]: costs as ``planning.cost`` wants them. ``losses``
+    [n_choices] are expected ones, ``predicted`` those without the correction by measurement.
     """
 
     node: str
@@ -345,15 +347,16 @@ def implant_menu(
     shapes: Shapes,
     *,
     kinds: Mapping[str, float],
-    align: int | str,
+    align: Align,
+    times: NodeTimes | None = None,
     outputs: Ints | None = None,
     inputs: Ints | None = None,
 ) -> LayerMenu:
     """List the implants of a layer that are cheaper than what the plan leaves of it, with their losses.
 
     ``kinds``: those that may be used, each with the largest share of the layer's multiply-accumulates that it
-    may have. Ranks are multiples of ``align``; ``auto`` is as for widths, and of 8 from
-    32 channels on where a share below 1 says that time counts.
+    may have. Ranks come in steps of ``align``; ``auto`` is as for widths, and of 8 from
+    32 channels on where a share below 1 says that time counts. ``times`` prices what they take.
     """
     form_of = {form.kind: form for form in losses.layer.forms if form.kind in kinds}
     every = _losses_of_ranks(losses, form_of, outputs, inputs)
@@ -362,15 +365,15 @@ def implant_menu(
     n_out = n_groups * n_outputs if outputs is None else len(outputs)
     n_least = min(n_out // n_groups, n_in)
     lengths = np.array([n_in * n_out, n_in, n_out, 1])
-    full = lengths @ terms.dense  # [2]: params, macs
+    full = lengths @ terms.dense  # [n_metrics]
     choices, coefficients, predicted = [ImplantChoice("", 0)], [np.array(terms.dense)], [0.0]
     for kind, of_rank in every.items():
         most = len(of_rank) - 1 if kind != "pointwise" else n_out - 1  # something stays as it is
-        step = align if isinstance(align, int) else _rank_step(n_least, is_timed=kinds[kind] < 1)
-        for rank in range(step, most + 1, step):
-            table = rank_coefficients(form_of[kind], rank, node, shapes, n_groups=n_groups, n_taps=n_taps)
+        step = align if align != "auto" else _rank_step(n_least, is_timed=kinds[kind] < 1)
+        for rank in allowed_widths(most + 1, step, of=n_least).tolist():
+            table = implant_costs(losses.layer, form_of[kind], rank, node, shapes, times=times)
             cost = lengths @ table
-            if (cost < full).any() and cost[1] <= kinds[kind] * full[1] * (1 + 1e-9):
+            if (cost < full).any() and cost[1] <= kinds[kind] * full[1] * (1 + 1e-9) and cost[2] >= 0:
                 choices.append(ImplantChoice(kind, rank))
                 coefficients.append(table)
                 predicted.append(float(of_rank[rank]))
@@ -402,21 +405,38 @@ def _rank_step(size: int, *, is_timed: bool) -> int:
     return 8 if size >= 64 else 4 if size >= 16 else 2 if size >= 8 else 1
 
 
+def implant_costs(
+    layer: ImplantLayer,
+    form: ImplantForm,
+    rank: int,
+    node: gs.Node,
+    shapes: Shapes,
+    *,
+    times: NodeTimes | None,
+) -> Ints:
+    """Costs of an implant of a layer, int64 [4, n_metrics], with what it takes if ``times`` tell."""
+    n_groups, n_taps = layer.form.conv_group, layer.form.n_taps
+    table = rank_coefficients(form, rank, node, shapes, n_groups=n_groups, n_taps=n_taps)
+    if times is not None:
+        table[:, 2] = times.implants[layer.node, form.kind].at_rank(form.kind, rank, n_groups=n_groups)
+    return table
+
+
 def rank_coefficients(
     form: ImplantForm, rank: int, node: gs.Node, shapes: Shapes, *, n_groups: int, n_taps: int
 ) -> Ints:
-    """Costs of an implant, int64 [4, 2]: of inputs * outputs, inputs, outputs and 1; params and macs.
+    """Costs of an implant, int64 [4, n_metrics]: of inputs * outputs, inputs, outputs and 1; without latency.
 
     Inputs count those of one conv group, outputs those of all.
     """
     x, y = shapes[node.inputs[0].name], shapes[node.outputs[0].name]
     n_second = form.n_second(y)
-    table = np.zeros((4, 2), np.int64)
+    table = np.zeros((4, N_METRICS), np.int64)
     if form.kind == "pointwise":
-        table[0] = n_taps, n_taps * n_second
-        table[1] = -rank * (n_taps - 1), -rank * (n_taps - 1) * n_second
+        table[0, :2] = n_taps, n_taps * n_second
+        table[1, :2] = -rank * (n_taps - 1), -rank * (n_taps - 1) * n_second
         return table
     first, second = n_groups * rank * form.taps[0], rank * form.taps[1]
-    table[1] = first, first * form.n_first(x, y)
-    table[2] = second, second * n_second
+    table[1, :2] = first, first * form.n_first(x, y)
+    table[2, :2] = second, second * n_second
     return table

@@ -16,7 +16,9 @@ from hap_onnx.data.calibration import Subset
 from hap_onnx.errors import BudgetError
 from hap_onnx.events import Event, OnEvent, ignore_event
 from hap_onnx.jobs.carry_out import Compressed, CutModel, compress_layers, cut_model, refit_layers
+from hap_onnx.planning.align import Align
 from hap_onnx.planning.choose import choose, residual_groups
+from hap_onnx.planning.cost import METRICS
 from hap_onnx.planning.curves import output_distance
 from hap_onnx.planning.decide import LossModel
 from hap_onnx.planning.paper import choose_by_threshold
@@ -28,9 +30,15 @@ from hap_onnx.twin import build_twin
 _log = logging.getLogger(__name__)
 
 WIDER = (8, 16)
-"""Alignments to try where ``auto`` gives a model that is slower than the original."""
+"""Alignments to try where ``auto`` gives a model that is not faster than the original."""
+MAX_TIMED = 5
+"""How many plans are timed at most on the way to a budget of time."""
+SLACK = 0.03
+"""How far below a budget of time a model may stay, as a share of it: nearer is not to be told from noise."""
+N_BISECTIONS = 6
 
 Budgets = Mapping[str, float | None]
+"""Limits by metric: parameters and multiply-accumulates; of the original's latency, a fraction."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +53,7 @@ class Setting:
         recover: ``refit`` or ``none``.
         calibrate, choose: samples for repair and for comparing candidates.
         time: times a candidate against the original; None where speed does not count.
+        base_ratio: how long the model takes that candidates are made of, as a fraction of the original.
     """
 
     prepared: PreparedModel
@@ -56,7 +65,8 @@ class Setting:
     scales: Mapping[str, float]
     batch_size: int
     seed: int
-    align: int | str = "auto"
+    align: Align = "auto"
+    base_ratio: float = 1.0
     recover: str = "refit"
     preset: str | None = None
     work_dir: Path | None = None
@@ -75,8 +85,9 @@ def all_kinds(losses: LossModel) -> dict[str, dict[str, float]]:
 
 
 def sketch(setting: Setting, budgets: Budgets) -> Compressed:
-    """Plan and cut only; raises BudgetError."""
-    return compress_layers(_plan(setting, budgets, align=setting.align, whole=_whole(setting)))
+    """Plan and cut only, by predicted times; raises BudgetError."""
+    limits = _absolute(setting, budgets)
+    return compress_layers(_plan(setting, limits, align=setting.align, whole=_whole(setting)))
 
 
 def compress_to(setting: Setting, budgets: Budgets) -> Compressed:
@@ -119,7 +130,21 @@ def _rivals(setting: Setting, cut: CutModel) -> list[frozenset[str]]:
     return rivals
 
 
-def _plan(setting: Setting, budgets: Budgets, *, align: int | str, whole: Collection[str]) -> CutModel:
+def _absolute(setting: Setting, budgets: Budgets) -> Budgets:
+    """Turn the fraction of the original's latency into predicted picoseconds of the model at hand."""
+    ratio = budgets.get("latency")
+    if ratio is None:
+        return budgets
+    return {**budgets, "latency": ratio / setting.base_ratio * predicted_latency(setting)}
+
+
+def predicted_latency(setting: Setting) -> float:
+    """Picoseconds that the model takes from which candidates are made, by the times of its nodes."""
+    cost = setting.losses.cost
+    return float(cost.totals(cost.sizes)[METRICS.index("latency")])
+
+
+def _plan(setting: Setting, budgets: Budgets, *, align: Align, whole: Collection[str]) -> CutModel:
     prepared, losses = setting.prepared, setting.losses
     if setting.preset == "paper":
         choice = choose_by_threshold(prepared, losses, budgets, kinds=setting.kinds)
@@ -129,28 +154,97 @@ def _plan(setting: Setting, budgets: Budgets, *, align: int | str, whole: Collec
 
 
 def _plan_fast(setting: Setting, budgets: Budgets, *, whole: Collection[str]) -> tuple[CutModel, Compressed]:
-    """Plan, and again with wider steps where onnxruntime runs the result slower than the original.
+    """Plan, and again where onnxruntime does not run the result as fast as it should be.
 
     Returns the cut model, and it with its implants but without repair.
     """
+    if budgets.get("latency") is not None:
+        return _plan_in_time(setting, budgets, whole=whole)
+    return _plan_not_slower(setting, budgets, whole=whole)
+
+
+def _plan_not_slower(
+    setting: Setting, budgets: Budgets, *, whole: Collection[str]
+) -> tuple[CutModel, Compressed]:
+    """Plan, and again with wider steps where the result is not faster than the original; take the fastest."""
     aligns = (setting.align, *(WIDER if setting.align == "auto" and setting.preset is None else ()))
-    found: tuple[CutModel, Compressed] | None = None
+    found: list[tuple[float, CutModel, Compressed]] = []
     for align in aligns:
         try:
             cut = _plan(setting, budgets, align=align, whole=whole)
         except BudgetError:
-            if found is None:
+            if not found:
                 raise
             break  # the steps are too wide
-        found = cut, compress_layers(cut)
-        timing = setting.time(found[1]) if setting.time is not None else None
-        if timing is None or not timing.is_slower:
-            return found
-        setting.note(
-            f"with widths aligned to {align} the model is {timing.ratio:.2f} times as slow; planning again"
+        plain = compress_layers(cut)
+        timing = setting.time(plain) if setting.time is not None else None
+        if timing is None or timing.is_faster:
+            return cut, plain
+        found.append((timing.ratio, cut, plain))
+        if align != aligns[-1]:
+            setting.note(
+                f"with widths aligned to {align} the model takes {timing.ratio:.2f} times as long as the "
+                "original, which is not faster beyond doubt; planning with wider steps"
+            )
+    return min(found, key=lambda entry: entry[0])[1:]  # if it is slower, the gate will refuse it
+
+
+def _plan_in_time(
+    setting: Setting, budgets: Budgets, *, whole: Collection[str]
+) -> tuple[CutModel, Compressed]:
+    """Plan by predicted times, time the result, and correct the budget by how far the prediction was off.
+
+    Raises BudgetError, which names the least latency that was reached.
+    """
+    wanted = budgets["latency"]
+    assert wanted is not None
+    assert setting.time is not None, "a budget of time comes with a stopwatch"
+    best: tuple[float, CutModel, Compressed] | None = None
+    aim, reached = wanted, inf
+    for _ in range(MAX_TIMED):
+        try:
+            cut = _plan_at(setting, budgets, aim, whole=whole)
+        except BudgetError:
+            if best is not None:
+                break
+            cut, aim = _plan_least(setting, budgets, aim, whole=whole)
+        plain = compress_layers(cut)
+        ratio = setting.time(plain).ratio
+        _log.info("planned for %.3f of the original's latency, measured %.3f of it", aim, ratio)
+        reached = min(reached, ratio)
+        if ratio <= wanted and (best is None or ratio > best[0]):
+            best = ratio, cut, plain
+        corrected = aim * wanted * (1 - SLACK / 2) / ratio
+        if wanted * (1 - SLACK) <= ratio <= wanted or corrected >= 1 / setting.base_ratio:
+            break
+        aim = corrected
+    if best is None:
+        raise BudgetError(
+            f"--keep-latency {wanted:g} cannot be reached: the least that was reached is {reached:.2f} of "
+            "the original's latency; keep more, exclude less, or let more go with --method hap"
         )
-    assert found is not None
-    return found  # the gate will refuse it, with all numbers
+    return best[1:]
+
+
+def _plan_at(setting: Setting, budgets: Budgets, ratio: float, *, whole: Collection[str]) -> CutModel:
+    limits = _absolute(setting, {**budgets, "latency": ratio})
+    return _plan(setting, limits, align=setting.align, whole=whole)
+
+
+def _plan_least(
+    setting: Setting, budgets: Budgets, too_low: float, *, whole: Collection[str]
+) -> tuple[CutModel, float]:
+    """Find the least predicted latency for which there is a plan; raises BudgetError if there is none."""
+    high = setting.base_ratio
+    found = _plan_at(setting, budgets, high, whole=whole)
+    low = too_low
+    for _ in range(N_BISECTIONS):
+        middle = (low + high) / 2
+        try:
+            found, high = _plan_at(setting, budgets, middle, whole=whole), middle
+        except BudgetError:
+            low = middle
+    return found, high
 
 
 def recover(setting: Setting, cut: CutModel, plain: Compressed) -> tuple[float, Compressed]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import torch
 from onnx import ModelProto
 
 from hap_onnx import report as reports
-from hap_onnx.config import CompressConfig, files_of, flag_of, rejected_path
+from hap_onnx.config import BUDGETS, CompressConfig, files_of, flag_of, rejected_path
 from hap_onnx.data.calibration import Splits, Subset, split_dataset
 from hap_onnx.errors import BudgetError, CalibrationError, GateError, ModelError, TargetError
 from hap_onnx.events import Event, OnEvent
@@ -27,6 +28,7 @@ from hap_onnx.jobs.machine import (
     compare_speed,
     open_data,
     open_session,
+    open_times,
     pick_device,
     protect_weights,
     whole_batch_size,
@@ -39,6 +41,7 @@ from hap_onnx.jobs.work_folder import WorkFolder, job_key
 from hap_onnx.model.model_io import load_model, normalise, save_model
 from hap_onnx.model.saving import count_saved_bytes, make_folder
 from hap_onnx.planning.plan import CompressionPlan, save_plan
+from hap_onnx.planning.times import NodeTimes
 from hap_onnx.prepare import PreparedModel, prepare
 from hap_onnx.quantize import BYTES_PER_PARAM, check_model_for, preview, upgrade_note
 from hap_onnx.quantize.protos import find_quantized
@@ -53,16 +56,19 @@ from hap_onnx.report.summary import (
     recovery_summary,
     write_report,
 )
-from hap_onnx.runtime.latency import LatencyComparison
+from hap_onnx.runtime.latency import LatencyComparison, latency_feed
 from hap_onnx.runtime.metrics import Metric, Quality, check_chance_level, choose_metric, compare_outputs
 from hap_onnx.runtime.session import Session, make_session, run_outputs
 from hap_onnx.runtime.soundness import check_finite, check_model
 from hap_onnx.sensitivity.curvature import output_scales, to_tensors
+from hap_onnx.timing.measure import measure_times
 from hap_onnx.twin import Twin, build_twin
 
 _log = logging.getLogger(__name__)
 
 LARGE_DROP = 0.02
+LATENCY_TOLERANCE = 0.05
+"""How far a budget of time may be exceeded, as a fraction of the original: it is met by measurement."""
 MAX_RESIZES = 3
 TWIN_TOLERANCE = {np.dtype(np.float32): 1e-3, np.dtype(np.float64): 1e-3}
 STEP_TOLERANCE = 3.0
@@ -118,10 +124,12 @@ class Job:
             scores=self.scores,
             batch_size=self.batch_size,
             time=self._time,
+            time_nodes=self._time_nodes,
             work=WorkFolder(config.work_dir, key),
             clock=self.clock,
             on_event=on_event,
         )
+        self.times = open_times(config, self.session, self.shop.work.latency_table())
         self.rounds = [Round(self.shop, self.prepared)]
 
     def note(self, text: str, *, kind: str = "note") -> None:
@@ -252,6 +260,7 @@ class Job:
         return {
             "params": min(limits, default=None),
             "macs": None if config.keep_macs is None else config.keep_macs * n_macs,
+            "latency": config.keep_latency,
         }
 
     @property
@@ -344,7 +353,9 @@ class Job:
                 reference, run_outputs(session, part, batch_size=self.batch_size), part.labels
             )
 
-        found = search_smallest(self.rounds[0].sizes(), self._repair, measure, limit=limit, note=self.note)
+        objectives = ("params", "macs") if self.config.objective is None else (self.config.objective,)
+        full = {name: size for name, size in self.rounds[0].sizes().items() if name in objectives}
+        found = search_smallest(full, self._repair, measure, limit=limit, note=self.note)
         if found.accepted is not None:
             return found.accepted
         error = BudgetError(
@@ -386,13 +397,30 @@ class Job:
         )
 
     def _time(self, candidate: Compressed, prepared: PreparedModel) -> LatencyComparison:
-        proto = write_proto(candidate.finished(), prepared.source, None)
-        return self._time_session(open_session(proto, self.config))
+        """Time a candidate against the original, unless one of these widths and ranks was timed before."""
+        shapes = {name: array.shape[1:] for name, array in sorted(self._first_batch().items())}
+        where = hashlib.sha256(repr((self.source.sha256, prepared.source.sha256, shapes)).encode())
+        name = f"{where.hexdigest()[:16]}-{candidate.choice.shape_key}"
+        comparisons = self.times.table.comparisons
+        if name not in comparisons:
+            proto = write_proto(candidate.finished(), prepared.source, None)
+            comparisons[name] = self._time_session(open_session(proto, self.config))
+            self.times.save()
+        return comparisons[name]
 
     def _time_session(self, session: Session) -> LatencyComparison:
         with self.clock.stage("latency"):
-            inputs = next(iter(self.splits.calibrate.batches(self.session.fixed_batch or 1))).inputs
-            return compare_speed(self.session, session, inputs)
+            return compare_speed(self.session, session, self._first_batch())
+
+    def _first_batch(self) -> Mapping[str, np.ndarray]:
+        return next(iter(self.splits.calibrate.batches(self.session.fixed_batch or 1))).inputs
+
+    def _time_nodes(self, prepared: PreparedModel, kinds: Mapping[str, Collection[str]]) -> NodeTimes:
+        proto = write_proto(prepared.graph, prepared.source, None)
+        feed = self.session.prepare(latency_feed(self.session, self._first_batch()))
+        found = measure_times(prepared, proto, feed, kinds, self.times.table, on_event=self.on_event)
+        self.times.save()
+        return found
 
     def _finish(self, candidate: Candidate) -> reports.CompressReport:
         config, plan = self.config, self._with_recipe(candidate)
@@ -420,6 +448,9 @@ class Job:
         if not hand_off.gains_from(config.then, session.provider):
             gated = self._time_session(whole)
         report = self._report(candidate, proto, quality=quality, fidelity=fidelity, timing=timing)
+        if gated is not timing:  # what was asked of time is about the model before its conversion
+            reached = {**report.budget.reached, "keep_latency": gated.ratio}
+            report = replace(report, budget=replace(report.budget, reached=reached))
         if config.then is not None:
             report = replace(report, then=self._measure_steps(report, plan, compressed, proto, before))
         self._gate(report, proto, gated)
@@ -478,8 +509,9 @@ class Job:
         config, quality = self.config, report.quality
         failures: list[TargetError] = []
         for name, asked in report.budget.asked.items():
-            reached = report.budget.reached[name]
-            if reached > asked * (1 + 1e-9):
+            reached = report.budget.reached.get(name, 0.0)  # a dry run times nothing
+            allowed = asked + LATENCY_TOLERANCE if name == "keep_latency" else asked * (1 + 1e-9)
+            if reached > allowed:
                 failures.append(
                     BudgetError(f"{flag_of(name)} {asked:g} is not reached: the result has {reached:g}")
                 )
@@ -494,7 +526,8 @@ class Job:
             failures.append(
                 GateError(
                     f"the result is slower than the original in onnxruntime: {timing.after_ms:.3g} ms "
-                    f"against {timing.before_ms:.3g} ms; keep less, or pass --allow-slower"
+                    f"against {timing.before_ms:.3g} ms ({timing.ratio:.3f} times as long, 95 % interval "
+                    f"{timing.ratio_low:.3f} to {timing.ratio_high:.3f}); keep less, or pass --allow-slower"
                 )
             )
         if not failures:
@@ -524,12 +557,13 @@ class Job:
         before = facts_before(prepared)
         n_bytes = self._count_bytes(proto)
         after = facts_after(candidate.compressed.finished(), prepared, n_bytes=n_bytes)
+        latency = None if timing is None else timing.facts()
         if timing is not None and quality is not None:
             before = replace(before, latency_ms=timing.before_ms, metric=quality.before)
             after = replace(after, latency_ms=timing.after_ms, metric=quality.after)
         asked = {
             name: value
-            for name in ("keep_params", "keep_macs", "max_bytes")
+            for name in BUDGETS
             if (value := getattr(config, name)) is not None
         }
         return reports.CompressReport(
@@ -541,11 +575,12 @@ class Job:
             fidelity=fidelity,
             plan=plan_summary([one.prepared for one in self.rounds], candidate.plan),
             frozen=frozen_nodes(prepared),
-            budget=reports.Budget(asked=asked, reached=reached_budgets(before, after)),
+            budget=reports.Budget(asked=asked, reached=reached_budgets(before, after, latency)),
             seconds=dict(self.clock.seconds),
             seed=config.seed,
             versions=installed_versions(),
             recovery=recovery_summary(candidate.plan),
+            latency=latency,
         )
 
     def _save_side_files(self, plan: CompressionPlan, report: reports.CompressReport) -> None:

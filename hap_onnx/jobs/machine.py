@@ -22,6 +22,7 @@ from hap_onnx.model.model_io import SourceModel, to_proto
 from hap_onnx.planning.plan import CompressionPlan, plan_hash
 from hap_onnx.runtime.latency import LatencyComparison, latency_feed, measure_latency
 from hap_onnx.runtime.session import Session, make_session
+from hap_onnx.timing.table import KeptTable, default_path, this_machine
 
 LATENCY_SECONDS = 3.0
 """How long two models are timed against each other."""
@@ -73,6 +74,15 @@ def compare_speed(
     """Time two models in turn on the first sample of ``inputs``."""
     feed = latency_feed(reference, inputs)
     return measure_latency(reference, candidate, feed, seconds=LATENCY_SECONDS)
+
+
+def open_times(config: CompressConfig, session: Session, in_work_folder: Path | None) -> KeptTable:
+    """Open the times that a job may use again: of the table named, the work folder, or the user's cache."""
+    machine = this_machine(session.provider, session.threads)
+    named = config.latency_table or in_work_folder
+    if named is not None:
+        return KeptTable(machine, named)
+    return KeptTable(machine, default_path(machine), is_cache=True)
 
 
 def whole_batch_size(wanted: int, session: Session) -> int:

@@ -21,12 +21,14 @@ from hap_onnx.events import Event, OnEvent
 from hap_onnx.implants.speed import faster_kinds
 from hap_onnx.jobs.candidates import Budgets, Setting, all_kinds, compress_to, sketch
 from hap_onnx.jobs.carry_out import Compressed, from_plan_weights, left_alone
-from hap_onnx.jobs.machine import Stopwatch, open_session, pick_device
+from hap_onnx.jobs.machine import Stopwatch, pick_device
 from hap_onnx.jobs.work_folder import WorkFolder
+from hap_onnx.planning.align import Align, Blocks
 from hap_onnx.planning.choose import Choice, moved_tensors, predicted_losses
 from hap_onnx.planning.cost_graph import cost_model
-from hap_onnx.planning.decide import LossModel, build_loss_model
+from hap_onnx.planning.decide import LossModel, build_loss_model, with_times
 from hap_onnx.planning.plan import CompressionPlan
+from hap_onnx.planning.times import NodeTimes
 from hap_onnx.prepare import PreparedModel
 from hap_onnx.report.summary import explain_groups, explain_layers, plan_words, with_measured
 from hap_onnx.runtime.latency import LatencyComparison
@@ -48,6 +50,7 @@ class Workshop:
         scales: of each output that counts, see ``curvature.output_scales``.
         scores: the output that holds class scores, None where there is none.
         time: times a compressed model against the original.
+        time_nodes: times the nodes of a model and the implants that its layers may become.
         work: what is kept of an interrupted job.
         clock: how long each stage has taken so far.
     """
@@ -58,6 +61,7 @@ class Workshop:
     scores: str | None
     batch_size: int
     time: Callable[[Compressed, PreparedModel], LatencyComparison]
+    time_nodes: Callable[[PreparedModel, Mapping[str, Collection[str]]], NodeTimes]
     work: WorkFolder
     clock: Stopwatch
     on_event: OnEvent
@@ -118,36 +122,67 @@ class Round:
     @cached_property
     def setting(self) -> Setting:
         """What all candidates of the round share."""
-        shop, config = self.shop, self.shop.config
+        shop, config, losses, times = self.shop, self.shop.config, self.losses, self.times
+        kinds = self._kinds(times)
+        align: Align = config.align
+        base_ratio = 1.0
+        if config.needs_times:
+            assert times is not None
+            losses = with_times(losses, self.prepared, times)
+            align = Blocks(times.unit) if align == "auto" else align
+            if self.earlier:
+                unchanged = Compressed(Choice(()), self.prepared.graph)
+                base_ratio = shop.time(unchanged, self.prepared).ratio
         return Setting(
             prepared=self.prepared,
-            losses=self.losses,
+            losses=losses,
             method=config.method,
             preset=config.preset,
-            kinds=self._kinds(),
+            kinds=kinds,
             calibrate=shop.few(shop.splits.calibrate),
             choose=shop.few(shop.splits.choose),
             scales=shop.scales,
             batch_size=shop.batch_size,
             seed=config.seed,
-            align=config.align,
+            align=align,
+            base_ratio=base_ratio,
             recover="none" if config.recover == "none" else "refit",
             work_dir=config.work_dir,
             device=pick_device(config.device),
-            time=None if config.allow_slower else lambda candidate: shop.time(candidate, self.prepared),
+            time=(
+                None
+                if config.allow_slower and not config.needs_times
+                else lambda candidate: shop.time(candidate, self.prepared)
+            ),
             on_event=shop.on_event,
         )
 
-    def _kinds(self) -> dict[str, dict[str, float]]:
+    @cached_property
+    def times(self) -> NodeTimes | None:
+        """What nodes and implants take in the runtime; None where it does not matter."""
+        config = self.shop.config
+        # A preset is taken as it is; whether it is slower, the gate decides.
+        guards_speed = not config.allow_slower and config.preset is None and config.method != "prune"
+        if not (config.needs_times or guards_speed):
+            return None
+        offered = {} if config.method == "prune" else all_kinds(self.losses)
+        with self.shop.clock.stage("layer times"):
+            return self.shop.time_nodes(self.prepared, offered)
+
+    def _kinds(self, times: NodeTimes | None) -> dict[str, dict[str, float]]:
         """Which implants each layer may become: with the speed gate on, only those that are faster there."""
         config = self.shop.config
         if config.method == "prune":
             return {}
         offered = all_kinds(self.losses)
-        if config.allow_slower or config.preset is not None:  # a preset is taken as it is; the gate decides
+        if times is None:
             return offered
-        with self.shop.clock.stage("implant speed"):
-            found = faster_kinds(self.prepared, offered, lambda model: open_session(model, config))
+        if config.needs_times:  # they are priced by what they take
+            return {
+                node: {kind: share for kind, share in kinds.items() if (node, kind) in times.implants}
+                for node, kinds in offered.items()
+            }
+        found = faster_kinds(self.prepared, offered, times)
         n_without = sum(not kinds for kinds in found.values())
         if n_without:
             self.shop.note(
@@ -162,9 +197,10 @@ class Round:
         return found
 
     def sizes(self) -> dict[str, float]:
-        """Parameters and multiply-accumulates of the model that the round starts from."""
+        """By metric, what the model costs that the round starts from."""
         cost = cost_model(self.prepared.graph, self.prepared.coupling, self.prepared.shapes)
-        return {"params": float(self.prepared.n_params), "macs": float(cost.macs(cost.sizes))}
+        sizes = {"params": float(self.prepared.n_params), "macs": float(cost.macs(cost.sizes))}
+        return {**sizes, "latency": 1.0}  # a fraction from the start
 
     def name_of(self, budgets: Budgets) -> str:
         """Under which name the work folder keeps what this round makes of ``budgets``."""

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from filelock import FileLock, Timeout
 
-from hap_onnx.config import CompressConfig
+from hap_onnx.config import BUDGETS, CompressConfig
 from hap_onnx.data.calibration import Splits, Subset
 from hap_onnx.errors import ModelError, ValidationError
 from hap_onnx.model.saving import make_folder
@@ -28,7 +28,7 @@ _log = logging.getLogger(__name__)
 
 _NO_MATTER = (  # to what a candidate is; budgets are part of its name
     "output", "report", "save_plan", "work_dir", "dry_run", "json", "keep_rejected", "val", "max_drop",
-    "keep_params", "keep_macs", "max_bytes", "then",
+    "latency_table", "objective", "then", *BUDGETS,
 )  # fmt: skip
 
 
@@ -88,6 +88,10 @@ class WorkFolder:
         path = self.training(name)
         if path is not None:
             shutil.rmtree(path, ignore_errors=True)
+
+    def latency_table(self) -> Path | None:
+        """Where times are kept, so that a job that goes on plans as it would have done."""
+        return None if self._path is None else self._file("latency")
 
     def _file(self, name: str) -> Path:
         assert self._path is not None

@@ -68,6 +68,17 @@ def save_model(
                 leftover.unlink()
 
 
+def write_text(path: Path, text: str, *, what: str) -> None:
+    """Write a small file, complete or not at all; raises ValidationError, which calls it ``what``."""
+    temporary = _beside(path, f"{os.getpid()}.tmp")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise ValidationError(f"{what} {path} cannot be written: {error.strerror or error}") from error
+
+
 def _beside(path: Path, suffix: str) -> Path:
     """Return a hidden name in the same folder, where a rename is atomic."""
     return path.with_name(f".{path.name}.{os.getpid()}.{suffix}")

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from math import gcd, prod
+from itertools import product
+from math import prod
 
 import numpy as np
 
 from hap_onnx.coupling.channels import ChannelGroup, Coupling
 from hap_onnx.errors import BudgetError
-from hap_onnx.planning.cost import METRICS, CostModel, Ints
+from hap_onnx.planning.align import Align, allowed_widths
+from hap_onnx.planning.cost import METRICS, N_METRICS, CostModel, Ints
 from hap_onnx.planning.moves import Floats, Point, Search
 
 # --------------------------------------------------------------- what may be chosen
@@ -39,8 +41,8 @@ class GroupOptions:
 class LayerOptions:
     """What a layer may be: option 0 is the layer as it is, without loss; the others are implants.
 
-    ``coefficients`` int64 [n_options, 4, 2] are those of its cost (see ``cost.LayerTerms``), ``losses``
-    float64 [n_options] what each option adds to the loss, also below 0.
+    ``coefficients`` int64 [n_options, 4, n_metrics] are those of its cost (see ``cost.LayerTerms``),
+    ``losses`` float64 [n_options] what each option adds to the loss, also below 0.
     """
 
     node: str
@@ -49,7 +51,7 @@ class LayerOptions:
 
     def __post_init__(self) -> None:
         coefficients, losses = np.array(self.coefficients, np.int64), np.array(self.losses, np.float64)
-        if losses.ndim != 1 or not len(losses) or coefficients.shape != (len(losses), 4, 2):
+        if losses.ndim != 1 or not len(losses) or coefficients.shape != (len(losses), 4, N_METRICS):
             raise ValueError(f"{self.node}: {losses.shape} losses, coefficients {coefficients.shape}")
         if not np.isfinite(losses).all() or losses[0] != 0:
             raise ValueError(f"{self.node}: losses must be finite, and 0 for the layer as it is")
@@ -70,24 +72,22 @@ def find_options(
     coupling: Coupling,
     removable: Iterable[str] = (),
     *,
-    align: int | str = "auto",
+    align: Align = "auto",
     min_ratio: float = 0.0,
 ) -> tuple[GroupOptions, ...]:
     """Return the allowed widths of each group of ``coupling``, in its order.
 
-    Widths are multiples of ``align``, at least one of them and at least ``min_ratio`` of the group, or the
-    full width, or 0 for a group of ``removable``. ``auto`` means multiples of 8 from 64 channels on, of 4
-    from 16, of 2 from 8: onnxruntime computes channels in blocks, and odd widths are slow. It is channels
-    that are counted: of attention heads, each has as many as it is wide. A frozen group stays whole.
+    Widths are aligned (see ``align``), at least ``min_ratio`` of the group, or the full width, or 0 for a
+    group of ``removable``. It is channels that are counted: of attention heads, each has as many as it is
+    wide. A frozen group stays whole.
     """
     may_go = set(removable)
     result = []
     for group in coupling.groups:
         channels = _channels_per_element(coupling, group)
-        unit = _unit(group.size * channels) if isinstance(align, str) else align
-        unit //= gcd(unit, channels)
-        least = max(unit, int(np.ceil(min_ratio * group.size - 1e-9)))
-        aligned = np.arange(unit, group.size, unit)
+        counts = allowed_widths(group.size * channels, align)
+        aligned = np.unique(counts[counts % channels == 0] // channels)
+        least = int(np.ceil(min_ratio * group.size - 1e-9))
         narrower = [0] if group.name in may_go else []
         narrower += aligned[aligned >= least].tolist()
         widths = [group.size] if group.frozen else [*narrower, group.size]
@@ -102,10 +102,6 @@ def _channels_per_element(coupling: Coupling, group: ChannelGroup) -> int:
         (len(producers[name, axis]), count) for name, axis, count in group.axes if (name, axis) in producers
     ]
     return max(counts)[1] if counts else 1
-
-
-def _unit(size: int) -> int:
-    return 8 if size >= 64 else 4 if size >= 16 else 2 if size >= 8 else 1
 
 
 # --------------------------------------------------------------- choosing
@@ -131,7 +127,7 @@ def allocate(
             monotone or not.
         options: the allowed widths of each group.
         cost: prices the choice; the cost of a group or layer depends on the widths of its neighbours.
-        budgets: absolute limits by metric ("params", "macs"); None is no limit.
+        budgets: absolute limits by metric (of ``METRICS``); None is no limit.
         layers: the options of layers that ``cost`` has, in any order; the others stay as they are. No option
             may cost less than nothing at any of the widths.
 
@@ -214,7 +210,7 @@ def _check_reachable(search: Search) -> None:
     rows = zip(search.columns, search.limits, search.full, strict=True)
     missed = []
     for column, limit, full in rows:
-        low = search.totals(search.smallest(np.eye(2)[column]))[column]
+        low = search.totals(search.smallest(np.eye(N_METRICS)[column]))[column]
         if low > limit:
             least = np.ceil(low / full * 1e4) / 1e4
             missed.append(f"{METRICS[column]} at {limit / full:.3g} of the original (the least is {least:g})")
@@ -286,9 +282,10 @@ def _distinct(found: Iterable[tuple[Point, Floats]]) -> list[tuple[Point, Floats
 
 def _small_points(search: Search) -> list[Point]:
     """The first point of narrowest widths that fits: two budgets may want different options of layers."""
-    for part in (0.5, *np.linspace(0, 1, 17)):
-        weights = np.zeros(2)
-        weights[search.columns] = np.array([part, 1 - part])[: len(search.columns)] / search.full
+    n_limits = len(search.limits)
+    for mix in (np.full(n_limits, 1 / n_limits), *_simplex(n_limits, 16 if n_limits < 3 else 6)):
+        weights = np.zeros(N_METRICS)
+        weights[search.columns] = mix / search.full
         point = Point(search, search.smallest(weights))
         if point.fits() or point.shrink():
             return [point]
@@ -296,9 +293,16 @@ def _small_points(search: Search) -> list[Point]:
 
 
 def _mixes(n_limits: int) -> list[Floats]:
+    """In which proportions the limits are priced, the most even first."""
+    return sorted(_simplex(n_limits, 4 if n_limits < 3 else 3), key=lambda mix: float(mix.max()))
+
+
+def _simplex(n_limits: int, n_steps: int) -> list[Floats]:
+    """All points of the simplex whose coordinates are multiples of 1 / n_steps."""
     if n_limits == 1:
         return [np.ones(1)]
-    return [np.array([part, 1 - part]) for part in (0.5, 0.25, 0.75, 0.0, 1.0)]
+    counts = product(range(n_steps + 1), repeat=n_limits - 1)
+    return [np.array([*c, n_steps - sum(c)]) / n_steps for c in counts if sum(c) <= n_steps]
 
 
 def _bisect(search: Search, mix: Floats) -> list[tuple[Point, Floats]]:

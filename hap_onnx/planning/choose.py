@@ -7,6 +7,7 @@ no longer change; of the rounds, the one with the least expected loss at its own
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -16,10 +17,11 @@ from numpy.typing import NDArray
 from hap_onnx.coupling.channels import Coupling
 from hap_onnx.errors import BudgetError
 from hap_onnx.implants.factors import pointwise_order
-from hap_onnx.implants.loss import ImplantLayer, LayerMenu, cut_layer, implant_menu
+from hap_onnx.implants.loss import ImplantLayer, LayerMenu, cut_layer, implant_costs, implant_menu
 from hap_onnx.model.measure import constants_of
 from hap_onnx.ops.linear import linear_form
 from hap_onnx.ops.registry import find_macs
+from hap_onnx.planning.align import Align
 from hap_onnx.planning.allocate import GroupOptions, LayerOptions, allocate, find_options
 from hap_onnx.planning.decide import LossModel
 from hap_onnx.planning.plan import GroupDecision, NodeReplacement
@@ -44,13 +46,20 @@ class Choice:
     replacements: tuple[NodeReplacement, ...] = ()
     whole: frozenset[str] = frozenset()
 
+    @property
+    def shape_key(self) -> str:
+        """Name the shapes of the result: which channels and weights they have does not matter."""
+        widths = [(decision.group, len(decision.keep)) for decision in self.decisions]
+        ranks = [(entry.node, entry.kind, entry.rank) for entry in self.replacements]
+        return hashlib.sha256(repr((sorted(widths), sorted(ranks))).encode()).hexdigest()[:16]
+
 
 def choose(
     prepared: PreparedModel,
     model: LossModel,
     budgets: Mapping[str, float | None],
     *,
-    align: int | str,
+    align: Align,
     whole: Collection[str] = (),
     kinds: Mapping[str, Mapping[str, float]],
 ) -> Choice:
@@ -113,7 +122,7 @@ def _menus(
     widths: Ints,
     kinds: Mapping[str, Mapping[str, float]],
     *,
-    align: int | str,
+    align: Align,
     without: Collection[str] = (),
 ) -> list[LayerMenu]:
     """The menu of each layer of the cost model at these widths."""
@@ -134,7 +143,7 @@ def _menus(
         menus.append(
             implant_menu(
                 losses, terms, nodes[terms.node], prepared.shapes, kinds=allowed, align=align,
-                outputs=outputs, inputs=inputs,
+                times=model.times, outputs=outputs, inputs=inputs,
             )
         )  # fmt: skip
     return menus
@@ -171,6 +180,25 @@ def _choice(
             )
         )
     return Choice(decisions, tuple(replacements))
+
+
+def predicted_costs(prepared: PreparedModel, model: LossModel, choice: Choice) -> Ints:
+    """Return what a choice costs, in the order of ``METRICS``, without carrying it out."""
+    nodes = {node.name: node for node in prepared.graph.nodes}
+    replaced = {entry.node: entry for entry in choice.replacements}
+    tables = []
+    for terms in model.cost.layers:
+        entry = replaced.get(terms.node)
+        if entry is None:
+            tables.append(terms.dense)
+            continue
+        layer = model.implants[terms.node].layer
+        form = layer.kind(entry.kind)
+        tables.append(
+            implant_costs(layer, form, entry.rank, nodes[terms.node], prepared.shapes, times=model.times)
+        )
+    widths = [len(decision.keep) for decision in choice.decisions]
+    return model.cost.totals(widths, np.stack(tables) if tables else None)
 
 
 def predicted_losses(model: LossModel, decisions: tuple[GroupDecision, ...]) -> dict[str, float]:

@@ -1,9 +1,10 @@
-"""Cost: parameters and multiply-accumulates as functions of how many channels each group keeps.
+"""Cost: parameters, multiply-accumulates and time as functions of how many channels each group keeps.
 
 The length of an axis that carries channels is a number of fixed positions plus, for each group, so many
 positions per channel that is kept. A weight has the product of its axes as elements; a node's
-multiply-accumulates are a product of the axes that its counting rule looks at. So both costs are sums of
-*terms*, each a coefficient times the lengths of a few axes, and planning needs no surgery to price a choice.
+multiply-accumulates are a product of the axes that its counting rule looks at, and its time is all but
+bilinear in them where widths fit the blocks of the runtime. So all costs are sums of *terms*, each a
+coefficient times the lengths of a few axes, and planning needs no surgery to price a choice.
 
 A group of width 0 takes a whole branch away, and with it what only the branch kept alive: such terms
 vanish though none of their axes does. What the branch adds to the residual stream becomes a constant: such
@@ -28,8 +29,9 @@ from scipy.sparse import csr_matrix
 
 Ints = NDArray[np.int64]
 
-METRICS = ("params", "macs")
-"""The order of the two costs wherever both are in one array."""
+METRICS = ("params", "macs", "latency")
+"""The order of the costs wherever they are in one array; latency in picoseconds, 0 if nothing was timed."""
+N_METRICS = len(METRICS)
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,7 @@ class AxisLength:
 
 @dataclass(frozen=True)
 class CostTerm:
-    """``params`` and ``macs`` per unit of the product of ``axes``: indices into the model's, two at most.
+    """What a unit of the product of ``axes`` costs: indices into the model's, two at most.
 
     The term is zero while any group of ``dies_with`` has width 0, and while the group ``born_with``, if there
     is one, has another width than 0.
@@ -53,10 +55,16 @@ class CostTerm:
     axes: tuple[int, ...]
     dies_with: frozenset[int] = frozenset()
     born_with: int | None = None
+    latency: int = 0
 
     def __post_init__(self) -> None:
         if len(self.axes) > 2:
             raise ValueError(f"a term has two axes at most, not {len(self.axes)}")
+
+    @property
+    def costs(self) -> tuple[int, int, int]:
+        """The coefficients in the order of ``METRICS``."""
+        return self.params, self.macs, self.latency
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,7 +73,7 @@ class LayerTerms:
 
     ``n_in`` and ``n_out`` are the lengths of the weight's input axis (per conv group) and output axis.
     ``terms`` are the indices of the four terms in this order, of which nothing else is part; ``dense``
-    int64 [4, 2] are the coefficients, by metric, of the node as it is: c0 only.
+    int64 [4, n_metrics] are the coefficients, by metric, of the node as it is: c0 only.
 
     A coefficient may be negative as long as the cost is not: an implant that gives ``q`` of the outputs a
     cheaper kernel has a negative c1, and cannot be where fewer than ``q`` outputs are left.
@@ -83,8 +91,8 @@ class _Compiled:
     ``axes`` [n_terms, 2] is padded with an extra axis of length 1. ``layer_terms`` [n_layers, 4] and
     ``layer_axes`` [n_layers, 2] (input, output) are those of the layers. ``groups`` and ``multiples`` are,
     of each axis, what lies on it; ``axes_of`` is the same by group: (axes, multiples). ``curvature``
-    [n_groups, n_groups, 2] are the second derivatives of both costs where no group has width 0. A *pair* is
-    (group, term that appears or disappears when that group goes).
+    [n_groups, n_groups, n_metrics] are the second derivatives of the costs where no group has width 0. A
+    *pair* is (group, term that appears or disappears when that group goes).
     """
 
     fixed: Ints
@@ -105,7 +113,7 @@ class _Compiled:
 
 @dataclass(frozen=True)
 class CostModel:
-    """Parameters and multiply-accumulates as a function of group widths.
+    """Parameters, multiply-accumulates and time as a function of group widths.
 
     ``sizes`` holds the full width of each group; ``removable`` the groups that may have width 0; ``layers``
     what may have other coefficients.
@@ -126,9 +134,9 @@ class CostModel:
         return int(self.totals(widths)[1])
 
     def totals(self, widths: Sequence[int] | Ints, coefficients: Ints | None = None) -> Ints:
-        """Return both costs [..., 2] for widths [..., n_groups].
+        """Return all costs [..., n_metrics] for widths [..., n_groups].
 
-        ``coefficients`` [..., n_layers, 4, 2] are those of the layers; None: all are dense.
+        ``coefficients`` [..., n_layers, 4, n_metrics] are those of the layers; None: all are dense.
 
         Raises:
             ValueError: a width is out of range, or 0 where the group cannot go entirely.
@@ -170,7 +178,8 @@ class CostModel:
 class CostState:
     """The costs at some widths, kept up to date while one width or layer after another changes.
 
-    ``totals`` [2] are both costs, ``gradient`` [n_groups, 2] their derivatives. All layers begin dense.
+    ``totals`` [n_metrics] are the costs, ``gradient`` [n_groups, n_metrics] their derivatives. All layers
+    begin dense.
     """
 
     def __init__(self, model: CostModel, widths: Sequence[int] | Ints) -> None:
@@ -185,7 +194,7 @@ class CostState:
         self._curvature = c.curvature
         self._owns_curvature = False
         self._blocked = np.zeros(len(c.axes), np.int64)  # how many groups hold each term at zero
-        self.gradient = np.zeros((len(model.sizes), 2), np.int64)
+        self.gradient = np.zeros((len(model.sizes), N_METRICS), np.int64)
         for index, term in enumerate(model.terms):
             self._blocked[index] = int(term.born_with is not None)
             if term.born_with is None:
@@ -228,7 +237,7 @@ class CostState:
                 self._add_term(term, coefficient)
 
     def set_coefficients(self, layer: int, new: Ints) -> None:
-        """Change the four coefficients [4, 2] of one layer."""
+        """Change the four coefficients [4, n_metrics] of one layer."""
         terms = self.model._compiled.layer_terms[layer]
         steps = new - self._coefficients[terms]
         self._coefficients[terms] = new
@@ -245,18 +254,20 @@ class CostState:
         return values
 
     def layer_changes(self, tables: Ints) -> Ints:
-        """Return by how much both costs change if only one layer takes other coefficients.
+        """Return by how much the costs change if only one layer takes other coefficients.
 
-        ``tables`` [n_layers, n_options, 4, 2] are candidates; the result is [n_layers, n_options, 2].
+        ``tables`` [n_layers, n_options, 4, n_metrics] are candidates; the result is
+        [n_layers, n_options, n_metrics].
         """
         steps = tables - self._coefficients[self.model._compiled.layer_terms][:, None]
         changes: Ints = np.einsum("lk,lokm->lom", self.layer_values(), steps)
         return changes
 
     def changes(self, options: Ints) -> Ints:
-        """Return by how much both costs change if only one group takes another width.
+        """Return by how much the costs change if only one group takes another width.
 
-        ``options`` [n_groups, n_options] are candidate widths; the result is [n_groups, n_options, 2].
+        ``options`` [n_groups, n_options] are candidate widths; the result is
+        [n_groups, n_options, n_metrics].
         """
         c = self.model._compiled
         diagonal = np.arange(len(self.widths))
@@ -278,7 +289,7 @@ class CostState:
         return result
 
     def _add_term(self, term: int, coefficient: Ints) -> None:
-        """Add the product of the axes of a term, times ``coefficient`` [2], to the costs."""
+        """Add the product of the axes of a term, times ``coefficient`` [n_metrics], to the costs."""
         if not coefficient.any():
             return
         self.totals = self.totals + self._lengths[self.model._compiled.axes[term]].prod() * coefficient
@@ -310,13 +321,13 @@ def _compile(model: CostModel) -> _Compiled:
     n_groups, n_axes = len(model.sizes), len(model.axes)
     on_axis = [*(axis.multiples for axis in model.axes), ()]
     axes = np.array([[*t.axes, n_axes, n_axes][:2] for t in model.terms], np.int64).reshape(-1, 2)
-    coefficients = np.array([(t.params, t.macs) for t in model.terms], np.int64).reshape(-1, 2)
+    coefficients = np.array([term.costs for term in model.terms], np.int64).reshape(-1, N_METRICS)
     layer_terms = np.array([layer.terms for layer in model.layers], np.int64).reshape(-1, 4)
     entries = np.array([(a, g, m) for a, on in enumerate(on_axis) for g, m in on], np.int64).reshape(-1, 3)
     by_axis = csr_matrix((entries[:, 2], (entries[:, 0], entries[:, 1])), shape=(n_axes + 1, n_groups))
     counts = np.array([t.born_with is None for t in model.terms], bool)
-    curvature = np.zeros((n_groups, n_groups, 2), np.int64)
-    for metric in range(2):
+    curvature = np.zeros((n_groups, n_groups, N_METRICS), np.int64)
+    for metric in range(N_METRICS):
         products = csr_matrix(
             (coefficients[counts, metric], (axes[counts, 0], axes[counts, 1])), shape=(n_axes + 1, n_axes + 1)
         )

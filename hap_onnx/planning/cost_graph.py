@@ -23,11 +23,16 @@ from hap_onnx.coupling.channels import Coupling
 from hap_onnx.model.measure import Shapes, constants_of, is_float_type, node_macs, weights_of
 from hap_onnx.ops.linear import linear_form
 from hap_onnx.ops.registry import find_macs
-from hap_onnx.planning.cost import AxisLength, CostModel, CostTerm, Ints, LayerTerms
+from hap_onnx.planning.cost import N_METRICS, AxisLength, CostModel, CostTerm, Ints, LayerTerms
+from hap_onnx.planning.times import NodeTimes
 
 
 def cost_model(
-    graph: gs.Graph, coupling: Coupling, shapes: Shapes, layers: Collection[str] = ()
+    graph: gs.Graph,
+    coupling: Coupling,
+    shapes: Shapes,
+    layers: Collection[str] = (),
+    times: NodeTimes | None = None,
 ) -> CostModel:
     """Price the channel groups of a normalised graph.
 
@@ -38,6 +43,7 @@ def cost_model(
         layers: names of nodes that may be replaced. ``CostModel.layers`` has, in the order of the graph,
             those whose cost is bilinear in the two axes of their weight. It lacks what has no matrix form,
             shares its weight, loses whole conv groups, or counts another axis that loses channels.
+        times: what nodes take in the runtime; without it latency is 0.
 
     Raises:
         ValueError: a layer is no node of the graph.
@@ -77,10 +83,14 @@ def cost_model(
         if node.name in whole.alive:
             dies = {group for group, rest in without.items() if node.name not in rest.alive}
             if node.name in found_layers:
-                builder.add_layer(node.name, found_layers[node.name], dies)
+                dense_times = None if times is None else times.dense.get(node.name)
+                builder.add_layer(node.name, found_layers[node.name], dies, dense_times)
                 continue
-            macs, axes = _macs_axes(node, network, sliced)
-            builder.add(1, macs, axes, dies)
+            shape, axes = _macs_axes(node, network, sliced)
+            builder.add(1, shape, axes, dies)
+            if times is not None:
+                for picoseconds, lengths in _time_terms(node, times, network, sliced):
+                    builder.add_product(2, picoseconds, lengths, dies)
 
     for group, rest in without.items():
         for name in rest.new_constants:
@@ -187,24 +197,40 @@ class _TermBuilder:
         varying = {axis: length for axis, length in sorted(lengths.items()) if length.multiples}
         varying = dict(list(varying.items())[:2])
         coefficient = prod(size for axis, size in enumerate(shape) if axis not in varying)
-        indices = tuple(sorted(self._axes.setdefault(length, len(self._axes)) for length in varying.values()))
+        self.add_product(metric, coefficient, list(varying.values()), dies_with, born_with=born_with)
+
+    def add_product(
+        self,
+        metric: int,
+        coefficient: int,
+        varying: Sequence[AxisLength],
+        dies_with: Iterable[int],
+        *,
+        born_with: int | None = None,
+    ) -> None:
+        """Add a multiple of the product of at most two lengths that depend on widths."""
+        indices = tuple(sorted(self._axes.setdefault(length, len(self._axes)) for length in varying))
         # A group that empties one of the axes needs no mention: the product is zero then.
         emptied = {
             length.multiples[0][0]
-            for length in varying.values()
+            for length in varying
             if not length.fixed and len(length.multiples) == 1
         }
         key = (indices, frozenset(dies_with) - emptied, born_with)
-        self._terms.setdefault(key, [0, 0])[metric] += coefficient
+        self._terms.setdefault(key, [0] * N_METRICS)[metric] += coefficient
 
-    def add_layer(self, node: str, layer: _Layer, dies_with: Iterable[int]) -> None:
-        """Add the terms of a layer, all of which vanish with the same groups."""
+    def add_layer(
+        self, node: str, layer: _Layer, dies_with: Iterable[int], times: Ints | None = None
+    ) -> None:
+        """Add the terms of a layer, all of which vanish with the same groups; ``times`` [4] as it is."""
         n_in, n_out = (self._axes.setdefault(length, len(self._axes)) for length in layer.lengths)
-        dense = np.zeros((4, 2), np.int64)
-        dense[0] = layer.dense
+        dense = np.zeros((4, N_METRICS), np.int64)
+        dense[0, :2] = layer.dense
+        if times is not None:
+            dense[:, 2] = times
         terms = [
-            CostTerm(params, macs, axes, frozenset(dies_with))
-            for (params, macs), axes in zip(
+            CostTerm(params, macs, axes, frozenset(dies_with), latency=latency)
+            for (params, macs, latency), axes in zip(
                 dense.tolist(), [(n_in, n_out), (n_in,), (n_out,), ()], strict=True
             )
         ]
@@ -212,9 +238,9 @@ class _TermBuilder:
 
     def build(self, sizes: tuple[int, ...], removable: Iterable[int]) -> CostModel:
         terms = [
-            CostTerm(params, macs, axes, dies_with, born_with)
-            for (axes, dies_with, born_with), (params, macs) in self._terms.items()
-            if params or macs
+            CostTerm(params, macs, axes, dies_with, born_with, latency)
+            for (axes, dies_with, born_with), (params, macs, latency) in self._terms.items()
+            if params or macs or latency
         ]
         layers = []
         for node, dense, own in self._layers:
@@ -253,6 +279,39 @@ def _macs_axes(
                     factors.append((shape[axis], length))
     rest = macs // prod(size for size, _ in factors)
     return (rest, *(size for size, _ in factors)), {i + 1: length for i, (_, length) in enumerate(factors)}
+
+
+def _time_terms(
+    node: gs.Node, times: NodeTimes, network: Network, sliced: Mapping[str, Mapping[int, AxisLength]]
+) -> list[tuple[int, list[AxisLength]]]:
+    """Write what a node takes as a sum of picoseconds times products of lengths that depend on widths."""
+    dense = times.dense.get(node.name)
+    form = linear_form(node) if dense is not None else None
+    if dense is not None and form is not None:
+        weight = node.inputs[form.weight_index]
+        shape, axes = weight.shape, sliced.get(weight.name, {})
+        n_in, n_out = (axes.get(axis, AxisLength(shape[axis])) for axis in (form.in_axis, form.out_axis))
+        pairs = zip(dense.tolist(), [[n_in, n_out], [n_in], [n_out], []], strict=True)
+        return [_fix(picoseconds, lengths) for picoseconds, lengths in pairs if picoseconds]
+    whole = times.other.get(node.name, 0)
+    counted = [length for _, length in sorted(_macs_axes(node, network, sliced)[1].items())][:2]
+    if not counted:  # data moves, or is looked at element by element
+        named = [tensor for tensor in (*node.outputs, *node.inputs) if tensor.name]
+        found = [length for tensor in named for length in _lengths_of(tensor, network, sliced).values()]
+        counted = [length for length in found if length.multiples][:1]
+    full = prod(_full(length, network) for length in counted)
+    return [_fix(round(whole / full), counted)] if whole else []
+
+
+def _fix(picoseconds: int, lengths: Sequence[AxisLength]) -> tuple[int, list[AxisLength]]:
+    """Multiply with the lengths that do not depend on widths."""
+    fixed = prod(length.fixed for length in lengths if not length.multiples)
+    return picoseconds * fixed, [length for length in lengths if length.multiples]
+
+
+def _full(length: AxisLength, network: Network) -> int:
+    groups = network.coupling.groups
+    return length.fixed + sum(n * groups[group].size for group, n in length.multiples)
 
 
 def _lengths_of(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +20,7 @@ from hap_onnx.model.measure import model_size
 from hap_onnx.planning.cost import CostModel
 from hap_onnx.planning.cost_graph import cost_model, removable_branches
 from hap_onnx.planning.curves import MEASURED_WIDTHS, GroupCurve, GroupRanking, measure_curves, rank_by_score
+from hap_onnx.planning.times import NodeTimes
 from hap_onnx.prepare import PreparedModel
 from hap_onnx.sensitivity.curvature import LayerCurvature, collect_curvature, eliminate, group_consumers
 from hap_onnx.sensitivity.estimate import Options, estimate
@@ -36,7 +37,7 @@ MAX_MEASURED_MACS = 5e12
 class LossModel:
     """What removing channels and replacing layers is expected to cost, and what it saves.
 
-    ``implants`` holds the layers that may be replaced, by node.
+    ``implants`` holds the layers that may be replaced, by node; ``times`` what nodes take, where that counts.
     """
 
     rankings: tuple[GroupRanking, ...]
@@ -44,6 +45,7 @@ class LossModel:
     cost: CostModel
     removable: frozenset[str]
     implants: Mapping[str, ImplantLosses] = field(default_factory=dict)
+    times: NodeTimes | None = None
 
 
 def rank_groups(
@@ -144,6 +146,13 @@ def build_loss_model(
         removable=removable_branches(graph, coupling, prepared.shapes),
         implants=implants,
     )
+
+
+def with_times(model: LossModel, prepared: PreparedModel, times: NodeTimes) -> LossModel:
+    """Price the choices in time, too."""
+    layers = tuple(model.implants)
+    cost = cost_model(prepared.graph, prepared.coupling, prepared.shapes, layers=layers, times=times)
+    return replace(model, cost=cost, times=times)
 
 
 def n_measured(prepared: PreparedModel, *, n_layers: int = 0) -> int:

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from hap_onnx.planning.cost import METRICS, CostModel, CostState, Ints
+from hap_onnx.planning.cost import METRICS, N_METRICS, CostModel, CostState, Ints
 
 Floats = NDArray[np.float64]
 
@@ -21,8 +21,8 @@ class Search:
 
     * ``variable`` [n_entries]: whose option an entry is; those of variable v are ``spans[v]``
     * ``losses`` [n_entries]
-    * ``widths`` [n_groups, n_options] and ``tables`` [n_layers, n_options, 4, 2], padded; ``of_groups`` and
-      ``of_layers`` are the places of the entries in them, flattened
+    * ``widths`` [n_groups, n_options] and ``tables`` [n_layers, n_options, 4, n_metrics], padded;
+      ``of_groups`` and ``of_layers`` are the places of the entries in them, flattened
     * ``coefficients`` [4, n_metrics, n_entries] of the entries of layers, those of ``layer_of``
     * ``limits`` [n_metrics]: of the metrics (``columns`` of the cost) that have one
     """
@@ -44,7 +44,7 @@ class Search:
         self.layer_starts = self.starts[self.n_groups : -1] - self.starts[self.n_groups]
         self.losses = np.concatenate([np.zeros(0), *losses])
         self.widths, self.of_groups = _pad(widths, ())
-        self.tables, self.of_layers = _pad(tables, (4, 2))
+        self.tables, self.of_layers = _pad(tables, (4, N_METRICS))
         self.layer_of = np.repeat(np.arange(len(tables)), self.n_options[self.n_groups :])
         spread = np.array([row.max() - row.min() for row in losses])
         self.loss_range = float(spread.sum())
@@ -52,18 +52,18 @@ class Search:
         limited = [name for name in METRICS if budgets.get(name) is not None]
         self.columns = [METRICS.index(name) for name in limited]
         self.limits = np.array([float(budgets[name] or 0.0) for name in limited])
-        flat = self.tables.reshape(-1, 4, 2)[self.of_layers][..., self.columns]
+        flat = self.tables.reshape(-1, 4, N_METRICS)[self.of_layers][..., self.columns]
         self.coefficients = np.ascontiguousarray(np.moveaxis(flat, 0, -1))
         self.full = np.maximum(cost.totals(cost.sizes)[self.columns], 1).astype(np.float64)
 
     def split(self, choice: Ints) -> tuple[Ints, Ints]:
-        """Widths [..., n_groups] and coefficients [..., n_layers, 4, 2] of choices [..., n_variables]."""
+        """Widths [..., n_groups] and coefficients [..., n_layers, 4, n_metrics] of [..., n_variables]."""
         of_groups, of_layers = choice[..., : self.n_groups], choice[..., self.n_groups :]
         groups, layers = np.arange(self.n_groups), np.arange(self.n_variables - self.n_groups)
         return self.widths[groups, of_groups], self.tables[layers, of_layers]
 
     def totals(self, choice: Ints) -> Ints:
-        """Both costs [..., 2] of choices [..., n_variables]."""
+        """All costs [..., n_metrics] of choices [..., n_variables]."""
         return self.cost.totals(*self.split(choice))
 
     def least_loss(self) -> Ints:
@@ -76,7 +76,7 @@ class Search:
     def smallest(self, weights: Floats) -> Ints:
         """The narrowest widths, and for each layer the option that costs least there.
 
-        ``weights`` [2] say what a unit of params and of macs counts. No choice has a smaller weighted cost:
+        ``weights`` [n_metrics] say what a unit of each cost counts. No choice has a smaller weighted cost:
         whatever the options of the layers, costs fall with the widths.
         """
         choice = np.zeros(self.n_variables, np.int64)
@@ -200,7 +200,8 @@ class Point:
 
     def _find_changes(self) -> Ints:
         search = self.search
-        of_groups = self.state.changes(search.widths).reshape(-1, 2)[search.of_groups].T[search.columns]
+        changes = self.state.changes(search.widths).reshape(-1, N_METRICS)
+        of_groups = changes[search.of_groups].T[search.columns]
         if not len(search.layer_of):
             return of_groups
         chosen = search.layer_starts + self.choice[search.n_groups :]

@@ -147,7 +147,7 @@ class FrozenNode:
 
 @dataclass(frozen=True)
 class Budget:
-    """Budgets by option name (``keep_params``, ``keep_macs``, ``max_bytes``): asked for and reached.
+    """Budgets by option name, such as ``keep_macs`` or ``max_bytes``: asked for and reached.
 
     ``reached`` may tell more than was asked.
     """
@@ -176,12 +176,30 @@ class Conversion:
 
 
 @dataclass(frozen=True)
+class Latency:
+    """The two models timed in turn on this machine: medians, and the ratio after / before of each round.
+
+    ``interval`` is the 95 % interval of ``ratio``, its median over ``n_rounds`` rounds.
+    """
+
+    before_ms: float
+    after_ms: float
+    ratio: float
+    interval: tuple[float, float]
+    n_rounds: int
+    threads: int | None
+    provider: str
+    batch: int
+
+
+@dataclass(frozen=True)
 class CompressReport:
     """The result of ``compress``, and of ``apply`` (there without quality and fidelity).
 
     ``output`` is None when no model was written (a dry run); ``seconds`` is per stage; ``recovery`` has one
-    entry per round. With ``--then``, ``after``, ``quality`` and ``fidelity`` are those of the final file, and
-    ``then`` tells the steps apart; without it, ``then`` is None.
+    entry per round; ``latency`` is None where nothing was timed. With ``--then``, ``after``, ``quality``,
+    ``fidelity`` and ``latency`` are those of the final file, and ``then`` tells the steps apart; it is None
+    without.
     """
 
     model: str
@@ -197,6 +215,7 @@ class CompressReport:
     seed: int
     versions: Mapping[str, str]
     recovery: tuple[RoundRecovered, ...] = ()
+    latency: Latency | None = None
     then: Conversion | None = None
     schema: str = COMPRESS_SCHEMA
 
@@ -291,6 +310,7 @@ class ValidateReport:
     seconds: Mapping[str, float]
     seed: int
     versions: Mapping[str, str]
+    latency: Latency | None = None
     schema: str = VALIDATE_SCHEMA
 
     def to_dict(self) -> dict[str, Any]:

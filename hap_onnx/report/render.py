@@ -31,6 +31,7 @@ from hap_onnx.report import (
     Fidelity,
     FrozenNode,
     InspectReport,
+    Latency,
     ModelFacts,
     PlanSummary,
     Quality,
@@ -67,7 +68,8 @@ def _layout(report: Report) -> RenderableType:
         return _layout_inspect(report)
     if isinstance(report, ValidateReport):
         title = f"{report.reference} -> {report.candidate}"
-        lines = [*_quality_lines(report.quality, of="sample"), *_fidelity_lines(report.fidelity)]
+        lines = [*_latency_lines(report.latency), *_quality_lines(report.quality, of="sample")]
+        lines += _fidelity_lines(report.fidelity)
         if report.slower:
             lines.append(Text("slower than the reference beyond noise", style="red"))
     else:
@@ -81,7 +83,8 @@ def _layout(report: Report) -> RenderableType:
 
 def _compress_lines(report: CompressReport) -> list[Text]:
     lines = [Text(f"budget: {_budget_text(report)}")] if report.budget.asked else []
-    lines += _quality_lines(report.quality) + _fidelity_lines(report.fidelity)
+    lines += _latency_lines(report.latency) + _quality_lines(report.quality)
+    lines += _fidelity_lines(report.fidelity)
     lines.append(Text(f"plan: {_plan_text(report.plan)}"))
     lines += _recovery_lines(report.recovery)
     if report.frozen:
@@ -139,6 +142,22 @@ def _step_lines(then: Conversion) -> list[Text]:
         more = f" and {len(then.left) - _MAX_NODES_NAMED} more" if len(then.left) > _MAX_NODES_NAMED else ""
         lines.append(Text(f"left in float32: {named}{more}", overflow="fold"))
     return lines
+
+
+def _latency_lines(latency: Latency | None) -> list[Text]:
+    if latency is None:
+        return []
+    low, high = latency.interval
+    threads = "threads as onnxruntime chooses"
+    if latency.threads is not None:
+        threads = _plural(latency.threads, "thread")
+    provider = latency.provider.removesuffix("ExecutionProvider")
+    return [
+        Text(
+            f"latency: {latency.ratio:.3f} of the original's (95 %: {low:.3f} to {high:.3f}), batch "
+            f"{latency.batch}, {threads}, {provider}"
+        )
+    ]
 
 
 def _quality_lines(quality: Quality | None, *, of: str = "held-out sample") -> list[Text]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import platform
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -17,10 +16,10 @@ import torch
 
 import hap_onnx
 from hap_onnx import report as reports
-from hap_onnx.config import CompressConfig
-from hap_onnx.errors import ValidationError
+from hap_onnx.config import BUDGETS, CompressConfig
 from hap_onnx.implants.loss import ImplantLosses, explain_refusals
 from hap_onnx.model.measure import model_size, node_macs
+from hap_onnx.model.saving import write_text
 from hap_onnx.ops.linear import linear_form
 from hap_onnx.planning.choose import Choice
 from hap_onnx.planning.decide import LossModel
@@ -57,11 +56,15 @@ def per_sample(macs: int, prepared: PreparedModel) -> int:
     return macs // (shape[0] if shape else 1)
 
 
-def reached_budgets(before: reports.ModelFacts, after: reports.ModelFacts) -> dict[str, float]:
+def reached_budgets(
+    before: reports.ModelFacts, after: reports.ModelFacts, latency: reports.Latency | None = None
+) -> dict[str, float]:
     """What became of each budget, by option name."""
     reached = {"keep_params": after.params / max(before.params, 1), "max_bytes": float(after.bytes)}
     if before.macs and after.macs is not None:
         reached["keep_macs"] = after.macs / before.macs
+    if latency is not None:
+        reached["keep_latency"] = latency.ratio
     return reached
 
 
@@ -69,8 +72,8 @@ def plan_words(config: CompressConfig, prepared: PreparedModel) -> dict[str, Any
     """The options that shaped the plan, and the input shapes that the channels were found at."""
     words = config.to_dict()
     names = (
-        "keep_params", "keep_macs", "max_bytes", "max_drop", "metric", "method", "preset", "sensitivity",
-        "probes", "recover", "epochs", "rounds", "augment", "align", "then", "exclude", "only", "max_samples",
+        *BUDGETS, "objective", "max_drop", "metric", "method", "preset", "sensitivity", "probes",
+        "recover", "epochs", "rounds", "augment", "align", "then", "exclude", "only", "max_samples",
         "batch_size", "seed",
     )  # fmt: skip
     shapes = {name: list(values.shape) for name, values in prepared.probe.items()}
@@ -276,10 +279,4 @@ def installed_versions() -> dict[str, str]:
 def write_report(path: Path, report: reports.Report) -> None:
     """Write a report as JSON, complete or not at all; raises ValidationError."""
     text = json.dumps(report.to_dict(), indent=1, allow_nan=False) + "\n"
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise ValidationError(f"the report {path} cannot be written: {error.strerror or error}") from error
+    write_text(path, text, what="the report")

@@ -11,6 +11,7 @@ import onnxruntime as ort
 from scipy.stats import binom
 
 from hap_onnx.errors import UsageError
+from hap_onnx.report import Latency
 from hap_onnx.runtime.session import Session
 
 _MIN_ROUNDS = 11
@@ -36,10 +37,22 @@ class LatencyComparison:
     provider: str
     batch: int
 
+    def facts(self) -> Latency:
+        """The comparison in the words of a report."""
+        return Latency(
+            self.before_ms, self.after_ms, self.ratio, (self.ratio_low, self.ratio_high),
+            self.n, self.threads, self.provider, self.batch,
+        )  # fmt: skip
+
     @property
     def is_slower(self) -> bool:
         """Whether the candidate is slower beyond noise."""
         return self.ratio_low > 1.0
+
+    @property
+    def is_faster(self) -> bool:
+        """Whether the candidate is faster beyond noise."""
+        return self.ratio_high < 1.0
 
 
 def measure_latency(

@@ -170,10 +170,14 @@ def load(
     severity: int,
     label: str,
     optimise: bool = True,
+    profile: str | None = None,
 ) -> ort.InferenceSession:
+    """Load a model with the options that all sessions share; ``profile`` begins the name of its profile."""
     options = ort.SessionOptions()
     if not optimise:
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    if profile is not None:
+        options.enable_profiling, options.profile_file_prefix = True, profile
     options.log_severity_level = severity
     options.use_deterministic_compute = True
     if threads is not None:

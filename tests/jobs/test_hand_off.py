@@ -65,7 +65,7 @@ def test_the_final_file_has_few_bits_and_the_report_tells_the_steps_apart(tmp_pa
     assert then.quantized.params == report.before.params
     for facts in (then.original, then.compressed, then.quantized, then.both):
         assert 0.2 < facts.metric <= 1.0
-        assert facts.latency_ms == 1.0
+        assert facts.latency_ms == (1.0 if facts is then.original else 0.9)
     assert report.budget.reached["keep_macs"] <= 0.6
     assert "quantize" in report.seconds
     raised = [event.message for event in notes if "raised from opset 12 to 13" in event.message]

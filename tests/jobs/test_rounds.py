@@ -59,6 +59,7 @@ def make_shop(folder: Path | None = None, *, events: list[Event] | None = None, 
         scores="scores",
         batch_size=16,
         time=None,  # type: ignore[arg-type]  # nothing is timed
+        time_nodes=None,  # type: ignore[arg-type]
         work=WorkFolder(folder, "key"),
         clock=Stopwatch(),
         on_event=(events if events is not None else []).append,

@@ -17,7 +17,7 @@ from topologies import TOPOLOGIES
 from hap_onnx.errors import BudgetError
 from hap_onnx.planning import allocate as allocate_module
 from hap_onnx.planning.allocate import Allocation, GroupOptions, LayerOptions, allocate, find_options
-from hap_onnx.planning.cost import METRICS, AxisLength, CostModel, CostState, CostTerm, LayerTerms
+from hap_onnx.planning.cost import METRICS, N_METRICS, AxisLength, CostModel, CostState, CostTerm, LayerTerms
 
 Problem = tuple[list[np.ndarray], tuple[GroupOptions, ...], CostModel]
 
@@ -69,11 +69,14 @@ def make_problem(seed: int, n_groups: int, n_options: int) -> Problem:
     terms = [CostTerm(100, 1000, ())]
     for group in range(n_groups):
         params, positions = int(rng.integers(1, 20)), int(rng.integers(1, 64))
-        terms.append(CostTerm(params, params * positions, (group, min(group + 1, n_groups - 1))))
+        speed = int(rng.integers(1, 300))
+        behind = (group, min(group + 1, n_groups - 1))
+        terms.append(CostTerm(params, params * positions, behind, latency=speed * positions))
         terms.append(CostTerm(params, params * int(rng.integers(1, 64)), (group, n_groups)))
+        terms.append(CostTerm(0, 0, (group,), latency=10 * speed))
         if group in removable:
             terms.append(CostTerm(4, 0, (n_groups,), frozenset({group})))
-            terms.append(CostTerm(1, 0, (n_groups,), frozenset(), group))
+            terms.append(CostTerm(1, 0, (n_groups,), frozenset(), group, latency=5))
     curves, options = [], []
     for group, size in enumerate(sizes):
         losses = rng.exponential(size=size) * np.exp(rng.normal(0, 1.5))
@@ -192,7 +195,7 @@ def test_refuses_curves_and_budgets_that_make_no_sense() -> None:
     with pytest.raises(ValueError, match="finite losses"):
         allocate([curves[0] * np.nan, *curves[1:]], options, cost, {})
     with pytest.raises(ValueError, match="budgets"):
-        allocate(curves, options, cost, {"latency": 1.0})
+        allocate(curves, options, cost, {"watts": 1.0})
 
 
 def test_a_model_without_groups_has_nothing_to_allocate() -> None:
@@ -217,27 +220,31 @@ def add_layers(
         n_in, n_out = (int(axis) for axis in rng.integers(len(axes), size=2))
         dies = {group for group in (n_in, n_out) if group in cost.removable}
         n_first, n_second = (int(n) for n in rng.choice([16, 32, 64], size=2))
-        dense = np.zeros((4, 2), np.int64)
-        dense[0] = 9, 9 * n_second
+        dense = np.zeros((4, N_METRICS), np.int64)
+        dense[0] = 9, 9 * n_second, 5 * n_second
+        dense[1:, 2] = rng.integers(0, 20, 3)
         first = len(terms)
         places = (first, first + 1, first + 2, first + 3)
         terms += [
-            CostTerm(params, macs, on, frozenset(dies))
-            for (params, macs), on in zip(dense.tolist(), [(n_in, n_out), (n_in,), (n_out,), ()], strict=True)
+            CostTerm(params, macs, on, frozenset(dies), latency=latency)
+            for (params, macs, latency), on in zip(
+                dense.tolist(), [(n_in, n_out), (n_in,), (n_out,), ()], strict=True
+            )
         ]
         layers.append(LayerTerms(f"conv{index}", places, dense))
         tables, losses = [dense], [0.0]
         for _ in range(int(rng.integers(1, n_options + 1)) - 1):
-            table = np.zeros((4, 2), np.int64)
+            table = np.zeros((4, N_METRICS), np.int64)
             if rng.random() < 0.3:
                 n_pointwise = int(rng.integers(1, least[n_out] + 1))
-                table[0], table[1] = dense[0], (-8 * n_pointwise, -8 * n_pointwise * n_second)
+                table[0] = dense[0]
+                table[1] = -8 * n_pointwise, -8 * n_pointwise * n_second, -4 * n_pointwise * n_second
                 losses.append(n_pointwise * rng.exponential())
             else:
                 taps, rank = ((9, 1), (3, 3))[int(rng.integers(2))], int(rng.integers(1, 30))
-                table[1] = rank * taps[0], n_first * rank * taps[0]
-                table[2] = rank * taps[1], n_second * rank * taps[1]
-                table[3] = rng.integers(3), 0
+                table[1] = rank * taps[0], n_first * rank * taps[0], n_first * rank
+                table[2] = rank * taps[1], n_second * rank * taps[1], n_second * rank
+                table[3] = rng.integers(3), 0, rng.integers(50)
                 losses.append(30 / rank * rng.exponential())
             tables.append(table)
         found.append(LayerOptions(f"conv{index}", np.array(tables), np.array(losses)))
@@ -256,7 +263,7 @@ Table = tuple[np.ndarray, np.ndarray]
 
 
 def all_choices(problem: Problem, layers: list[LayerOptions]) -> Table:
-    """Losses [n] and costs [n, 2] of all combinations; what a layer that is gone would lose counts not."""
+    """Losses [n], costs [n, n_metrics] of all combinations; what a layer that is gone would lose counts 0."""
     curves, options, cost = problem
     losses, totals = [], []
     for widths in itertools.product(*(option.widths.tolist() for option in options)):
@@ -270,7 +277,7 @@ def all_choices(problem: Problem, layers: list[LayerOptions]) -> Table:
                 + sum(float(layer.losses[o]) for layer, o in zip(layers, picked, strict=True))
             )
             tables = [layer.coefficients[o] for layer, o in zip(layers, picked, strict=True)]
-            totals.append(cost.totals(widths, np.array(tables, np.int64).reshape(-1, 4, 2)))
+            totals.append(cost.totals(widths, np.array(tables, np.int64).reshape(-1, 4, N_METRICS)))
     return np.array(losses), np.array(totals)
 
 
@@ -284,7 +291,7 @@ def check_layers(
     curves, options, cost = problem
     assert all(width in option.widths for width, option in zip(found.widths, options, strict=True))
     tables = [layer.coefficients[o] for layer, o in zip(layers, found.options, strict=True)]
-    totals = cost.totals(found.widths, np.array(tables, np.int64).reshape(-1, 4, 2))
+    totals = cost.totals(found.widths, np.array(tables, np.int64).reshape(-1, 4, N_METRICS))
     for total, name in zip(totals, METRICS, strict=True):
         limit = budgets.get(name)
         assert limit is None or total <= limit
@@ -359,13 +366,13 @@ def test_finds_the_least_that_layers_can_cost(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_says_when_budgets_can_only_be_met_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    dense = np.array([[9, 9], [0, 0], [0, 0], [0, 0]])
+    dense = np.array([[9, 9, 0], [0, 0, 0], [0, 0, 0], [0, 0, 0]])
     terms = tuple(
-        CostTerm(*c, axes) for c, axes in zip(dense.tolist(), [(0, 0), (0,), (0,), ()], strict=True)
+        CostTerm(*c[:2], axes) for c, axes in zip(dense.tolist(), [(0, 0), (0,), (0,), ()], strict=True)
     )
     cost = CostModel((), (AxisLength(10),), terms, frozenset(), (LayerTerms("conv", (0, 1, 2, 3), dense),))
     few_params, few_macs = dense.copy(), dense.copy()
-    few_params[0], few_macs[0] = (1, 8), (8, 1)
+    few_params[0], few_macs[0] = (1, 8, 0), (8, 1, 0)
     layers = [LayerOptions("conv", np.array([dense, few_params, few_macs]), np.array([0.0, 1.0, 1.0]))]
     for enumerated in (100, 0):
         monkeypatch.setattr(allocate_module, "_MAX_ENUMERATED", enumerated)
@@ -419,16 +426,16 @@ def test_widths_may_be_given() -> None:
 def test_refuses_layers_that_make_no_sense() -> None:
     problem, layers = make_layer_problem(4, 3, 4, 2, 4)
     for coefficients, losses in (
-        (np.zeros((2, 4, 2)), np.zeros(1)),
-        (np.zeros((0, 4, 2)), np.zeros(0)),
-        (np.zeros((1, 4, 2)), np.ones(1)),
-        (np.zeros((2, 4, 2)), np.array([0, np.nan])),
+        (np.zeros((2, 4, N_METRICS)), np.zeros(1)),
+        (np.zeros((0, 4, N_METRICS)), np.zeros(0)),
+        (np.zeros((1, 4, N_METRICS)), np.ones(1)),
+        (np.zeros((2, 4, N_METRICS)), np.array([0, np.nan])),
     ):
         with pytest.raises(ValueError, match="conv"):
             LayerOptions("conv", coefficients, losses)
     with pytest.raises(ValueError, match="twice"):
         allocate(*problem, {}, [layers[0], layers[0]])
     with pytest.raises(ValueError, match="stranger"):
-        allocate(*problem, {}, [LayerOptions("stranger", np.zeros((1, 4, 2)), np.zeros(1))])
+        allocate(*problem, {}, [LayerOptions("stranger", np.zeros((1, 4, N_METRICS)), np.zeros(1))])
     with pytest.raises(ValueError, match="conv1: option 0"):
-        allocate(*problem, {}, [LayerOptions("conv1", np.zeros((1, 4, 2)), np.zeros(1))])
+        allocate(*problem, {}, [LayerOptions("conv1", np.zeros((1, 4, N_METRICS)), np.zeros(1))])

@@ -21,7 +21,7 @@ from hap_onnx.coupling.channels import Coupling, find_groups
 from hap_onnx.model.measure import model_size
 from hap_onnx.model.model_io import load_model, normalise
 from hap_onnx.ops.linear import linear_form
-from hap_onnx.planning.cost import AxisLength, CostModel, CostState, CostTerm, LayerTerms
+from hap_onnx.planning.cost import N_METRICS, AxisLength, CostModel, CostState, CostTerm, LayerTerms
 from hap_onnx.planning.cost_graph import cost_model, removable_branches
 from hap_onnx.surgery import remove_channels
 from hap_onnx.twin import build_twin, probe_shapes
@@ -260,13 +260,13 @@ def test_a_group_on_both_axes_costs_its_square() -> None:
     cost = CostModel((5,), (AxisLength(1, ((0, 2),)),), (CostTerm(3, 7, (0, 0)),))
     assert [cost.params([w]) for w in (1, 2, 5)] == [27, 75, 363]
     state = CostState(cost, [2])
-    assert state.changes(np.array([[1, 5]])).tolist() == [[[27 - 75, 63 - 175], [363 - 75, 847 - 175]]]
-    assert state.gradient.tolist() == [[3 * 2 * 2 * 5, 7 * 2 * 2 * 5]]
+    assert state.changes(np.array([[1, 5]])).tolist() == [[[27 - 75, 63 - 175, 0], [363 - 75, 847 - 175, 0]]]
+    assert state.gradient.tolist() == [[3 * 2 * 2 * 5, 7 * 2 * 2 * 5, 0]]
 
 
 def test_refuses_widths_that_cannot_be() -> None:
     cost = CostModel((5, 3), (AxisLength(0, ((0, 1),)),), (CostTerm(1, 1, (0,)),), frozenset({1}))
-    assert cost.totals([[5, 0], [1, 3]]).tolist() == [[5, 5], [1, 1]]
+    assert cost.totals([[5, 0], [1, 3]]).tolist() == [[5, 5, 0], [1, 1, 0]]
     for widths in ([0, 3], [6, 3], [5, -1]):
         with pytest.raises(ValueError, match="width"):
             cost.params(widths)
@@ -287,7 +287,7 @@ def with_layers(prepared: Prepared) -> CostModel:
 
 
 def draw_tables(cost: CostModel, rng: np.random.Generator, n_options: int) -> np.ndarray:
-    tables = rng.integers(-3, 50, (len(cost.layers), n_options, 4, 2))
+    tables = rng.integers(-3, 50, (len(cost.layers), n_options, 4, N_METRICS))
     tables[rng.random(tables.shape[:2]) < 0.3, 1:] = 0
     for index, layer in enumerate(cost.layers):
         tables[index, 0] = layer.dense
@@ -295,12 +295,12 @@ def draw_tables(cost: CostModel, rng: np.random.Generator, n_options: int) -> np
 
 
 def count_layers(prepared: Prepared, cost: CostModel, tables: np.ndarray, keep: np.ndarray) -> list[int]:
-    """Both costs after surgery, each layer counted by its own coefficients and the shape its weight has."""
+    """All costs after surgery, each layer counted by its own coefficients and the shape its weight has."""
     graph, coupling, shapes, inputs = prepared
     cut = remove_channels(graph, coupling, keep, shapes=shapes)
     size = model_size(cut, probe_shapes(build_twin(cut), inputs))
     nodes = {node.name: node for node in cut.nodes}
-    totals = np.array([size.params, size.macs])
+    totals = np.array([size.params, size.macs, 0])
     for layer, table in zip(cost.layers, tables, strict=True):
         if layer.node in nodes:
             form = linear_form(nodes[layer.node])
@@ -318,7 +318,7 @@ def test_layers_cost_what_they_have_after_surgery(
     prepared = prepare(build())
     plain, cost = cost_model(*prepared[:3]), with_layers(prepared)
     assert len(cost.layers) == n_layers
-    assert all(layer.dense[1:].tolist() == [[0, 0]] * 3 for layer in cost.layers)
+    assert all(layer.dense[1:].tolist() == [[0, 0, 0]] * 3 for layer in cost.layers)
     rng = np.random.default_rng(2)
     for gone in (0.0, 0.3, 0.3, 0.6, 1.0):
         widths = draw(cost, rng, gone=gone)
@@ -359,16 +359,19 @@ _SQUARE = CostModel(
     (AxisLength(1, ((0, 2), (1, 1))), AxisLength(0, ((0, 1),))),
     (
         *(
-            CostTerm(c, 2 * c, axes, frozenset({0}))
+            CostTerm(c, 2 * c, axes, frozenset({0}), latency=3 * c)
             for c, axes in [(3, (0, 0)), (0, (0,)), (0, (0,)), (0, ())]
         ),
-        *(CostTerm(c, 5 * c, axes) for c, axes in [(2, (0, 1)), (0, (0,)), (0, (1,)), (0, ())]),
+        *(
+            CostTerm(c, 5 * c, axes, latency=2 * c)
+            for c, axes in [(2, (0, 1)), (0, (0,)), (0, (1,)), (0, ())]
+        ),
         CostTerm(7, 0, (0,), frozenset(), 0),
     ),
     frozenset({0}),
     tuple(
-        LayerTerms(name, places, np.array([dense, (0, 0), (0, 0), (0, 0)]))
-        for name, places, dense in [("a", (0, 1, 2, 3), (3, 6)), ("b", (4, 5, 6, 7), (2, 10))]
+        LayerTerms(name, places, np.array([dense, (0, 0, 0), (0, 0, 0), (0, 0, 0)]))
+        for name, places, dense in [("a", (0, 1, 2, 3), (3, 6, 9)), ("b", (4, 5, 6, 7), (2, 10, 4))]
     ),
 )
 

@@ -10,7 +10,7 @@ import pytest
 from sample_reports import compress_report, inspect_report, validate_report
 
 from hap_onnx.events import Event
-from hap_onnx.report import Conversion, Fidelity, ModelFacts, Quality, RoundRecovered
+from hap_onnx.report import Conversion, Fidelity, Latency, ModelFacts, Quality, RoundRecovered
 from hap_onnx.report.render import EventPrinter, render_json, render_report
 
 
@@ -18,7 +18,7 @@ def test_the_keys_of_a_compress_report_are_the_contract():
     plain = compress_report().to_dict()
     assert list(plain) == [
         "schema", "model", "output", "before", "after", "quality", "fidelity", "plan", "frozen", "budget",
-        "seconds", "seed", "versions", "recovery", "then",
+        "seconds", "seed", "versions", "recovery", "latency", "then",
     ]  # fmt: skip
     assert plain["schema"] == "hap-onnx/compress/1"
     assert list(plain["before"]) == ["params", "macs", "bytes", "latency_ms", "metric"]
@@ -179,3 +179,14 @@ def test_the_steps_of_a_conversion_have_a_table_of_their_own():
     assert plain["quantized"] is None
     assert plain["both"] == report.to_dict()["after"]
     assert compress_report().to_dict()["then"] is None
+
+
+@pytest.mark.parametrize("make", [compress_report, validate_report])
+def test_the_latency_is_shown_with_its_interval_and_what_it_was_measured_with(make) -> None:
+    latency = Latency(2.0, 1.0, 0.5, (0.49, 0.515), 300, 1, "CPUExecutionProvider", 4)
+    text = " ".join(render_report(make(latency=latency), io.StringIO()).split())
+    assert "latency: 0.500 of the original's (95 %: 0.490 to 0.515), batch 4, 1 thread, CPU" in text
+    chosen = replace(latency, threads=None)
+    text = " ".join(render_report(make(latency=chosen), io.StringIO()).split())
+    assert "threads as onnxruntime chooses" in text
+    assert "of the original's (" not in render_report(make(), io.StringIO())

@@ -1,0 +1,192 @@
+"""What was timed, kept from job to job: times of contractions by family and numbers of channels.
+
+A table belongs to one machine: the runtime and its version, the provider, the threads and the processor. It
+also keeps how whole candidates compared, so that a job with the same table comes to the same result.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+import onnxruntime as ort
+from numpy.typing import NDArray
+from platformdirs import user_cache_path
+from scipy.optimize import nnls
+
+from hap_onnx.errors import ModelError, UsageError, ValidationError
+from hap_onnx.model.saving import make_folder, write_text
+from hap_onnx.runtime.latency import LatencyComparison
+
+_log = logging.getLogger(__name__)
+
+SCHEMA = "hap-onnx/latency/1"
+
+Floats = NDArray[np.float64]
+Point = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What times depend on beside the model."""
+
+    runtime: str
+    provider: str
+    threads: int | None
+    processor: str
+    n_cores: int
+
+
+def this_machine(provider: str, threads: int | None) -> Machine:
+    """Describe the machine at hand."""
+    return Machine(f"onnxruntime {ort.__version__}", provider, threads, _processor(), os.cpu_count() or 1)
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    facts = dict(line.split(":", 1) for line in lines if ":" in line)
+    words = {key.strip(): value.strip() for key, value in facts.items()}
+    vectors = sorted(flag for flag in words.get("flags", "").split() if flag.startswith(("avx", "amx")))
+    return f"{words.get('model name', platform.machine())} ({' '.join(vectors)})"
+
+
+def default_path(machine: Machine) -> Path:
+    """Where the table of a machine is kept unless a file is named: in the user's cache folder."""
+    key = hashlib.sha256(json.dumps(asdict(machine)).encode()).hexdigest()[:12]
+    return user_cache_path("hap-onnx") / f"latency-{key}.json"
+
+
+@dataclass
+class LatencyTable:
+    """Microseconds of contractions at (inputs, outputs), by family; comparisons of whole models, by name."""
+
+    machine: Machine
+    times: dict[str, dict[Point, float]] = field(default_factory=dict)
+    comparisons: dict[str, LatencyComparison] = field(default_factory=dict)
+
+    def missing(self, family: str, points: Sequence[Point]) -> list[Point]:
+        """Return the points that were not timed yet."""
+        known = self.times.get(family, {})
+        return [point for point in points if point not in known]
+
+    def add(self, family: str, found: Mapping[Point, float]) -> None:
+        """Remember the times of some points."""
+        self.times.setdefault(family, {}).update(found)
+
+
+def fit_times(times: Mapping[Point, float]) -> Floats:
+    """Fit ``c0 * n_in * n_out + c1 * n_in + c2 * n_out + c3`` to times, by least squares of relative errors.
+
+    No coefficient is negative: a layer with fewer channels never takes longer.
+    """
+    points = np.array(list(times), np.float64).reshape(-1, 2)
+    values = np.maximum(np.array(list(times.values())), 1e-3)
+    features = np.stack([points.prod(axis=1), points[:, 0], points[:, 1], np.ones(len(points))], axis=1)
+    scales = features.max(axis=0)
+    found, _ = nnls(features / scales / values[:, None], np.ones(len(values)))
+    coefficients: Floats = found / scales
+    return coefficients
+
+
+def read_table(path: Path, machine: Machine) -> LatencyTable:
+    """Read a table; an empty one if there is no such file.
+
+    Raises:
+        UsageError: it was measured on another machine.
+        ModelError: the file is damaged.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return LatencyTable(machine)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"the latency table {path} cannot be read ({error}); name another") from error
+    try:
+        if content["schema"] != SCHEMA:
+            raise ValueError(f"its schema is {content['schema']!r}, not {SCHEMA!r}")
+        measured_on = Machine(**content["machine"])
+        times = {
+            str(family): {(int(i), int(o)): _positive(us) for i, o, us in rows}
+            for family, rows in content["families"].items()
+        }
+        comparisons = {
+            str(name): LatencyComparison(**entry) for name, entry in content["comparisons"].items()
+        }
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+        raise ModelError(f"the latency table {path} is damaged ({error}); name another") from error
+    if measured_on != machine:
+        raise UsageError(
+            f"the latency table {path} was measured with {_describe(measured_on)}, but this is "
+            f"{_describe(machine)}; name another file with --latency-table"
+        )
+    return LatencyTable(machine, times, comparisons)
+
+
+def write_table(table: LatencyTable, path: Path) -> None:
+    """Write a table, complete or not at all; raises ValidationError."""
+    content = {
+        "schema": SCHEMA,
+        "machine": asdict(table.machine),
+        "families": {
+            family: [[*point, round(us, 3)] for point, us in sorted(rows.items())]
+            for family, rows in sorted(table.times.items())
+        },
+        "comparisons": {name: asdict(entry) for name, entry in sorted(table.comparisons.items())},
+    }
+    make_folder(path.parent)
+    write_text(path, json.dumps(content, indent=1) + "\n", what="the latency table")
+
+
+class KeptTable:
+    """A table, and the file in which it is kept, if there is one.
+
+    In a cache are times of single layers only, and it may be lost: comparisons of whole models would outlive
+    the moment in which the machine was busy.
+
+    Raises:
+        UsageError, ModelError: see ``read_table``; a cache is begun anew instead.
+    """
+
+    def __init__(self, machine: Machine, path: Path | None = None, *, is_cache: bool = False) -> None:
+        self._path, self._is_cache = path, is_cache
+        self.table = LatencyTable(machine)
+        if path is not None:
+            try:
+                self.table = read_table(path, machine)
+            except (ModelError, UsageError) as error:
+                if not is_cache:
+                    raise
+                _log.warning("not used: %s", error)
+
+    def save(self) -> None:
+        """Write what was added; raises ValidationError, but not for a cache."""
+        if self._path is None:
+            return
+        table = replace(self.table, comparisons={}) if self._is_cache else self.table
+        try:
+            write_table(table, self._path)
+        except ValidationError as error:
+            if not self._is_cache:
+                raise
+            _log.warning("times are not kept: %s", error)
+
+
+def _positive(value: float) -> float:
+    number = float(value)
+    if not 0 <= number < 1e12:
+        raise ValueError(f"{value!r} is no time")
+    return number
+
+
+def _describe(machine: Machine) -> str:
+    return f"{machine.runtime}, {machine.provider}, {machine.threads} threads on {machine.processor}"
