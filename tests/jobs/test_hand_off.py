@@ -108,6 +108,21 @@ def test_the_same_run_gives_the_same_bytes(tmp_path, labelled):
     assert (tmp_path / "a.onnx").read_bytes() == (tmp_path / "c.onnx").read_bytes()
 
 
+@pytest.mark.slow
+def test_a_run_with_another_ending_goes_on_from_the_same_work(tmp_path, labelled):
+    model, work = write(tmp_path), tmp_path / "work"
+    outputs_of = {}
+    for name, options in {
+        "first": {"then": "fp16", "work_dir": work},
+        "second": {"then": "int8", "work_dir": work},
+        "fresh": {"then": "int8"},
+    }.items():
+        output, plan = tmp_path / f"{name}.onnx", tmp_path / f"{name}.json"
+        compress(model, labelled, keep_macs=0.6, output=output, save_plan=plan, **options, **FAST)
+        outputs_of[name] = output.read_bytes(), plan.read_text()
+    assert outputs_of["second"] == outputs_of["fresh"] != outputs_of["first"]
+
+
 def test_the_plan_of_a_dry_run_has_all_that_the_real_run_has(tmp_path, labelled):
     model = write(tmp_path)
     options = {"keep_macs": 0.6, "then": "int8", **FAST}
