@@ -34,6 +34,7 @@ SENSITIVITIES = ("auto", "obs", "hutchinson", "gauss-newton", "gate", "magnitude
 RECOVERIES = ("none", "refit", "distill")
 AUGMENTATIONS = ("auto", "none")
 PREPROCESSES = ("imagenet", "unit", "signed", "raw")
+THENS = ("int8", "fp16")
 DEVICES = ("auto", "cpu", "cuda")
 
 BUDGETS = ("keep_params", "keep_macs", "keep_latency", "max_bytes")
@@ -305,6 +306,11 @@ class CompressConfig:
     align: int | str = _option(
         "auto", _check_align, "Keep channels in multiples of N; auto: of 8 in wide layers, finer in narrow.",
         section="Method", metavar="auto|N",
+    )  # fmt: skip
+    then: str | None = _option(
+        None, _one_of(THENS), "What becomes of the compressed model in the end: int8 quantizes it with the "
+        "calibration part of the data, fp16 stores and computes with 16 bits. --max-drop is about the final "
+        "file.", section="Method", choices=THENS,
     )  # fmt: skip
     latency_table: Path | None = _option(
         None, _check_path, "Where times are kept; with the same table a job plans the same. Default: in "

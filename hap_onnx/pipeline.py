@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from hap_onnx.errors import (
     UsageError,
 )
 from hap_onnx.events import Event, OnEvent, ignore_event
+from hap_onnx.jobs import hand_off
 from hap_onnx.jobs.carry_out import Compressed, from_plan_weights
 from hap_onnx.jobs.inspection import inspect_report
 from hap_onnx.jobs.job import Job
@@ -178,12 +180,21 @@ def apply_plan(
         rounds.append(prepared)
         proto = write_proto(candidate.finished(), part, saved if round_plan is saved else None)
         part = part if round_plan is saved else load_model(proto)
-    prepared = rounds[0]
-    _check_applied(Result(proto, candidate.finished(), saved, rounds, rounds[0].probe))
+    prepared, compressed = rounds[0], proto
+    _check_applied(Result(proto, candidate.finished(), saved, rounds, prepared.probe))
+    proto = hand_off.finish(compressed, saved)
+    if saved.then:
+        check_model(proto, reference=source.proto)
     save_model(proto, target, external_data=source.external_data, check=lambda path: check_loads(path, None))
     before = facts_before(prepared)
-    n_bytes = count_saved_bytes(proto, target, external_data=source.external_data)
+    n_bytes, n_between = (
+        count_saved_bytes(model, target, external_data=source.external_data) for model in (proto, compressed)
+    )
     after = facts_after(candidate.finished(), prepared, n_bytes=n_bytes)
+    then = None
+    if saved.then:
+        between = replace(after, bytes=n_between)
+        then = hand_off.describe(saved, proto, original=before, compressed=between, both=after)
     result = reports.CompressReport(
         model=str(model) if isinstance(model, (str, Path)) else "model in memory",
         output=str(target),
@@ -198,6 +209,7 @@ def apply_plan(
         seed=int(saved.config.get("seed", 0)),
         versions=installed_versions(),
         recovery=recovery_summary(saved),
+        then=then,
     )
     if report is not None:
         write_report(Path(report), result)

@@ -22,7 +22,7 @@ from hap_onnx.coupling.channels import Coupling, Frozen, IdAxis, find_groups
 from hap_onnx.errors import CalibrationError, HapOnnxError, ModelError, SurgeryError, UsageError
 from hap_onnx.model.input_spec import InputSpec
 from hap_onnx.model.measure import count_params, model_size
-from hap_onnx.model.model_io import SourceModel, normalise
+from hap_onnx.model.model_io import SourceModel, normalise, stored_weights
 from hap_onnx.ops.implant import layer_of
 from hap_onnx.sensitivity.curvature import to_tensors
 from hap_onnx.surgery import kept_positions, masked_reads, remove_channels, shape_after
@@ -44,7 +44,8 @@ class PreparedModel:
 
     ``shapes`` are those of one sample (what costs are counted at), ``probe_shapes`` those of the probe
     (two samples where the model allows); ``coupling`` belongs to the latter. ``untouched`` names nodes and
-    initializers that were excluded; ``implants_stay`` says that no implant takes the place of another.
+    initializers that were excluded; ``implants_stay`` says that no implant takes the place of another;
+    ``stored`` names the weights that the file has in 8 bits.
     """
 
     source: SourceModel
@@ -57,6 +58,7 @@ class PreparedModel:
     coupling: Coupling
     untouched: frozenset[str] = frozenset()
     implants_stay: bool = False
+    stored: frozenset[str] = frozenset()
 
 
 def make_probe(inputs: Sequence[InputSpec], *, sizes: Mapping[str, tuple[int, ...]] | None = None) -> Arrays:
@@ -108,7 +110,8 @@ def prepare(
     original = normalise(source)
     # Tables that normalise computes beforehand, such as the masks of shifted windows, are not the model's.
     n_params = min(model_size(original, {}).params, count_params(source.proto))
-    graph = fold_batch_norms(original)
+    stored = stored_weights(source)
+    graph = fold_batch_norms(original, leave=stored)
     twin = build_twin(graph, device=device)
     n_probe = max(2, _declared_batch(graph))
     probe = {name: values[:n_probe] for name, values in probe.items()}
@@ -138,7 +141,7 @@ def prepare(
     untouched = frozenset(reasons)
     return _prove(
         PreparedModel(
-            source, n_params, graph, twin, probe, one, shapes, coupling, untouched, implants_stay
+            source, n_params, graph, twin, probe, one, shapes, coupling, untouched, implants_stay, stored
         )
     )
 

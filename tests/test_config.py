@@ -129,10 +129,17 @@ def test_unknown_words_are_refused_with_the_nearest_right_one():
         CompressConfig(sensitivity="hutchison")
 
 
-@pytest.mark.parametrize("word", ["sweep", "then", "html"])
+@pytest.mark.parametrize("word", ["sweep", "html"])
 def test_options_of_later_releases_are_not_accepted(word):
     with pytest.raises(UsageError, match="no option"):
         CompressConfig.from_options({word: 1})
+
+
+def test_what_comes_after_compression():
+    assert CompressConfig().then is None
+    assert [CompressConfig(then=word).then for word in ("int8", "fp16")] == ["int8", "fp16"]
+    with pytest.raises(UsageError, match=r"--then must be one of int8, fp16, not 'int4'"):
+        CompressConfig(then="int4")
 
 
 def test_methods_and_the_preset():

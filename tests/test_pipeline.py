@@ -717,7 +717,7 @@ def test_a_model_that_keeps_its_normalisation_comes_back_sound(tmp_path: Path) -
 KEYS = {
     "": [
         "schema", "model", "output", "before", "after", "quality", "fidelity", "plan", "frozen", "budget",
-        "seconds", "seed", "versions", "recovery", "latency",
+        "seconds", "seed", "versions", "recovery", "latency", "then",
     ],
     "before": ["params", "macs", "bytes", "latency_ms", "metric"],
     "after": ["params", "macs", "bytes", "latency_ms", "metric"],

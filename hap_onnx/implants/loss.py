@@ -146,6 +146,8 @@ def _look_at_contractions(prepared: PreparedModel) -> dict[str, ImplantLayer | s
             found[node.name] = "it is excluded"
         elif prepared.implants_stay and is_of_implant(weight):
             found[node.name] = "it is part of an implant already"
+        elif weight.name in prepared.stored:
+            found[node.name] = "its weight is stored in 8 bits, which implants are not"
         elif readers[weight.name] != 1 or weight.name in outputs:
             found[node.name] = f"its weight '{weight.name}' is used elsewhere, too"
         elif bias is not None and not isinstance(bias, gs.Constant):

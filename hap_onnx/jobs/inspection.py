@@ -8,7 +8,7 @@ import numpy as np
 
 from hap_onnx import report as reports
 from hap_onnx.implants.loss import ImplantLayer, explain_refusals, find_implant_layers
-from hap_onnx.model.measure import constants_of, is_float_type, node_macs
+from hap_onnx.model.measure import node_macs, weights_of
 from hap_onnx.planning.allocate import find_options
 from hap_onnx.planning.choose import head_groups, residual_groups
 from hap_onnx.planning.cost_graph import cost_model
@@ -66,8 +66,7 @@ def _share(
     sizes = {
         tensor.name: tensor.values.size
         for node in nodes
-        for tensor in constants_of(node)
-        if is_float_type(tensor.values.dtype)
+        for tensor in weights_of(node)
     }
     params = sum(size for name, size in sizes.items() if belongs({name}))
     macs = sum(
@@ -91,7 +90,7 @@ def _layers(prepared: PreparedModel, kinds: Mapping[str, ImplantLayer]) -> tuple
     refusals, found = explain_refusals(prepared), []
     for node in prepared.graph.nodes:
         macs = node_macs(node, prepared.shapes)
-        weights = [tensor for tensor in constants_of(node) if is_float_type(tensor.values.dtype)]
+        weights = list(weights_of(node))
         if not weights or not macs:
             continue
         of_node = tuple(groups.get(node.name, ()))

@@ -25,17 +25,30 @@ SPARE_BYTES = 256
 """What ``--max-bytes`` leaves for the entry in the model's metadata."""
 
 
-def params_within(max_bytes: int, prepared: PreparedModel, n_bytes: int, *, external_data: bool) -> float:
+def params_within(
+    max_bytes: int,
+    prepared: PreparedModel,
+    n_bytes: int,
+    *,
+    external_data: bool,
+    per_param: float | None = None,
+) -> float:
     """Return how many parameters a file of ``max_bytes`` has room for.
 
     Bytes of parameters all but make up a file; the rest is as in the whole model, which has ``n_bytes``.
+    ``per_param`` says how many bytes a parameter takes there, if other than in the graph.
 
     Raises BudgetError if there is room for none.
     """
     constants = [t for t in prepared.graph.tensors().values() if isinstance(t, gs.Constant)]
-    weights = [t.values for t in constants if is_float_type(t.values.dtype)]
-    n_weight_bytes = sum(values.nbytes for values in weights)
-    per_param = n_weight_bytes / max(sum(values.size for values in weights), 1)
+    weights = [t for t in constants if is_float_type(t.values.dtype)]
+    in_8_bits = prepared.stored
+    n_weight_bytes: float = sum(t.values.size if t.name in in_8_bits else t.values.nbytes for t in weights)
+    n_weights = max(sum(t.values.size for t in weights), 1)
+    if per_param is None:
+        per_param = n_weight_bytes / n_weights
+    else:
+        n_weight_bytes = per_param * n_weights
     rest = n_bytes - n_weight_bytes + SPARE_BYTES + (ALIGNMENT * len(weights) if external_data else 0)
     if max_bytes <= rest:
         raise BudgetError(

@@ -58,10 +58,10 @@ class Context:
         return opset_of(self.header) or 1
 
 
-def make_context(prepared: ModelProto) -> Context:
+def make_context(prepared: ModelProto, *, pinned: frozenset[str] = frozenset()) -> Context:
     """Collect what folding needs from the model that the graph was imported from."""
     nodes = prepared.graph.node
-    pinned = {value.name for value in prepared.graph.output}
+    pinned = pinned | {value.name for value in prepared.graph.output}
     for node in nodes:
         for subgraph in subgraphs(node):
             pinned |= captured(subgraph)
@@ -74,12 +74,15 @@ def make_context(prepared: ModelProto) -> Context:
     header.graph.name = prepared.graph.name
     header.graph.input.extend(prepared.graph.input)
     header.graph.output.extend(prepared.graph.output)
-    return Context(header, {node.name: node for node in nodes}, frozenset(pinned))
+    return Context(header, {node.name: node for node in nodes}, pinned)
 
 
-def fold(graph: gs.Graph, prepared: ModelProto) -> None:
-    """Fold ``graph``, imported from ``prepared``, in place; see the module's text for what and how far."""
-    context = make_context(prepared)
+def fold(graph: gs.Graph, prepared: ModelProto, *, pinned: frozenset[str] = frozenset()) -> None:
+    """Fold ``graph``, imported from ``prepared``, in place; see the module's text for what and how far.
+
+    ``pinned`` are weights that must not be brought into another layout.
+    """
+    context = make_context(prepared, pinned=pinned)
     derived: set[str] = set()  # floating-point constants that were computed from integers
     stuck: set[str] = set()  # nodes that could not be evaluated
     _remove_identities(graph, context)

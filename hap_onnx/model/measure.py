@@ -13,6 +13,7 @@ from onnx import ModelProto
 
 from hap_onnx import ops  # noqa: F401  (registers the counting rules)
 from hap_onnx.model.protos import export_constant, n_data_bytes, walk_tensors
+from hap_onnx.ops.quantized import is_quantized, quantized_weights
 from hap_onnx.ops.registry import find_macs
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -20,9 +21,11 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 @dataclass(frozen=True)
 class ModelSize:
-    """``params``: elements of float constants, shared ones once. ``macs``: multiply-accumulates at the shapes
-    given, for their whole batch. ``bytes``: of all constants as they are stored; what else a file holds
-    (nodes, names, metadata) hardly changes when a model is compressed.
+    """``params``: elements of float constants and of quantized weights, shared ones once, without scales.
+
+    ``macs``: multiply-accumulates at the shapes given, for their whole batch. ``bytes``: of all constants as
+    the graph has them; what else a file holds (nodes, names, metadata) hardly changes when a model is
+    compressed.
     """
 
     params: int
@@ -49,22 +52,44 @@ def model_size(graph: gs.Graph, shapes: Shapes) -> ModelSize:
     """
     constants = _constants(graph)
     return ModelSize(
-        params=sum(_n_params(tensor) for tensor in constants.values()),
+        params=sum(int(tensor.values.size) for tensor in _weights(graph).values()),
         macs=sum(node_macs(node, shapes) for node in graph.nodes),
         bytes=sum(_n_bytes(tensor) for tensor in constants.values()),
     )
 
 
 def count_params(proto: ModelProto) -> int:
-    """Count the elements of float weights as a file holds them, wherever they are; sparse ones in full."""
+    """Count the elements of weights as a file holds them, wherever they are; sparse ones in full.
+
+    Weights are of float types, or quantized; scales of these are not counted.
+    """
     total = 0
+    weights, scales = _quantized_names(proto)
     for _, tensor in walk_tensors(proto):
-        if tensor.data_type and is_float_type(onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)):
+        is_float = tensor.data_type and is_float_type(onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type))
+        if (is_float and tensor.name not in scales) or tensor.name in weights:
             total += math.prod(tensor.dims)
     for sparse in proto.graph.sparse_initializer:
         if is_float_type(onnx.helper.tensor_dtype_to_np_dtype(sparse.values.data_type)):
             total += math.prod(sparse.dims) - math.prod(sparse.values.dims)
     return total
+
+
+def _quantized_names(proto: ModelProto) -> tuple[set[str], set[str]]:
+    """Names of what quantized operators read as weights, and of what nothing else reads: scales."""
+    weights: set[str] = set()
+    scales: set[str] = set()
+    others: set[str] = set()
+    for node in proto.graph.node:
+        positions = quantized_weights(node.op_type, node.domain)
+        for index, name in enumerate(node.input):
+            if positions is not None and index in positions:
+                weights.add(name)
+            elif index and is_quantized(node.op_type, node.domain):
+                scales.add(name)
+            else:
+                others.add(name)
+    return weights, scales - others - weights - {""}
 
 
 def node_costs(graph: gs.Graph, shapes: Shapes) -> tuple[NodeCost, ...]:
@@ -75,13 +100,13 @@ def node_costs(graph: gs.Graph, shapes: Shapes) -> tuple[NodeCost, ...]:
     seen: set[str] = set()
     costs = []
     for node in graph.nodes:
-        fresh = {t.name: t for t in constants_of(node) if t.name not in seen}
+        fresh = {t.name: t for t in weights_of(node) if t.name not in seen}
         seen.update(fresh)
         costs.append(
             NodeCost(
                 name=node.name,
                 op_type=node.op,
-                params=sum(_n_params(tensor) for tensor in fresh.values()),
+                params=sum(int(tensor.values.size) for tensor in fresh.values()),
                 macs=node_macs(node, shapes),
                 output_shape=shapes.get(node.outputs[0].name) if node.outputs else None,
             )
@@ -119,6 +144,30 @@ def _constants(graph: gs.Graph) -> dict[str, gs.Constant]:
     return found
 
 
+def _weights(graph: gs.Graph) -> dict[str, gs.Constant]:
+    found: dict[str, gs.Constant] = {}
+    for node in graph.nodes:
+        for tensor in weights_of(node):
+            found.setdefault(tensor.name, tensor)
+    for tensor in graph.outputs:
+        if isinstance(tensor, gs.Constant) and is_float_type(np.dtype(tensor.values.dtype)):
+            found.setdefault(tensor.name, tensor)
+    return found
+
+
+def weights_of(node: gs.Node) -> Iterator[gs.Constant]:
+    """Yield the constants of a node that count as parameters: floats, and what stands for floats.
+
+    Of operators on quantized numbers these are the weights, not the scales and zero points.
+    """
+    if not is_quantized(node.op, node.domain or ""):
+        yield from (t for t in constants_of(node) if is_float_type(np.dtype(t.values.dtype)))
+        return
+    for index in quantized_weights(node.op, node.domain or "") or ():
+        if index < len(node.inputs) and isinstance(node.inputs[index], gs.Constant):
+            yield node.inputs[index]
+
+
 def constants_of(node: gs.Node) -> Iterator[gs.Constant]:
     """Yield the constants that a node reads, its subgraphs included."""
     for tensor in node.inputs:
@@ -133,10 +182,6 @@ def constants_of(node: gs.Node) -> Iterator[gs.Constant]:
 def is_float_type(dtype: np.dtype) -> bool:
     """Tell whether a type holds real numbers, also bfloat16, float8 and float4 (void to numpy)."""
     return bool(str(dtype).startswith(("float", "bfloat")))
-
-
-def _n_params(tensor: gs.Constant) -> int:
-    return int(tensor.values.size) if is_float_type(np.dtype(tensor.values.dtype)) else 0
 
 
 def _n_bytes(tensor: gs.Constant) -> int:

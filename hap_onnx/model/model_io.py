@@ -24,6 +24,7 @@ from hap_onnx.model.bounds import MAX_DENSE_ELEMENTS
 from hap_onnx.model.loading import SourceModel, load_model
 from hap_onnx.model.protos import (
     DEFAULT_DOMAINS,
+    captured,
     copy_without,
     copy_without_weights,
     describe,
@@ -34,8 +35,10 @@ from hap_onnx.model.protos import (
     opset_of,
     reads,
     sort_nodes,
+    subgraphs,
 )
 from hap_onnx.model.saving import save_model
+from hap_onnx.model.stored import StoredWeight, find_stored, store_weights
 
 __all__ = ["SourceModel", "load_model", "normalise", "save_model", "to_proto"]
 
@@ -49,12 +52,14 @@ def normalise(source: SourceModel) -> gs.Graph:
 
     Local functions are inlined, every node has a unique name, initializers and Constant nodes are
     ``gs.Constant`` (read-only arrays; one object where the file has one tensor), shapes are computed
-    where that freezes nothing, and a weight's private Transpose or Cast is applied to it.
+    where that freezes nothing, and a weight's private Transpose or Cast is applied to it. A weight that is
+    stored in 8 bits becomes the real numbers that it stands for, see ``hap_onnx.model.stored``.
 
     Raises:
         ModelError: the graph has circles or cannot be expressed in onnx-graphsurgeon.
     """
-    prepared, constants = _prepare(source.proto)
+    prepared, constants, stored = _prepare(source.proto)
+    constants |= {name: onnx.numpy_helper.from_array(one.to_float(), name) for name, one in stored.items()}
     placeholders = ModelProto()
     placeholders.CopyFrom(prepared)
     placeholders.graph.ClearField("value_info")
@@ -87,7 +92,7 @@ def normalise(source: SourceModel) -> gs.Graph:
             load(tensor)
     for tensor in [*graph.inputs, *graph.outputs]:
         load(tensor)
-    folding.fold(graph, prepared)
+    folding.fold(graph, prepared, pinned=frozenset(stored))
     _set_types(graph, prepared)
     return graph
 
@@ -119,10 +124,16 @@ def _to_array(tensor: TensorProto) -> np.ndarray:
     return array
 
 
-def _prepare(proto: ModelProto) -> tuple[ModelProto, dict[str, TensorProto]]:
+def stored_weights(source: SourceModel) -> frozenset[str]:
+    """Return the names of the constants of a normalised graph that the file stores in 8 bits."""
+    return frozenset(_prepare(source.proto)[2])
+
+
+def _prepare(proto: ModelProto) -> tuple[ModelProto, dict[str, TensorProto], dict[str, StoredWeight]]:
     """Inline functions, name and sort nodes, and list all constants of the main graph as initializers.
 
     The returned model holds the headers of the constants only; the numbers are in the dictionary, by name.
+    Weights that are stored in 8 bits are initializers without numbers there: the third has them.
     """
     model = copy_without_weights(proto)
     if proto.functions:
@@ -149,10 +160,20 @@ def _prepare(proto: ModelProto) -> tuple[ModelProto, dict[str, TensorProto]]:
             graph.initializer.append(_header_of(value))
     nodes = [_copy(node) for node in sort_nodes(nodes)]
     name_nodes(nodes)
+    pinned = {value.name for value in graph.output}
+    for node in nodes:
+        for subgraph in subgraphs(node):
+            pinned |= captured(subgraph)
+    stored = find_stored(nodes, constants, pinned=pinned)
+    for name, one in stored.items():
+        header = TensorProto(name=name, data_type=TensorProto.FLOAT, dims=one.quantized.shape)
+        graph.initializer.append(header)
+    gone = {*stored, *(one.node.input[0] for one in stored.values())}
+    nodes = [node for node in nodes if gone.isdisjoint(node.output)]
     for field, values in (("input", [_copy(value) for value in inputs]), ("node", nodes)):
         graph.ClearField(field)
         getattr(graph, field).extend(values)
-    return model, constants
+    return model, constants, stored
 
 
 def _copy(message: M) -> M:
@@ -224,7 +245,7 @@ def to_proto(
     Raises:
         SurgeryError: the graph lost an input or output, uses a name twice or reads what nothing writes.
     """
-    prepared, _ = _prepare(source.proto)
+    prepared, _, stored = _prepare(source.proto)
     model: ModelProto = copy_without(prepared, omit=["graph", "training_info"])
     model.graph.CopyFrom(
         copy_without(
@@ -236,12 +257,18 @@ def to_proto(
     originals = {node.name: node for node in prepared.graph.node}
     opset = opset_of(prepared) or 1
     nodes = [export_node(node, original=originals.get(node.name), opset=opset) for node in graph.nodes]
+    tensors = _export_constants(graph, nodes, prepared, source.proto)
+    taken = {tensor.name for tensor in tensors} | {name for node in nodes for name in node.output}
+    dequantizers, hidden = store_weights(graph, stored, taken=taken)
+    nodes += dequantizers
     _check_unique((node.name for node in nodes), "nodes")
     try:
         nodes = sort_nodes(nodes)
     except ModelError as error:
         raise SurgeryError(f"the edited graph has a circle: {error}") from error
-    initializers = _export_constants(graph, nodes, prepared, source.proto)
+    present = {tensor.name for tensor in tensors}
+    initializers = [tensor for tensor in tensors if tensor.name not in stored]
+    initializers += [tensor for tensor in hidden if tensor.name not in present]
     _check_complete(nodes, initializers, prepared)
     _write_weights(model, initializers, source.proto)
     model.graph.node.extend(nodes)

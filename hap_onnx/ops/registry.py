@@ -7,7 +7,7 @@ side by side in the module of its family:
   its inputs as positional tensors (``None`` for an omitted optional one) and its attributes as
   keyword arguments with the names and defaults of the ONNX specification. A second registration
   with a higher ``since`` is needed only where an opset changed the meaning. A function that
-  declares ``n_outputs`` is told how many outputs the node has.
+  declares ``n_outputs`` is told how many outputs the node has, ``readers`` by what operators they are read.
 * ``@flow_op("Conv")``: how channel ids pass through (see ``hap_onnx.coupling.channels``).
 * ``@edit_op("Reshape")``: how literals (sizes, bounds, indices) follow when channels are removed
   (see ``hap_onnx.surgery``); weights are sliced by their ids and need no rule.

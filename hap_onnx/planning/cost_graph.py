@@ -20,7 +20,7 @@ import onnx_graphsurgeon as gs
 from hap_onnx import ops  # noqa: F401  (registers the counting rules)
 from hap_onnx.coupling.branches import Network, removable_groups
 from hap_onnx.coupling.channels import Coupling
-from hap_onnx.model.measure import Shapes, constants_of, is_float_type, node_macs
+from hap_onnx.model.measure import Shapes, constants_of, is_float_type, node_macs, weights_of
 from hap_onnx.ops.linear import linear_form
 from hap_onnx.ops.registry import find_macs
 from hap_onnx.planning.cost import N_METRICS, AxisLength, CostModel, CostTerm, Ints, LayerTerms
@@ -62,6 +62,8 @@ def cost_model(
             constants[tensor.name] = tensor
     outputs = {tensor.name: tensor for tensor in graph.outputs if isinstance(tensor, gs.Constant)}
     constants.update(outputs)
+    counted = {tensor.name for node in graph.nodes for tensor in weights_of(node)}
+    counted |= {name for name, tensor in outputs.items() if is_float_type(np.dtype(tensor.values.dtype))}
     sliced: dict[str, dict[int, AxisLength]] = defaultdict(dict)
     for weight in coupling.weights:
         sliced[weight.initializer][weight.axis] = network.length(weight.elements)
@@ -70,7 +72,7 @@ def cost_model(
         users = readers[name]
         if len(users) == 1 and users[0] in found_layers and name == found_layers[users[0]].weight:
             continue
-        if not is_float_type(np.dtype(tensor.values.dtype)):
+        if name not in counted:
             continue
         if name not in outputs and not any(user in whole.alive for user in users):
             continue

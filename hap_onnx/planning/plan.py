@@ -124,6 +124,8 @@ class CompressionPlan:
         notes: why, by group.
         layer_notes: why, by contraction, replaced or not.
         training: how the weights were trained, JSON-ready; empty where they were not.
+        then: how the compressed model becomes the final file (a ``quantize.Recipe``, JSON-ready); empty if it
+            is the final file. Of the last round only.
         earlier: the plans of the rounds before, first round first. Each belongs to the model that the one
             before it makes, the first to the original; this plan then belongs to what the last of them makes.
 
@@ -140,6 +142,7 @@ class CompressionPlan:
     replacements: tuple[NodeReplacement, ...] = ()
     layer_notes: Mapping[str, str] = field(default_factory=dict)
     training: Mapping[str, Any] = field(default_factory=dict)
+    then: Mapping[str, Any] = field(default_factory=dict)
     earlier: tuple[CompressionPlan, ...] = ()
 
     def __post_init__(self) -> None:
@@ -165,6 +168,7 @@ class CompressionPlan:
             "notes": dict(self.notes),
             "layer_notes": dict(self.layer_notes),
             "training": json.loads(json.dumps(dict(self.training), allow_nan=False)),
+            "then": json.loads(json.dumps(dict(self.then), allow_nan=False)),
             "earlier": tuple(self.earlier),
         }
         for name, value in frozen.items():
@@ -367,6 +371,8 @@ def _describe(plan: CompressionPlan) -> dict[str, Any]:
     }
     if plan.training:
         document["training"] = dict(plan.training)
+    if plan.then:
+        document["then"] = dict(plan.then)
     return document
 
 
@@ -387,6 +393,7 @@ def _from_document(document: Mapping[str, Any], weights: Mapping[str, np.ndarray
         replacements=tuple(_load_replacement(entry) for entry in document.get("implants", [])),
         layer_notes=document.get("layers", {}),
         training=document.get("training", {}),
+        then=document.get("then", {}),
     )
 
 
@@ -421,7 +428,7 @@ def _check_types(document: Any) -> None:
     notes = document.get("layers", {})
     if not isinstance(notes, dict) or not all(isinstance(note, str) for note in notes.values()):
         raise ValueError("'layers' does not map names to texts")
-    for name, kind in (("training", dict), ("earlier", list)):
+    for name, kind in (("training", dict), ("then", dict), ("earlier", list)):
         if not isinstance(document.get(name, kind()), kind):
             raise ValueError(f"'{name}' is no {kind.__name__}")
     for name, value in document.get("training", {}).items():

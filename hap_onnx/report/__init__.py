@@ -157,6 +157,25 @@ class Budget:
 
 
 @dataclass(frozen=True)
+class Conversion:
+    """What ``--then`` did, by model: ``original``, ``compressed``, the original converted in the same way
+    (``quantized``; None where it was not tried or cannot be), and ``both``, the final file.
+
+    ``kind`` is int8 or fp16. ``settings`` of int8: ``calibration`` (how ranges were taken: minmax or
+    percentile) and ``weight_bits``. ``left`` names the layers that stay in float32. Latencies are times on
+    this machine: that of float16 says little where the provider has no kernels for it.
+    """
+
+    kind: str
+    settings: Mapping[str, str | int]
+    original: ModelFacts
+    compressed: ModelFacts
+    quantized: ModelFacts | None
+    both: ModelFacts
+    left: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class Latency:
     """The two models timed in turn on this machine: medians, and the ratio after / before of each round.
 
@@ -178,7 +197,9 @@ class CompressReport:
     """The result of ``compress``, and of ``apply`` (there without quality and fidelity).
 
     ``output`` is None when no model was written (a dry run); ``seconds`` is per stage; ``recovery`` has one
-    entry per round; ``latency`` is None where nothing was timed.
+    entry per round; ``latency`` is None where nothing was timed. With ``--then``, ``after``, ``quality``,
+    ``fidelity`` and ``latency`` are those of the final file, and ``then`` tells the steps apart; it is None
+    without.
     """
 
     model: str
@@ -195,6 +216,7 @@ class CompressReport:
     versions: Mapping[str, str]
     recovery: tuple[RoundRecovered, ...] = ()
     latency: Latency | None = None
+    then: Conversion | None = None
     schema: str = COMPRESS_SCHEMA
 
     def to_dict(self) -> dict[str, Any]:

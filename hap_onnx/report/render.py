@@ -6,7 +6,7 @@ import io
 import json
 import logging
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields, is_dataclass, replace
 from typing import Any, TextIO
 
@@ -28,6 +28,7 @@ from rich.text import Text
 from hap_onnx.events import Event
 from hap_onnx.report import (
     CompressReport,
+    Conversion,
     Fidelity,
     FrozenNode,
     InspectReport,
@@ -91,7 +92,10 @@ def _layout(report: Report) -> RenderableType:
     else:
         title = f"{report.model} -> {report.output or '(nothing written)'}"
         lines = _compress_lines(report)
-    return Group(Text(title, style="bold", overflow="fold"), _facts_table(report), *lines)
+    parts: list[RenderableType] = [Text(title, style="bold", overflow="fold"), _facts_table(report), *lines]
+    if isinstance(report, CompressReport) and report.then is not None:
+        parts += [Text(""), _steps_table(report.then, report.quality), *_step_lines(report.then)]
+    return Group(*parts)
 
 
 def _compress_lines(report: CompressReport) -> list[Text]:
@@ -124,6 +128,37 @@ def _facts_table(report: CompressReport | ValidateReport) -> Table:
         name = quality.metric
         table.add_row(name, _metric(name, quality.before), _metric(name, quality.after), _drop(quality))
     return table
+
+
+def _steps_table(then: Conversion, quality: Quality | None) -> Table:
+    """Compression and conversion, each alone and both."""
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    table.add_column("")
+    models = (then.original, then.compressed, then.quantized, then.both)
+    for title in ("original", "compressed", f"{then.kind} only", f"compressed, {then.kind}"):
+        table.add_column(title, justify="right")
+
+    def add(name: str, show: Callable[[ModelFacts], str]) -> None:
+        table.add_row(name, *("-" if model is None else show(model) for model in models))
+
+    add("file", lambda model: _bytes(model.bytes))
+    if then.both.latency_ms is not None:
+        add("latency", _latency)
+    if quality is not None and then.both.metric is not None:
+        add(quality.metric, lambda model: _metric(quality.metric, model.metric or 0.0))
+    return table
+
+
+def _step_lines(then: Conversion) -> list[Text]:
+    lines = []
+    if then.settings:
+        how = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in then.settings.items())
+        lines.append(Text(f"{then.kind}: {how}"))
+    if then.left:
+        named = ", ".join(then.left[:_MAX_NODES_NAMED])
+        more = f" and {len(then.left) - _MAX_NODES_NAMED} more" if len(then.left) > _MAX_NODES_NAMED else ""
+        lines.append(Text(f"left in float32: {named}{more}", overflow="fold"))
+    return lines
 
 
 def _latency_lines(latency: Latency | None) -> list[Text]:

@@ -73,7 +73,7 @@ def plan_words(config: CompressConfig, prepared: PreparedModel) -> dict[str, Any
     words = config.to_dict()
     names = (
         *BUDGETS, "objective", "max_drop", "metric", "method", "preset", "sensitivity", "probes",
-        "recover", "epochs", "rounds", "augment", "align", "exclude", "only", "max_samples",
+        "recover", "epochs", "rounds", "augment", "align", "then", "exclude", "only", "max_samples",
         "batch_size", "seed",
     )  # fmt: skip
     shapes = {name: list(values.shape) for name, values in prepared.probe.items()}

@@ -126,6 +126,7 @@ def make_session(
     providers: str | Sequence[str] = "auto",
     threads: int | None = None,
     label: str | None = None,
+    optimise: bool = True,
 ) -> Session:
     """Load a model in onnxruntime, as its users would but silently.
 
@@ -135,6 +136,7 @@ def make_session(
             ``cuda`` and ``tensorrt`` are short for their full names.
         threads: of one operator; None leaves the number to onnxruntime.
         label: how messages call the model.
+        optimise: whether operators may be fused, as users have it.
 
     Raises:
         ModelError: onnxruntime cannot load the model.
@@ -142,7 +144,7 @@ def make_session(
     """
     label = label or (str(model) if isinstance(model, (str, Path)) else "the model")
     names = _choose_providers(providers)
-    session = load(model, names, threads=threads, severity=4, label=label)
+    session = load(model, names, threads=threads, severity=4, label=label, optimise=optimise)
     if session.get_providers()[0] != names[0]:
         raise UsageError(
             f"{names[0]} is installed but does not work on this machine (onnxruntime fell back to "
@@ -167,10 +169,13 @@ def load(
     threads: int | None,
     severity: int,
     label: str,
+    optimise: bool = True,
     profile: str | None = None,
 ) -> ort.InferenceSession:
     """Load a model with the options that all sessions share; ``profile`` begins the name of its profile."""
     options = ort.SessionOptions()
+    if not optimise:
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     if profile is not None:
         options.enable_profiling, options.profile_file_prefix = True, profile
     options.log_severity_level = severity

@@ -7,6 +7,7 @@ exported without them. Exact up to float rounding.
 from __future__ import annotations
 
 import logging
+from collections.abc import Collection
 
 import numpy as np
 import onnx_graphsurgeon as gs
@@ -14,11 +15,12 @@ import onnx_graphsurgeon as gs
 _log = logging.getLogger(__name__)
 
 
-def fold_batch_norms(graph: gs.Graph) -> gs.Graph:
+def fold_batch_norms(graph: gs.Graph, *, leave: Collection[str] = ()) -> gs.Graph:
     """Return a graph in which each BatchNormalization that alone follows a Conv is part of its weights.
 
     Left as they are: normalisation in training mode or with computed statistics, weights that several nodes
-    share, convolutions whose raw output is read elsewhere, and types other than float32 and float64.
+    share, convolutions whose raw output is read elsewhere, types other than float32 and float64, and weights
+    that ``leave`` names.
     """
     result = graph.copy()
     readers: dict[str, int] = {}
@@ -33,6 +35,8 @@ def fold_batch_norms(graph: gs.Graph) -> gs.Graph:
             continue
         conv = norm.inputs[0].inputs[0] if norm.inputs[0].inputs else None
         if conv is None or not _can_fold(conv, norm, readers, outputs):
+            continue
+        if any(tensor.name in leave for tensor in conv.inputs):
             continue
         _fold(conv, norm)
         readers[conv.inputs[2].name] = 1  # another normalisation may follow

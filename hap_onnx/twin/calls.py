@@ -98,6 +98,9 @@ def make_call(node: gs.Node, function: Callable[..., Any]) -> TorchCall:
     if "n_outputs" in parameters:
         used = [index for index, tensor in enumerate(node.outputs) if tensor.name]
         arguments["n_outputs"] = max(used, default=0) + 1
+    if "readers" in parameters:
+        readers = [reader for tensor in node.outputs for reader in tensor.outputs]
+        arguments["readers"] = tuple((reader.op, reader.domain or "") for reader in readers)
     return TorchCall(function, arguments, "unit" in parameters)
 
 

@@ -582,7 +582,7 @@ def test_normalise_never_evaluates_gigabytes(bomb: NodeProto) -> None:
     assert bomb.op_type in ops_of(graph)
 
 
-def test_normalise_leaves_quantized_weights_alone() -> None:
+def test_quantized_weights_are_numbers_in_the_graph_and_come_back_as_they_were() -> None:
     nodes = [
         helper.make_node("DequantizeLinear", ["q", "scale", "zero"], ["w"], axis=1),
         helper.make_node("DequantizeLinear", ["qb", "bscale"], ["b"]),
@@ -596,7 +596,17 @@ def test_normalise_leaves_quantized_weights_alone() -> None:
         "bscale": np.array(0.1, np.float32),
     }
     model = build(nodes, {"x": ["N", 3]}, [value("y", ["N", 4])], weights)
-    assert ops_of(normalise(load_model(model))) == ["DequantizeLinear", "DequantizeLinear", "Gemm"]
+    source = load_model(model)
+    graph = normalise(source)
+    assert ops_of(graph) == ["Gemm"]
+    weight, bias = graph.nodes[0].inputs[1:]
+    assert np.array_equal(weight.values, weights["q"].astype(np.float32) * np.float32(0.1))
+    assert np.array_equal(bias.values, np.arange(4, dtype=np.float32) * np.float32(0.1))
+    back = {t.name: numpy_helper.to_array(t) for t in to_proto(graph, source).graph.initializer}
+    assert back.keys() == weights.keys()
+    for name, array in weights.items():
+        assert back[name].dtype == array.dtype
+        assert np.array_equal(back[name], array)
     assert_same(model, {"x": np.ones((2, 3), np.float32)})
 
 

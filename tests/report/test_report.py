@@ -10,7 +10,7 @@ import pytest
 from sample_reports import compress_report, inspect_report, validate_report
 
 from hap_onnx.events import Event
-from hap_onnx.report import Fidelity, Latency, ModelFacts, Quality, RoundRecovered
+from hap_onnx.report import Conversion, Fidelity, Latency, ModelFacts, Quality, RoundRecovered
 from hap_onnx.report.render import EventPrinter, render_json, render_report
 
 
@@ -18,7 +18,7 @@ def test_the_keys_of_a_compress_report_are_the_contract():
     plain = compress_report().to_dict()
     assert list(plain) == [
         "schema", "model", "output", "before", "after", "quality", "fidelity", "plan", "frozen", "budget",
-        "seconds", "seed", "versions", "recovery", "latency",
+        "seconds", "seed", "versions", "recovery", "latency", "then",
     ]  # fmt: skip
     assert plain["schema"] == "hap-onnx/compress/1"
     assert list(plain["before"]) == ["params", "macs", "bytes", "latency_ms", "metric"]
@@ -158,6 +158,27 @@ def test_the_table_tells_of_training(n, words):
     text = " ".join(render_report(compress_report(recovery=rounds), io.StringIO()).split())
     assert f"training in round 2: distance to the original 0.25 -> 0.125, best after 0.5 of {words}" in text
     assert "round 1" not in text
+
+
+def test_the_steps_of_a_conversion_have_a_table_of_their_own():
+    before, after = compress_report().before, compress_report().after
+    compressed = replace(after, bytes=2_000_000, latency_ms=1.9, metric=0.921)
+    settings = {"calibration": "percentile", "weight_bits": 8}
+    then = Conversion("int8", settings, before, compressed, None, after, ("a", "b", "c", "d"))
+    report = compress_report(then=then)
+    text = render_report(report, io.StringIO())
+    assert max(len(line) for line in text.splitlines()) <= 80
+    rows = [line.split() for line in text.splitlines()]
+    assert ["file", "3.43", "MB", "2.00", "MB", "-", "1.64", "MB"] in rows
+    assert ["latency", "2.410", "ms", "1.900", "ms", "-", "1.720", "ms"] in rows
+    assert ["accuracy", "92.72", "%", "92.10", "%", "-", "91.90", "%"] in rows
+    assert "int8: calibration percentile, weight bits 8" in text
+    assert "left in float32: a, b, c and 1 more" in text
+    plain = report.to_dict()["then"]
+    assert list(plain) == ["kind", "settings", "original", "compressed", "quantized", "both", "left"]
+    assert plain["quantized"] is None
+    assert plain["both"] == report.to_dict()["after"]
+    assert compress_report().to_dict()["then"] is None
 
 
 @pytest.mark.parametrize("make", [compress_report, validate_report])
