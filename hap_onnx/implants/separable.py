@@ -91,9 +91,8 @@ def find_start(problem: Problem) -> Start:
     return Start(root, taps, x, *eigh_descending(gram))
 
 
-def factorise_separable(problem: Problem, rank: int) -> tuple[Tensor, Tensor]:
+def factorise_separable(problem: Problem, rank: int, start: Start) -> tuple[Tensor, Tensor]:
     """Return V [g, rank, R] and U [g, O, rank, T2]; at full rank U V is the weight."""
-    start = find_start(problem)
     if rank < start.values.shape[1]:
         v, u = _alternate(problem, start, rank)
         scale = scale_of((v @ start.root).square().sum(2))
