@@ -13,6 +13,7 @@ Shapes: g conv groups, each on its own; R = C*T1 rows. All arrays are float64.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -41,6 +42,11 @@ class Problem:
         """Return (g, O, R, T2)."""
         g, n_outputs, n_features = self.weight.shape
         return g, n_outputs, n_features // self.n_taps, self.n_taps
+
+    @cached_property
+    def weighted(self) -> Tensor:
+        """Return W A, which every rank needs."""
+        return self.weight @ self.inputs
 
     @property
     def rows(self) -> Tensor:
@@ -133,7 +139,7 @@ class Alternation:
 
     def __init__(self, problem: Problem, start: Start, rank: int) -> None:
         self.problem, self.start = problem, start
-        wa = problem.weight @ problem.inputs
+        wa = problem.weighted
         self.total = (problem.gradients * (wa @ problem.weight.mT)).sum((1, 2))
         self.wa = wa.reshape(problem.shape)
         self.gwa = (problem.gradients @ wa).reshape(problem.shape)
