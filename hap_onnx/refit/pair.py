@@ -17,7 +17,6 @@ from hap_onnx.ops.elementwise import is_addition
 from hap_onnx.ops.registry import find_linear
 from hap_onnx.refit.spec import ImplantSpec
 from hap_onnx.refit.store import COMPRESSED, ORIGINAL, Key, Store
-from hap_onnx.sensitivity.curvature import n_at_once
 from hap_onnx.surgery import CONSTANT_SUFFIX, Kept
 from hap_onnx.twin import Step, Twin, build_twin, channels_last, unfix_batch
 
@@ -188,7 +187,7 @@ def read_inputs(pair: Pair, graph: gs.Graph, subset: Subset, batch_size: int) ->
     subset = subset.take(subset.n_samples // unit * unit)
     if not subset.n_samples:
         raise CalibrationError(f"the model takes batches of {unit} samples, and there are fewer to refit on")
-    batch_size = max(n_at_once(pair.original, subset, batch_size) // unit, 1) * unit
+    batch_size = max(batch_size // unit, 1) * unit
     first = {
         name: _to_tensor(values, pair.original)
         for name, values in next(iter(subset.batches(batch_size))).inputs.items()

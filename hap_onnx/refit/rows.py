@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from math import ceil
 
@@ -83,7 +83,7 @@ class Rows:
     def gram(self) -> Tensor:
         """Sum of x x^T, float64 [g, F, F]."""
         gram: Tensor | None = None
-        for x in _join_small(x for x, _, _ in self.parts()):
+        for x, _, _ in self.parts():  # more rows at once would lose digits: products are summed in float32
             gram = add_gram(gram, x)
         assert gram is not None
         return mirror_gram(gram)
@@ -98,18 +98,6 @@ class Rows:
     def drop(self) -> None:
         for name in ("x", _TRANSFORMED, "wanted", "added"):
             self.store.drop((ROWS, name))
-
-
-def _join_small(parts: Iterable[Tensor]) -> Iterator[Tensor]:
-    """Join neighbours [g, n, F] that have at most ``CHUNK`` rows together: adding up products takes time."""
-    waiting: list[Tensor] = []
-    for x in parts:
-        if waiting and sum(part.shape[1] for part in waiting) + x.shape[1] > CHUNK:
-            yield torch.cat(waiting, 1)
-            waiting = []
-        waiting.append(x)
-    if waiting:
-        yield torch.cat(waiting, 1) if len(waiting) > 1 else waiting[0]
 
 
 def n_rows_to_take(n_samples: int, n_features: int, conv_group: int, options: Options) -> tuple[int, int]:
