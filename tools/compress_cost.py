@@ -168,7 +168,7 @@ def describe(report: Mapping[str, Any], used: Used, passes: Sequence[float]) -> 
     """What the table has no room for."""
     before, after = report["before"], report["after"]
     lines = [
-        f"one pass: {passes[0]:.1f} s in onnxruntime, {passes[1]:.1f} s in the twin",
+        f"one pass: {passes[0]:.3g} s in onnxruntime, {passes[1]:.3g} s in the twin",
         f"processor time {used.cpu_s:.0f} s, peak memory {used.peak_mb:.0f} MB",
         f"multiply-accumulates x{after['macs'] / before['macs']:.3f}, params "
         f"x{after['params'] / before['params']:.3f}",
