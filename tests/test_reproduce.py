@@ -14,7 +14,7 @@ from click.testing import CliRunner
 from rich.console import Console
 
 from tools import reproduce
-from tools.reproduce import Files, Run, run_all, show
+from tools.reproduce import Files, Run, Used, run_all, show
 
 
 def make_report(*, drop: float, params: int) -> dict[str, Any]:
@@ -63,13 +63,13 @@ def test_recipes_and_shares_have_rows_of_their_own_and_refusals_are_told() -> No
 def test_runs_that_are_there_are_not_repeated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     commands: list[Sequence[str]] = []
 
-    def pretend(command: Sequence[str]) -> tuple[int, float]:
+    def pretend(command: Sequence[str]) -> Used:
         commands.append(command)
         path = Path(command[command.index("--report") + 1])
         path.write_text(json.dumps(make_report(drop=0.0, params=300)))
-        return (3 if "paper" in command else 0), 123.0
+        return Used(3 if "paper" in command else 0, peak_mb=123.0, cpu_s=60.0)
 
-    monkeypatch.setattr(reproduce, "_run", pretend)
+    monkeypatch.setattr(reproduce, "run_process", pretend)
     runs = [Run("vgg16", recipe, 0.3, 1) for recipe in ("ours", "paper")]
     files = Files(tmp_path / "m.onnx", ("--data", "d.npz"))
     for n_commands in (2, 3):  # what was refused is tried again

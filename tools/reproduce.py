@@ -98,18 +98,23 @@ def make_imagenet(data: str, folder: Path, model: Path | None) -> Files:
         if model is None:
             raise click.UsageError("resnet50 needs --model: training it on ImageNet takes days")
         return Files(model, ("--data", str(Path(data) / "train"), "--val", str(Path(data) / "val")))
-    path, images = folder / "resnet50.onnx", _smooth_images(N_SYNTHETIC)
+    path, images = folder / "resnet50.onnx", smooth_images(N_SYNTHETIC)
     if not path.is_file():
-        torch.manual_seed(0)
-        network = resnet50()
-        with torch.no_grad():
-            network.train()(images[:32])  # gives running statistics that keep activations in range
-        export(network, images[:2], str(path))
+        write_random_resnet50(path, images)
     np.savez(folder / "images.npz", input=images.numpy())
     return Files(model or path, ("--data", str(folder / "images.npz")))
 
 
-def _smooth_images(n: int) -> torch.Tensor:
+def write_random_resnet50(path: Path, images: torch.Tensor) -> None:
+    """Write a ResNet50 with random weights; ``images`` give statistics that keep activations in range."""
+    torch.manual_seed(0)
+    network = resnet50()
+    with torch.no_grad():
+        network.train()(images[:32])
+    export(network, images[:2], str(path))
+
+
+def smooth_images(n: int) -> torch.Tensor:
     """Random images whose neighbouring pixels are alike, [n, 3, 224, 224]."""
     generator = torch.Generator().manual_seed(0)
     layers = [torch.randn(n, 3, size, size, generator=generator) for size in (7, 28, 112)]
@@ -133,23 +138,32 @@ def run_all(
         if not report.is_file():
             words += ["--output", str(folder / f"{name}.onnx"), "--report", str(report)]
             click.echo("hap-onnx compress " + " ".join(words))
-            code, peak_mb = _run([sys.executable, "-m", "hap_onnx", "compress", *words])
-            if code:
-                click.echo(f"exit code {code}")
+            used = run_process([sys.executable, "-m", "hap_onnx", "compress", *words])
+            if used.code:
+                click.echo(f"exit code {used.code}")
                 report.unlink(missing_ok=True)
                 yield run, None
                 continue
-            found = {**json.loads(report.read_text("utf-8")), "peak_mb": peak_mb}
+            found = {**json.loads(report.read_text("utf-8")), "peak_mb": used.peak_mb}
             report.write_text(json.dumps(found, indent=1), "utf-8")
         yield run, json.loads(report.read_text("utf-8"))
 
 
-def _run(command: Sequence[str]) -> tuple[int, float]:
-    """Run a command; returns its exit code and the most memory that it held."""
+@dataclass(frozen=True)
+class Used:
+    """How a process ended, and what it took: the most memory that it held, and processor time."""
+
+    code: int
+    peak_mb: float
+    cpu_s: float
+
+
+def run_process(command: Sequence[str]) -> Used:
+    """Run a command to its end."""
     process = subprocess.Popen(command)
     _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
-    return process.returncode, usage.ru_maxrss / 1024
+    return Used(process.returncode, usage.ru_maxrss / 1024, usage.ru_utime + usage.ru_stime)
 
 
 # --- the table ---

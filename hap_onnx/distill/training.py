@@ -25,7 +25,7 @@ from hap_onnx.distill.checkpoint import Progress, load_state, save_state
 from hap_onnx.distill.objective import Objective
 from hap_onnx.events import Event, OnEvent
 from hap_onnx.sensitivity.curvature import to_tensors
-from hap_onnx.twin import Twin, run_captured
+from hap_onnx.twin import Twin, channels_last, run_captured
 
 STAGE = "distill"
 WARMUP = 0.1
@@ -142,7 +142,7 @@ class Trainer:
         return value
 
     def _loss(self, inputs: Mapping[str, Tensor], labels: np.ndarray | None) -> Tensor:
-        inputs = {name: _channels_last(tensor) for name, tensor in inputs.items()}
+        inputs = {name: channels_last(tensor) for name, tensor in inputs.items()}
         with self._precision():
             with torch.no_grad():
                 theirs = run_captured(self.teacher, inputs, self.objective.hidden)
@@ -170,7 +170,7 @@ class Trainer:
         with self._averaged():
             for batch, theirs in self._expectations():
                 inputs = to_tensors(batch.inputs, self.student)
-                ours = self.student({name: _channels_last(tensor) for name, tensor in inputs.items()})
+                ours = self.student({name: channels_last(tensor) for name, tensor in inputs.items()})
                 labels = self._labels(batch.labels)
                 n_samples = len(next(iter(inputs.values())))
                 total += n_samples * float(self.objective.score(ours, theirs, labels))
@@ -253,12 +253,6 @@ def _parameter_groups(parameters: Sequence[nn.Parameter], weight_decay: float) -
     return [
         {"params": group, "scale": scale, "weight_decay": decay} for (scale, decay), group in groups.items()
     ]
-
-
-def _channels_last(tensor: Tensor) -> Tensor:
-    """Lay images out as convolutions are fastest; the numbers stay the same."""
-    is_image = tensor.is_floating_point() and tensor.ndim == 4
-    return tensor.contiguous(memory_format=torch.channels_last) if is_image else tensor
 
 
 def train(trainer: Trainer, folder: Path, key: str, *, on_event: OnEvent) -> Trained:

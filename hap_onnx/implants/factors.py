@@ -25,7 +25,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from hap_onnx.implants.separable import Problem, expand, factorise_separable, find_start
+from hap_onnx.implants.separable import Problem, Start, expand, factorise_separable, find_start
 from hap_onnx.sensitivity.semidefinite import cholesky, eigh_descending, scale_of
 
 KINDS = ("lowrank", "spatial", "pointwise")
@@ -119,30 +119,6 @@ def max_rank(shape: tuple[int, ...], *, kind: str, taps: tuple[int, int]) -> int
     return min(n_features // taps[1], n_outputs * taps[1])
 
 
-def rank_losses(
-    weight: Tensor, metric: Metric, *, kind: str, taps: tuple[int, int], tap: int | None = None
-) -> NDArray[np.float64]:
-    """Return the predicted loss at each rank, [max_rank + 1], from one decomposition.
-
-    Lowrank: exactly the losses of `factorise`. Spatial: those of the truncated SVD under the near metric of
-    `separable`, an estimate: on convolutions of ResNet56 those of `factorise` are mostly 8 to 20 % lower, in
-    some of 16 channels 40 %. Pointwise: by the number of channels turned, in the order of `pointwise_order`;
-    they start at 0 and may fall where the errors of two channels cancel. Arguments and errors as for
-    `factorise`.
-    """
-    weight, metric = _check(weight, metric, kind, taps)
-    if kind == "pointwise":
-        _, errors = _fit_pointwise(weight, metric.inputs, *_check_tap(weight, taps, tap))
-        costs = metric.gradients[0] * errors
-        order = _cheapest_first(costs)
-        blocks = costs[order][:, order].cumsum(0).cumsum(1).diagonal().clamp_min(0)
-        return np.concatenate([np.zeros(1), 0.5 * blocks.cpu().numpy()])
-    if kind == "spatial":
-        problem = Problem(weight, metric.inputs, metric.gradients, taps[1])
-        return _tail_losses(find_start(problem).values).sum(0).cpu().numpy()
-    return _tail_losses(_decompose(weight, metric).values).sum(0).cpu().numpy()
-
-
 def pointwise_order(weight: Tensor, metric: Metric, *, taps: tuple[int, int], tap: int) -> NDArray[np.int64]:
     """Return the output channels [O], those that cost least as pointwise kernels first.
 
@@ -164,19 +140,78 @@ def factorise(
 ) -> Factors:
     """Return the implant of ``weight`` [g, O, F] that costs least at a rank (per conv group).
 
-    ``taps`` is (T1, T2); lowrank wants T2 = 1. Pointwise makes the last ``rank`` outputs read the tap of
-    index ``tap`` only. Raises ValueError for numbers that are not finite, for shapes that do not fit, for a
-    rank outside [1, max_rank] (of pointwise, [0, O]), and for spatial factors of a diagonal A.
+    Arguments and errors as for `find_family` and `Family.at`.
+    """
+    return find_family(weight, metric, kind=kind, taps=taps, tap=tap).at(rank)
+
+
+@dataclass(frozen=True)
+class Family:
+    """All implants of one kind that a weight may become, from one decomposition."""
+
+    kind: str
+    max_rank: int
+    _losses: Callable[[], Tensor]
+    _at: Callable[[int], Factors]
+
+    def losses(self) -> NDArray[np.float64]:
+        """Return the predicted loss at each rank, [max_rank + 1].
+
+        Lowrank: exactly the losses of the factors. Spatial: those of the truncated SVD under the near metric
+        of `separable`, an estimate: on convolutions of ResNet56 those of the factors are mostly 8 to 20 %
+        lower, in some of 16 channels 40 %. Pointwise: by the number of channels turned, in the order of
+        `pointwise_order`; they start at 0 and may fall where the errors of two channels cancel.
+        """
+        return self._losses().cpu().numpy()
+
+    def at(self, rank: int) -> Factors:
+        """Return the implant that costs least at a rank; raises ValueError for one outside [1, max_rank].
+
+        Of pointwise it is [0, O], and the last ``rank`` outputs are those that read one tap only.
+        """
+        lowest = int(self.kind != "pointwise")
+        if not lowest <= rank <= self.max_rank:
+            raise ValueError(
+                f"rank must be in [{lowest}, {self.max_rank}] for {self.kind} factors, got {rank}"
+            )
+        return self._at(rank)
+
+
+def find_family(
+    weight: Tensor, metric: Metric, *, kind: str, taps: tuple[int, int], tap: int | None = None
+) -> Family:
+    """Return the implants of one kind of ``weight`` [g, O, F].
+
+    ``taps`` is (T1, T2); lowrank wants T2 = 1. Pointwise makes outputs read the tap of index ``tap`` only.
+    Raises ValueError for numbers that are not finite, for shapes that do not fit, and for spatial factors of
+    a diagonal A.
     """
     weight, metric = _check(weight, metric, kind, taps)
-    lowest, highest = int(kind != "pointwise"), max_rank(tuple(weight.shape), kind=kind, taps=taps)
-    if not lowest <= rank <= highest:
-        raise ValueError(f"rank must be in [{lowest}, {highest}] for {kind} factors, got {rank}")
+    highest = max_rank(tuple(weight.shape), kind=kind, taps=taps)
     if kind == "pointwise":
-        return _factorise_pointwise(weight, metric, rank, *_check_tap(weight, taps, tap))
+        place = _check_tap(weight, taps, tap)
+        return Family(
+            kind,
+            highest,
+            lambda: _pointwise_losses(weight, metric, *place),
+            lambda rank: _factorise_pointwise(weight, metric, rank, *place),
+        )
     if kind == "spatial":
-        return _factorise_spatial(weight, metric, rank, taps)
-    return _factorise_lowrank(weight, metric, rank)
+        problem = Problem(weight, metric.inputs, metric.gradients, taps[1])
+        start = find_start(problem)
+        return Family(
+            kind,
+            highest,
+            lambda: _tail_losses(start.values).sum(0),
+            lambda rank: _factorise_spatial(problem, start, metric, rank),
+        )
+    found = _decompose(weight, metric)
+    return Family(
+        kind,
+        highest,
+        lambda: _tail_losses(found.values).sum(0),
+        lambda rank: _factorise_lowrank(found, rank),
+    )
 
 
 # --- checks ---
@@ -268,8 +303,7 @@ def _tail_losses(values: Tensor) -> Tensor:
     return 0.5 * torch.cat([tails, tails.new_zeros(len(tails), 1)], 1)
 
 
-def _factorise_lowrank(weight: Tensor, metric: Metric, rank: int) -> Factors:
-    found = _decompose(weight, metric)
+def _factorise_lowrank(found: _Decomposition, rank: int) -> Factors:
     first, second = found.factors(rank)
     loss = float(_tail_losses(found.values)[:, rank].sum())
     return Factors("lowrank", rank, (first, second), second @ first, loss)
@@ -278,11 +312,11 @@ def _factorise_lowrank(weight: Tensor, metric: Metric, rank: int) -> Factors:
 # --- spatial ---
 
 
-def _factorise_spatial(weight: Tensor, metric: Metric, rank: int, taps: tuple[int, int]) -> Factors:
-    v, u = factorise_separable(Problem(weight, metric.inputs, metric.gradients, taps[1]), rank)
+def _factorise_spatial(problem: Problem, start: Start, metric: Metric, rank: int) -> Factors:
+    v, u = factorise_separable(problem, rank, start)
     dense = expand(v, u)
-    loss = predict_loss(weight - dense, metric)
-    return Factors("spatial", rank, (v, u.reshape(*weight.shape[:2], -1)), dense, loss)
+    loss = predict_loss(problem.weight - dense, metric)
+    return Factors("spatial", rank, (v, u.reshape(*problem.weight.shape[:2], -1)), dense, loss)
 
 
 # --- pointwise ---
@@ -304,6 +338,14 @@ def _fit_pointwise(weight: Tensor, inputs: Tensor, n_taps: int, tap: int) -> tup
     left = w.clone()
     left[:, tap::n_taps] -= kernels
     return kernels, _times_inputs(left[None], inputs)[0] @ left.mT
+
+
+def _pointwise_losses(weight: Tensor, metric: Metric, n_taps: int, tap: int) -> Tensor:
+    _, errors = _fit_pointwise(weight, metric.inputs, n_taps, tap)
+    costs = metric.gradients[0] * errors
+    order = _cheapest_first(costs)
+    blocks = costs[order][:, order].cumsum(0).cumsum(1).diagonal().clamp_min(0)
+    return 0.5 * torch.cat([blocks.new_zeros(1), blocks])
 
 
 def _cheapest_first(costs: Tensor) -> Tensor:

@@ -26,7 +26,7 @@ from torch import Tensor
 from hap_onnx.coupling.channels import ChannelGroup, Coupling
 from hap_onnx.data.calibration import Subset
 from hap_onnx.events import OnEvent, ignore_event
-from hap_onnx.implants.factors import Metric, factorise, make_metric, rank_losses
+from hap_onnx.implants.factors import Metric, find_family, make_metric
 from hap_onnx.model.measure import Shapes, constants_of
 from hap_onnx.ops.implant import ImplantForm, implant_forms, is_of_implant
 from hap_onnx.ops.linear import LinearForm, linear_form
@@ -47,6 +47,7 @@ MEASURED_SHARES = (0.5, 0.25)
 ROUNDING = 1e-4
 """Of second moments, which are sums in float32: the covariance of nearly constant inputs is rounding."""
 _TINY, _HUGE = 1e-14, 1e14
+_ALL = b"all"
 
 
 @dataclass(frozen=True)
@@ -242,16 +243,16 @@ def measure_implants(
         if form is None:
             continue
         kind_of[layer.node] = form.kind
-        every = rank_losses(cut.weight, cut.metric, kind=form.kind, taps=form.taps, tap=form.tap)
+        family = find_family(cut.weight, cut.metric, kind=form.kind, taps=form.taps, tap=form.tap)
+        every = family.losses()
+        # The planner will ask for these.
+        losses.known[form.kind, _ALL, _ALL] = every
         for share in MEASURED_SHARES:
             rank = int(np.clip(round(share * _even_rank(form, cut.weight)), 1, len(every) - 1))
             if (layer.node, rank) in predicted:
                 continue
-            factors = factorise(
-                cut.weight, cut.metric, kind=form.kind, rank=rank, taps=form.taps, tap=form.tap
-            )
             predicted[layer.node, rank] = float(every[rank])
-            overrides = weight_overrides(layer, nodes[layer.node], twin, cut, factors.dense)
+            overrides = weight_overrides(layer, nodes[layer.node], twin, cut, family.at(rank).dense)
             forks.append(Fork((layer.node, rank), position[layer.node], overrides))
     measured = run_forks(twin, subset, forks, scales=scales, batch_size=batch_size, on_event=on_event)
     for name in found:
@@ -387,15 +388,24 @@ def _losses_of_ranks(
     losses: ImplantLosses, forms: Mapping[str, ImplantForm], outputs: Ints | None, inputs: Ints | None
 ) -> dict[str, Floats]:
     """Predicted losses of all ranks of each kind that can be had, remembered: planning asks repeatedly."""
+    n_groups, n_outputs, n_features = losses.weight.shape
+    outputs = _unless_all(outputs, n_groups * n_outputs)
+    inputs = _unless_all(inputs, n_features // losses.layer.form.n_taps)
     has_diagonal = losses.curvature.inputs.ndim == 2
     usable = {kind: form for kind, form in forms.items() if not has_diagonal or form.taps[1] == 1}
-    left, read = (b"all" if positions is None else positions.tobytes() for positions in (outputs, inputs))
-    if any((kind, left, read) not in losses.known for kind in usable):
+    left, read = (_ALL if positions is None else positions.tobytes() for positions in (outputs, inputs))
+    unknown = {kind: form for kind, form in usable.items() if (kind, left, read) not in losses.known}
+    if unknown:
         cut = cut_layer(losses, outputs, inputs)
-        for kind, form in usable.items():
-            found = rank_losses(cut.weight, cut.metric, kind=kind, taps=form.taps, tap=form.tap)
-            losses.known[kind, left, read] = found
+        for kind, form in unknown.items():
+            family = find_family(cut.weight, cut.metric, kind=kind, taps=form.taps, tap=form.tap)
+            losses.known[kind, left, read] = family.losses()
     return {kind: losses.known[kind, left, read] for kind in usable}
+
+
+def _unless_all(positions: Ints | None, size: int) -> Ints | None:
+    """Positions of an axis, None if they are all there are, in their order."""
+    return None if positions is None or np.array_equal(positions, np.arange(size)) else positions
 
 
 def _rank_step(size: int, *, is_timed: bool) -> int:

@@ -13,6 +13,7 @@ Shapes: g conv groups, each on its own; R = C*T1 rows. All arrays are float64.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -41,6 +42,11 @@ class Problem:
         """Return (g, O, R, T2)."""
         g, n_outputs, n_features = self.weight.shape
         return g, n_outputs, n_features // self.n_taps, self.n_taps
+
+    @cached_property
+    def weighted(self) -> Tensor:
+        """Return W A, which every rank needs."""
+        return self.weight @ self.inputs
 
     @property
     def rows(self) -> Tensor:
@@ -91,9 +97,8 @@ def find_start(problem: Problem) -> Start:
     return Start(root, taps, x, *eigh_descending(gram))
 
 
-def factorise_separable(problem: Problem, rank: int) -> tuple[Tensor, Tensor]:
+def factorise_separable(problem: Problem, rank: int, start: Start) -> tuple[Tensor, Tensor]:
     """Return V [g, rank, R] and U [g, O, rank, T2]; at full rank U V is the weight."""
-    start = find_start(problem)
     if rank < start.values.shape[1]:
         v, u = _alternate(problem, start, rank)
         scale = scale_of((v @ start.root).square().sum(2))
@@ -134,7 +139,7 @@ class Alternation:
 
     def __init__(self, problem: Problem, start: Start, rank: int) -> None:
         self.problem, self.start = problem, start
-        wa = problem.weight @ problem.inputs
+        wa = problem.weighted
         self.total = (problem.gradients * (wa @ problem.weight.mT)).sum((1, 2))
         self.wa = wa.reshape(problem.shape)
         self.gwa = (problem.gradients @ wa).reshape(problem.shape)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ from numpy.typing import NDArray
 from hap_onnx.data.calibration import Subset
 from hap_onnx.errors import ModelError, SurgeryError
 from hap_onnx.events import OnEvent, ignore_event
-from hap_onnx.implants.factors import Factors, factorise
+from hap_onnx.implants.factors import Factors, Metric, factorise
 from hap_onnx.implants.loss import CutLayer, ImplantLayer, ImplantLosses, bias_shift, cut_layer
 from hap_onnx.ops.implant import ImplantForm, implant_forms
 from hap_onnx.ops.linear import linear_form
@@ -51,6 +52,10 @@ class CutModel:
         """What is left of a layer: made when asked for, since a metric may have hundreds of megabytes."""
         losses, positions = self.layers[node]
         return losses.layer, cut_layer(losses, *positions)
+
+    def metric_of(self, node: str) -> Metric:
+        """The metric of what is left of a layer."""
+        return self.left_of(node)[1].metric
 
 
 @dataclass(frozen=True)
@@ -170,9 +175,11 @@ def refit_layers(
     }
     specs = {}
     for replacement in cut.choice.replacements:
-        layer, left = cut.left_of(replacement.node)
-        form = layer.kind(replacement.kind)
-        specs[layer.node] = ImplantSpec(form.kind, replacement.rank, form.taps, form.tap, left.metric)
+        node = replacement.node
+        form = cut.layers[node][0].layer.kind(replacement.kind)
+        specs[node] = ImplantSpec(
+            form.kind, replacement.rank, form.taps, form.tap, partial(cut.metric_of, node)
+        )
     found = refit(
         cut.prepared.graph,
         cut.graph,

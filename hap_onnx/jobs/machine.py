@@ -29,19 +29,22 @@ LATENCY_SECONDS = 3.0
 
 
 class Stopwatch:
-    """Counts the seconds that each stage of a job takes."""
+    """Counts the seconds that each stage of a job takes; they add up, since no second counts twice."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
+        self._counted = 0.0  # of all stages that have ended
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Count what happens inside as part of a stage."""
-        start = time.perf_counter()
+        """Count what happens inside as part of a stage, but for the stages within it."""
+        start, counted = time.perf_counter(), self._counted
         try:
             yield
         finally:
-            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+            own = time.perf_counter() - start - (self._counted - counted)
+            self.seconds[name] = self.seconds.get(name, 0.0) + own
+            self._counted += own
 
 
 @contextmanager

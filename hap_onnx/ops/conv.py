@@ -184,15 +184,14 @@ def _linear_conv(node: gs.Node) -> LinearForm | None:
             taps = place[:, None] * stride + torch.arange(width) * dilation  # [n_positions, width]
             flat = (flat[:, :, None] * size + taps[:, None, :]).flatten(1)
         n, channels = x.shape[:2]
-        gathered = padded.flatten(2)[:, :, flat.flatten().to(x.device)]
-        gathered = gathered.reshape(n, conv_group, channels // conv_group, len(positions), flat.shape[1])
-        return gathered.permute(1, 0, 3, 2, 4).reshape(conv_group, n * len(positions), -1)
+        rows = _pick(padded, flat.flatten())
+        rows = rows.reshape(n, len(positions), flat.shape[1], conv_group, channels // conv_group)
+        return rows.permute(3, 0, 1, 4, 2).reshape(conv_group, n * len(positions), -1)
 
     def outputs(y: Tensor, positions: Tensor) -> Tensor:
         n, channels = y.shape[:2]
-        picked = y.flatten(2)[:, :, positions.to(y.device)]
-        picked = picked.reshape(n, conv_group, channels // conv_group, -1)
-        return picked.permute(1, 0, 3, 2).reshape(conv_group, n * len(positions), -1)
+        rows = _pick(y, positions).reshape(n, len(positions), conv_group, channels // conv_group)
+        return rows.permute(2, 0, 1, 3).reshape(conv_group, n * len(positions), -1)
 
     return LinearForm(
         data_index=0,
@@ -209,6 +208,14 @@ def _linear_conv(node: gs.Node) -> LinearForm | None:
         to_matrix=lambda w: w.reshape(conv_group, w.shape[0] // conv_group, -1),
         to_weight=lambda matrix, shape: matrix.reshape(shape),
     )
+
+
+def _pick(x: Tensor, places: Tensor) -> Tensor:
+    """What x [N, C, *spatial] has at flat places: [N, n_places, C], without a copy where it is all of x."""
+    rows = x.flatten(2).transpose(1, 2)
+    if len(places) == rows.shape[1] and torch.equal(places, torch.arange(len(places))):
+        return rows
+    return rows.index_select(1, places.to(x.device))
 
 
 # --- ConvTranspose ---

@@ -24,6 +24,7 @@ from hap_onnx.sensitivity.curvature import (
     GroupConsumers,
     LayerCurvature,
     group_consumers,
+    n_at_once,
     refitted_weights,
     to_tensors,
 )
@@ -136,7 +137,7 @@ def run_forks(
 
     The model runs once per batch, and each fork from its first changed step on; memory is that of one batch.
     """
-    batch_size = twin.batch_limit or batch_size  # single steps do not loop over samples by themselves
+    batch_size = n_at_once(twin, subset, batch_size)  # single steps do not loop over samples by themselves
     by_start: dict[int, list[Fork]] = {}
     for fork in forks:
         by_start.setdefault(fork.start, []).append(fork)

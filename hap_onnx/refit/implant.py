@@ -34,14 +34,14 @@ def fit_implant(
     pair: Pair, step: Step, fit: ImplantFit, index: int, options: Options
 ) -> tuple[dict[str, Tensor], FittedImplant]:
     """Return the new initializers of one layer, the weight as the implant computes it, and the implant."""
-    parameter = pair.parameters[fit.weight]
+    parameter, metric = pair.parameters[fit.weight], fit.spec.make_metric()
     if fit.layer is not None:
         with pose_problem(pair, step, fit.layer, index, options) as problem:
-            found = _fit_factors(problem, fit.spec, options)
+            found = _fit_factors(problem, fit.spec, metric, options)
         if found is not None:
             arrays, weights = found
             return problem.initializers(pair, weights), _record(fit.spec, arrays)
-    factors = _factorise(fit.form.to_matrix(parameter), fit.spec.metric, fit.spec)
+    factors = _factorise(fit.form.to_matrix(parameter), metric, fit.spec)
     dense = fit.form.to_weight(factors.dense.to(parameter), tuple(parameter.shape))
     return {fit.weight: dense}, _record(fit.spec, factors.arrays)
 
@@ -56,10 +56,11 @@ def _factorise(weight: Tensor, metric: Metric, spec: ImplantSpec) -> Factors:
 
 
 def _fit_factors(
-    problem: Problem, spec: ImplantSpec, options: Options
+    problem: Problem, spec: ImplantSpec, metric: Metric, options: Options
 ) -> tuple[tuple[Tensor, ...], Tensor] | None:
     """Return the implant's arrays, and the weights (like the problem's current ones) that they make.
 
+    ``metric`` is that of the original's inputs, for where there are too few rows for one of its own.
     None if there are no rows, or numbers among them that are not finite.
     """
     rows, current = problem.rows, problem.current
@@ -72,9 +73,8 @@ def _fit_factors(
     weights = (current if solved is None else solved).double()  # [g, F, O]
     matrix, bias = weights[:, :n_features].mT, weights[:, n_features:]  # bias [g, 1, O], or nothing
     center = None if problem.bias is None else mean[:, :n_features]
-    metric = spec.metric  # that of the original's inputs, where there are too few rows for one
     if gram is not None:
-        metric = _measure(gram[:, :n_features, :n_features] / rows.n_rows(), center, spec)
+        metric = _measure(gram[:, :n_features, :n_features] / rows.n_rows(), center, metric)
     factors = _factorise(matrix, metric, spec)
     if center is not None:
         bias = bias + ((matrix - factors.dense) @ center[:, :, None]).mT
@@ -106,18 +106,18 @@ def _solve_second(
     return fitted[:, : second.shape[2]].mT.contiguous(), fitted[:, second.shape[2] :]
 
 
-def _measure(moments: Tensor, center: Tensor | None, spec: ImplantSpec) -> Metric:
-    """Return the metric of the inputs that the layer gets, of second ``moments`` [g, F, F].
+def _measure(inputs: Tensor, center: Tensor | None, known: Metric) -> Metric:
+    """Return the metric of the inputs that the layer gets, of their second moments [g, F, F] (overwritten).
 
-    ``center`` is what the bias takes up.
+    ``center`` is what the bias takes up; gradients are those of the ``known`` metric.
     """
-    noise = ROUNDING * moments.diagonal(dim1=1, dim2=2).mean(1)[:, None, None]
-    inputs = moments + noise * torch.eye(moments.shape[1], dtype=noise.dtype, device=noise.device)
+    diagonal = inputs.diagonal(dim1=1, dim2=2)
+    diagonal.add_(ROUNDING * diagonal.mean(1, keepdim=True))
     if center is not None:
-        inputs = inputs - center[:, :, None] * center[:, None]
-    if spec.metric.inputs.ndim == 2:
+        inputs.baddbmm_(center[:, :, None], center[:, None], alpha=-1)
+    if known.inputs.ndim == 2:
         inputs = inputs.diagonal(dim1=1, dim2=2)
-    gradients = spec.metric.gradients.to(inputs.device)
+    gradients = known.gradients.to(inputs.device)
     return replace(make_metric(inputs, gradients, damping=DAMPING), gradients=gradients)
 
 

@@ -18,7 +18,7 @@ from hap_onnx.ops.registry import find_linear
 from hap_onnx.refit.spec import ImplantSpec
 from hap_onnx.refit.store import COMPRESSED, ORIGINAL, Key, Store
 from hap_onnx.surgery import CONSTANT_SUFFIX, Kept
-from hap_onnx.twin import Step, Twin, build_twin, unfix_batch
+from hap_onnx.twin import Step, Twin, build_twin, channels_last, unfix_batch
 
 
 @dataclass
@@ -204,4 +204,6 @@ def read_inputs(pair: Pair, graph: gs.Graph, subset: Subset, batch_size: int) ->
 
 def _to_tensor(values: NDArray[np.generic], twin: Twin) -> Tensor:
     tensor = torch.tensor(np.ascontiguousarray(values))
-    return tensor.to(device=twin.device, dtype=twin.dtype) if tensor.is_floating_point() else tensor
+    if not tensor.is_floating_point():
+        return tensor
+    return channels_last(tensor.to(device=twin.device, dtype=twin.dtype))

@@ -15,6 +15,7 @@ from hap_onnx.refit.pair import Pair
 from hap_onnx.refit.schedule import WeightFit
 from hap_onnx.refit.store import ROWS, Store
 from hap_onnx.refit.targets import Bounds, Link, find_target
+from hap_onnx.sensitivity.semidefinite import add_gram, mirror_gram
 from hap_onnx.twin import Step
 
 MAX_ROWS = 65_536
@@ -82,12 +83,10 @@ class Rows:
     def gram(self) -> Tensor:
         """Sum of x x^T, float64 [g, F, F]."""
         gram: Tensor | None = None
-        for x, _, _ in self.parts():
-            if gram is None:
-                gram = x.new_zeros(x.shape[0], x.shape[2], x.shape[2], dtype=torch.float64)
-            gram += x.mT @ x
+        for x, _, _ in self.parts():  # more rows at once would lose digits: products are summed in float32
+            gram = add_gram(gram, x)
         assert gram is not None
-        return gram
+        return mirror_gram(gram)
 
     def transform(self, function: Callable[[Tensor], Tensor]) -> Rows:
         """Put ``function`` of x into the store too; it gets some of the rows [g, n, F] at a time."""

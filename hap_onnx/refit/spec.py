@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,15 +15,16 @@ from hap_onnx.implants.factors import Metric
 class ImplantSpec:
     """The implant that a contraction gets: kind, rank, taps and tap as for ``implants.factorise``.
 
-    ``metric`` is that of the cut layer: A of the original model's inputs at the channels that are left, G at
-    the outputs that are left.
+    ``make_metric`` returns that of the cut layer: A of the original model's inputs at the channels that are
+    left, G at the outputs that are left. It is made when the layer's turn comes: of all layers at once these
+    would be gigabytes.
     """
 
     kind: str
     rank: int
     taps: tuple[int, int]
     tap: int | None
-    metric: Metric
+    make_metric: Callable[[], Metric]
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,8 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from math import prod
 
 import numpy as np
 import onnx_graphsurgeon as gs
@@ -24,13 +26,17 @@ from torch import Tensor
 
 from hap_onnx.coupling.channels import ChannelGroup, Coupling, Read
 from hap_onnx.data.calibration import Subset
+from hap_onnx.errors import CalibrationError, ModelError
 from hap_onnx.events import OnEvent, ignore_event, track
 from hap_onnx.ops.linear import LinearForm, linear_form
-from hap_onnx.twin import Step, Twin
+from hap_onnx.sensitivity.semidefinite import add_gram, mirror_gram
+from hap_onnx.twin import Step, Twin, channels_last, probe_shapes
 
 MAX_FEATURES = 6000
 """Above this many inputs only the diagonal of A is kept (8 bytes x features^2 is the cost of all of it)."""
 MIN_ROWS = 32_768
+ACTIVATION_NUMBERS = 2**23
+"""Of one tensor, of all samples that run at once."""
 
 
 @dataclass(frozen=True)
@@ -85,12 +91,33 @@ def output_scales(outputs: Iterable[Mapping[str, NDArray[np.generic]]]) -> dict[
 
 
 def to_tensors(inputs: Mapping[str, NDArray[np.generic]], twin: Twin) -> dict[str, Tensor]:
-    """Turn a batch of arrays into tensors on the twin's device, floats in the type that it computes in."""
+    """Turn a batch of arrays into tensors on the twin's device, floats in the type that it computes in.
+
+    Images are laid out as convolutions are fastest; the numbers stay the same.
+    """
     tensors = {}
     for name, values in inputs.items():
         tensor = torch.from_numpy(np.ascontiguousarray(values)).to(twin.device)
-        tensors[name] = tensor.to(twin.dtype) if tensor.is_floating_point() else tensor
+        tensors[name] = channels_last(tensor.to(twin.dtype)) if tensor.is_floating_point() else tensor
     return tensors
+
+
+def n_at_once(twin: Twin, subset: Subset, batch_size: int) -> int:
+    """How many samples to run at once: ``batch_size``, or fewer where activations are large.
+
+    Then caches hold more of them, and statistics that need many activations at a time hold fewer. A batch
+    that is written into the model and cannot be changed is what it is.
+    """
+    first = to_tensors(next(iter(subset.batches(1))).inputs, twin)
+    try:
+        shapes = probe_shapes(twin, first)
+    except (CalibrationError, ModelError):  # it takes several samples
+        return twin.batch_limit or batch_size
+    if twin.batch_limit is not None:
+        return twin.batch_limit
+    made = [shapes[name] for step in twin.steps for name in step.outputs if name in shapes]
+    fitting = ACTIVATION_NUMBERS // max(map(prod, made), default=1)
+    return max(1, min(batch_size, 1 << max(fitting, 1).bit_length() - 1))
 
 
 def collect_curvature(
@@ -107,10 +134,11 @@ def collect_curvature(
 ) -> dict[str, LayerCurvature]:
     """Collect A and G of every contraction that reads channels, and of the nodes in ``layers``.
 
-    One forward and backward pass per batch; memory does not depend on the number of samples. Contractions
-    without a matrix form (transposed convolutions) are left out.
+    One forward and backward pass per batch, of ``batch_size`` at most and fewer where activations are large;
+    memory does not depend on the number of samples. Contractions without a matrix form (transposed
+    convolutions) are left out.
     """
-    batch_size = twin.batch_limit or batch_size  # else the hooks below see parts of a batch
+    batch_size = n_at_once(twin, subset, batch_size)  # else the hooks below see parts of a batch
     nodes = {node.name: node for node in graph.nodes}
     reads = {(read.node, read.index): read for read in coupling.reads}
     forms: dict[str, tuple[LinearForm, Read | None]] = {}
@@ -149,23 +177,20 @@ def collect_curvature(
                 rows = form.patches(x, picked)
                 rows = torch.cat([rows, rows.new_ones(*rows.shape[:2], 1)], 2)
                 if rows.shape[2] - 1 > MAX_FEATURES:
-                    a = rows.double().square().sum(1)
+                    squares = rows.double().square().sum(1)
+                    a_sums[name] = a_sums[name] + squares if name in a_sums else squares
                 else:
-                    a = (rows.transpose(1, 2) @ rows).double()
-                a_sums[name] = a_sums[name] + a if name in a_sums else a
+                    a_sums[name] = add_gram(a_sums.get(name), rows)
                 n_rows[name] = n_rows.get(name, 0) + rows.shape[1]
                 if gradient is not None:
-                    g = form.outputs(gradient, torch.arange(n_positions))
-                    g = (g.transpose(1, 2) @ g).double()
-                    g_sums[name] = g_sums[name] + g if name in g_sums else g
+                    rows = form.outputs(gradient, torch.arange(n_positions))
+                    g_sums[name] = add_gram(g_sums.get(name), rows)
+    for name, total in a_sums.items():
+        a_sums[name] = (total if total.ndim == 2 else mirror_gram(total)).div_(n_rows[name])
+    for total in g_sums.values():
+        mirror_gram(total).div_(n_samples)
     return {
-        name: LayerCurvature(
-            name,
-            form,
-            read,
-            a_sums[name] / n_rows[name],
-            _gradients_of(name, g_sums, n_samples, twin, nodes, form),
-        )
+        name: LayerCurvature(name, form, read, a_sums[name], _gradients_of(name, g_sums, twin, nodes, form))
         for name, (form, read) in forms.items()
         if name in a_sums
     }
@@ -192,16 +217,11 @@ def _run_and_capture(
 
 
 def _gradients_of(
-    name: str,
-    sums: Mapping[str, Tensor],
-    n_samples: int,
-    twin: Twin,
-    nodes: Mapping[str, gs.Node],
-    form: LinearForm,
+    name: str, found: Mapping[str, Tensor], twin: Twin, nodes: Mapping[str, gs.Node], form: LinearForm
 ) -> Tensor:
     """G of a layer; the identity where an opaque operator blocks the gradient: its output error counts."""
-    if name in sums:
-        return sums[name] / n_samples
+    if name in found:
+        return found[name]
     weight = twin.constant(nodes[name].inputs[form.weight_index].name)
     matrix = form.to_matrix(weight)
     return torch.eye(matrix.shape[1], dtype=torch.float64).expand(matrix.shape[0], -1, -1)
@@ -222,7 +242,8 @@ def _n_positions(n_positions: int, n_features: int, n_samples: int) -> int:
 class Consumer:
     """A contraction that reads elements of one group: the state of greedy removal.
 
-    ``features[e]`` holds the inputs that belong to element e of the group, [n_elements, block].
+    ``features[e]`` holds the inputs that belong to element e of the group, [n_elements, block]. The weight W
+    is kept as W^T, and beside it W^T G, [F + 1, O]: what a block of inputs costs are products of its rows.
     """
 
     def __init__(
@@ -231,44 +252,54 @@ class Consumer:
         matrix = layer.form.to_matrix(weight.detach())[conv_group].double()
         last = bias.detach().double() if bias is not None else matrix.new_zeros(matrix.shape[0])
         self.weight = torch.cat([matrix, last.reshape(-1, 1)], 1)  # [O, F + 1]
-        a = layer.inputs[conv_group]
-        self.diagonal = a.ndim == 1
+        self.inputs, self.gradients = layer.inputs[conv_group], layer.gradients[conv_group]
+        self.diagonal = self.inputs.ndim == 1
+        diagonal = self.inputs if self.diagonal else self.inputs.diagonal()
+        self.noise = float(damping * diagonal.mean())  # what the diagonal of A gains
+
+    def damped(self, keep: Tensor | None = None) -> Tensor:
+        """A with its diagonal damped, of all features or those that ``keep`` [F + 1] flags."""
         if self.diagonal:
-            self.damped = a + damping * a.mean()
-        else:
-            self.damped = a + damping * a.diagonal().mean() * torch.eye(len(a), dtype=a.dtype)
-        values, vectors = torch.linalg.eigh(layer.gradients[conv_group])
-        self.half = (vectors * values.clamp_min(0).sqrt()).T  # half^T half = G
+            return self.inputs + self.noise
+        a = self.inputs.clone() if keep is None else self.inputs[keep][:, keep]
+        a.diagonal().add_(self.noise)
+        return a
 
     def start(self) -> None:
         """Forget all removals."""
-        self._v = self.half @ self.weight
-        if not self.diagonal:
-            self._inverse = torch.cholesky_inverse(torch.linalg.cholesky(self.damped))
-            self._place = torch.arange(len(self.damped))  # of each feature in the inverse
-            self._gone = torch.zeros(len(self.damped), dtype=torch.bool)
+        self._w = self.weight.T.contiguous()
+        self._wg = self._w @ self.gradients
+        if self.diagonal:
+            self._damped = self.damped()
+            return
+        self._inverse = torch.cholesky_inverse(torch.linalg.cholesky(self.damped()))
+        self._place = torch.arange(len(self._inverse))  # of each feature in the inverse
+        self._gone = torch.zeros(len(self._inverse), dtype=torch.bool)
 
     def costs(self, features: Tensor) -> Tensor:
         """Loss of removing each element next; features [m, block] -> [m]."""
         if self.diagonal:
-            v = self._v[:, features].permute(1, 2, 0)  # [m, block, O]
-            return 0.5 * (v.square().sum(2) * self.damped[features]).sum(1)
+            squares = (self._w[features] * self._wg[features]).sum(2)  # [m, block]
+            return 0.5 * (squares * self._damped[features]).sum(1)
         features = self._place[features]
-        v = self._v[:, features].permute(1, 2, 0)
-        blocks = self._inverse[features[:, :, None], features[:, None, :]]  # [m, block, block]
-        return 0.5 * (torch.linalg.solve(blocks, v) * v).sum((1, 2))
+        products = self._w[features] @ self._wg[features].mT  # [m, block, block]
+        blocks = self._inverse[features[:, :, None], features[:, None, :]]
+        return 0.5 * torch.linalg.solve(blocks, products).diagonal(dim1=1, dim2=2).sum(1)
 
     def remove(self, features: Tensor) -> None:
         """Remove elements [block] and let the remaining inputs take over."""
         if self.diagonal:
-            self._v[:, features] = 0
+            self._w[features] = 0
+            self._wg[features] = 0
             return
         features = self._place[features]
         p = self._inverse
-        k = torch.linalg.solve(p[features][:, features], p[features])  # [block, what is left of F + 1]
-        self._v -= self._v[:, features] @ k
-        p.addmm_(p[:, features], k, alpha=-1)  # in place: it may be hundreds of megabytes
-        self._v[:, features] = 0
+        rows = p[features]
+        k = torch.linalg.solve(rows[:, features], rows)  # [block, what is left of F + 1]
+        for weight in (self._w, self._wg):
+            weight.addmm_(k.T, weight[features], alpha=-1)
+            weight[features] = 0
+        p.addmm_(rows.T, k, alpha=-1)  # in place: it may be hundreds of megabytes
         p[features] = 0
         p[:, features] = 0
         p[features, features] = 1
@@ -276,13 +307,12 @@ class Consumer:
 
     def _forget(self, features: Tensor) -> None:
         """Mark places of the inverse as unused; drop them once they are a quarter of it."""
-        gone = torch.zeros(len(self._inverse), dtype=torch.bool)
-        gone[features] = True
-        self._gone |= gone
-        if self._gone.sum() * 4 < len(gone):
+        self._gone[features] = True
+        if self._gone.sum() * 4 < len(self._gone):
             return
         left = ~self._gone
-        self._inverse, self._v = self._inverse[left][:, left], self._v[:, left]
+        self._inverse = self._inverse[left][:, left]
+        self._w, self._wg = self._w[left], self._wg[left]
         new = torch.cumsum(left, 0) - 1
         alive = self._place >= 0
         alive[alive.clone()] = left[self._place[alive]]
@@ -297,9 +327,14 @@ class Consumer:
         if self.diagonal:
             result[:, keep] = self.weight[:, keep]
         else:
-            factor = torch.linalg.cholesky(self.damped[keep][:, keep])
-            result[:, keep] = torch.cholesky_solve(self.damped[keep] @ self.weight.T, factor).T
+            factor = torch.linalg.cholesky(self.damped(keep))
+            result[:, keep] = torch.cholesky_solve(self._wanted[:, keep].T, factor).T
         return result
+
+    @cached_property
+    def _wanted(self) -> Tensor:
+        """W times the damped A: what any weight that loses least has at the features that are left."""
+        return self.weight @ self.inputs + self.noise * self.weight
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,8 @@ from torch import Tensor
 
 RIDGES = (1e-12, 1e-9, 1e-6)
 """Relative to the mean of the diagonal; the first that makes a semidefinite matrix definite is taken."""
+GRAM_BLOCK = 512
+"""Symmetric sums are computed by strips of so many rows, right of the diagonal only."""
 
 
 def cholesky(matrix: Tensor) -> Tensor:
@@ -40,3 +42,30 @@ def scale_of(variances: Tensor) -> Tensor:
     deviations = variances.clamp_min(0).sqrt()
     floor = 1e-8 * deviations.amax(1, keepdim=True)
     return torch.where(floor > 0, deviations.maximum(floor), 1)
+
+
+# --- sums of products ---
+
+
+def add_gram(total: Tensor | None, rows: Tensor) -> Tensor:
+    """Add the products x^T x of float rows [g, n, F] to ``total`` [g, F, F] in place, None for nothing yet.
+
+    Of wide matrices only what is above the blocks on the diagonal is computed: ``mirror_gram`` makes the
+    sum whole.
+    """
+    g, _, n_features = rows.shape
+    if total is None:
+        total = rows.new_zeros(g, n_features, n_features, dtype=torch.float64)
+    for start in range(0, n_features, GRAM_BLOCK):
+        part = slice(start, start + GRAM_BLOCK)
+        total[:, part, start:] += rows[:, :, part].mT @ rows[:, :, start:]
+    return total
+
+
+def mirror_gram(total: Tensor) -> Tensor:
+    """Fill in what ``add_gram`` has left out, in place; return it."""
+    n_features = total.shape[1]
+    for start in range(GRAM_BLOCK, n_features, GRAM_BLOCK):
+        part = slice(start, start + GRAM_BLOCK)
+        total[:, part, :start] = total[:, :start, part].mT
+    return total

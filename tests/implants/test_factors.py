@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from math import prod
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,14 +17,18 @@ from hap_onnx.implants.factors import (
     Factors,
     Metric,
     factorise,
+    find_family,
     make_metric,
     max_rank,
     plain_metric,
     pointwise_order,
     predict_loss,
-    rank_losses,
 )
 from hap_onnx.implants.separable import Alternation, Problem, find_start
+
+
+def rank_losses(weight: Tensor, metric: Metric, **words: Any) -> np.ndarray:
+    return find_family(weight, metric, **words).losses()
 
 EXACT = {"rtol": 1e-9, "atol": 1e-9}
 
@@ -401,3 +406,20 @@ def test_pointwise_wants_one_group_and_damping_is_not_negative() -> None:
         pointwise_order(weight, metric, taps=(3, 3), tap=4)
     with pytest.raises(ValueError, match="damping"):
         make_metric(metric.inputs, metric.gradients, damping=-1.0)
+
+
+@pytest.mark.parametrize(("kind", "taps"), [("lowrank", (9, 1)), ("spatial", (3, 3)), ("pointwise", (9, 1))])
+def test_one_decomposition_serves_all_ranks(kind: str, taps: tuple[int, int]) -> None:
+    weight, metric = make_case(1, 6, 5, taps)
+    words = {"kind": kind, "taps": taps, "tap": 4 if kind == "pointwise" else None}
+    family = find_family(weight, metric, **words)
+    losses = family.losses()
+    assert len(losses) == family.max_rank + 1
+    for rank in (3, 1, 5):
+        expected = factorise(weight, metric, rank=rank, **words)
+        found = family.at(rank)
+        assert (found.kind, found.rank, found.loss) == (kind, rank, expected.loss)
+        assert torch.equal(found.dense, expected.dense)
+    assert np.array_equal(family.losses(), losses)
+    with pytest.raises(ValueError, match="rank must be in"):
+        family.at(family.max_rank + 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -11,8 +12,9 @@ import pytest
 import torch
 from planning_cases import Job, make_job, real_totals, slice_by_numpy
 from topologies import TOPOLOGIES, Net
+from torch import Tensor
 
-from hap_onnx.implants.factors import factorise, predict_loss
+from hap_onnx.implants.factors import Family, Metric, factorise, find_family, predict_loss
 from hap_onnx.implants.loss import (
     ImplantLosses,
     bias_shift,
@@ -327,6 +329,37 @@ def test_options_cost_what_the_built_models_cost(name: str) -> None:
         assert (full - real_totals(one, graph)).tolist() == saved[:2].tolist()
         assert saved.max() > 0
     np.testing.assert_allclose(menu.losses[1:], losses.correct(menu.predicted[1:]))
+
+
+def test_what_is_known_of_a_whole_layer_is_not_worked_out_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    one = job("plain")
+    losses = replace(one.losses.implants["make_b"], known={})
+    terms = next(terms for terms in one.losses.cost.layers if terms.node == "make_b")
+    n_out, n_in = losses.weight.shape[1], losses.weight.shape[2] // losses.layer.form.n_taps
+    asked: list[str] = []
+
+    def find(weight: Tensor, metric: Metric, *, kind: str, **words: Any) -> Family:
+        asked.append(kind)
+        return find_family(weight, metric, kind=kind, **words)
+
+    monkeypatch.setattr("hap_onnx.implants.loss.find_family", find)
+
+    def menu(kinds: Sequence[str], **left: np.ndarray) -> list[float]:
+        found = implant_menu(
+            losses, terms, one.nodes["make_b"], one.prepared.shapes, kinds=dict.fromkeys(kinds, 1.0), align=1,
+            **left,
+        )  # fmt: skip
+        return found.predicted.tolist()
+
+    one_kind = menu(["lowrank"])
+    assert one_kind == menu(["lowrank"], outputs=np.arange(n_out), inputs=np.arange(n_in))
+    assert asked == ["lowrank"]
+    menu(["lowrank", "pointwise"], outputs=np.arange(n_out))
+    assert asked == ["lowrank", "pointwise"]
+    shuffled = np.roll(np.arange(n_out), 1)
+    np.testing.assert_allclose(menu(["lowrank"], outputs=shuffled), one_kind, rtol=1e-6, atol=1e-12)
+    assert menu(["lowrank"], outputs=np.arange(n_out - 1)) != one_kind
+    assert asked == ["lowrank", "pointwise", "lowrank", "lowrank"]
 
 
 def test_menus_follow_what_is_left_of_a_layer() -> None:

@@ -40,7 +40,7 @@ def matrix_of(graph: gs.Graph, name: str) -> torch.Tensor:
 def spec_of(graph: gs.Graph, name: str, kind: str, rank: int) -> ImplantSpec:
     """Describe an implant, under the metric of plain SVD."""
     form, (g, n_outputs, n_features) = implant_form(graph, name, kind), matrix_of(graph, name).shape
-    return ImplantSpec(kind, rank, form.taps, form.tap, plain_metric(g, n_features, n_outputs))
+    return ImplantSpec(kind, rank, form.taps, form.tap, lambda: plain_metric(g, n_features, n_outputs))
 
 
 def refit_with(
@@ -333,7 +333,7 @@ def test_fewer_rows_than_features_leave_the_metric_to_the_original() -> None:
     graph, x = graph_of(one_layer("Gemm", rand(40, 6, seed=1), 0)), rand(16, 40)
     root = torch.from_numpy(rand(40, 40, seed=5)).double()
     metric = Metric((root @ root.T)[None], torch.eye(6, dtype=torch.float64)[None])
-    spec = replace(spec_of(graph, "make_y", "lowrank", 2), metric=metric)
+    spec = replace(spec_of(graph, "make_y", "lowrank", 2), make_metric=lambda: metric)
     found = refit_with(graph, graph.copy(), {"make_y": spec}, x)
     expected = factorise(matrix_of(graph, "make_y"), metric, kind="lowrank", rank=2, taps=(1, 1))
     np.testing.assert_allclose(found.factors["make_y"].arrays[0], expected.arrays[0], rtol=1e-4, atol=1e-5)
@@ -351,7 +351,7 @@ def test_numbers_that_are_not_finite_leave_everything_to_the_metric(value: float
     x[3, 4] = value
     spec = spec_of(graph, "make_y", "lowrank", 2)
     found = refit_with(graph, graph.copy(), {"make_y": spec}, x)
-    expected = factorise(matrix_of(graph, "make_y"), spec.metric, kind="lowrank", rank=2, taps=(1, 1))
+    expected = factorise(matrix_of(graph, "make_y"), spec.make_metric(), kind="lowrank", rank=2, taps=(1, 1))
     assert found.weights == {}
     np.testing.assert_allclose(product(found.factors["make_y"], 1), expected.dense, atol=1e-5)
 
@@ -368,7 +368,8 @@ def test_diagonal_metrics_stay_diagonal() -> None:
     x = (whiten(rand(300, 8)) * np.arange(1, 9)).astype(np.float32)
     graph = graph_of(one_layer("Gemm", rand(8, 6, seed=1), 0))
     spec = spec_of(graph, "make_y", "lowrank", 2)
-    diagonal = replace(spec, metric=Metric(torch.ones(1, 8, dtype=torch.float64), spec.metric.gradients))
+    metric = Metric(torch.ones(1, 8, dtype=torch.float64), spec.make_metric().gradients)
+    diagonal = replace(spec, make_metric=lambda: metric)
     full, ours = (
         product(refit_with(graph, graph.copy(), {"make_y": each}, x).factors["make_y"], 1)
         for each in (spec, diagonal)
@@ -387,7 +388,7 @@ def test_nodes_without_a_weight_of_their_own_are_refused() -> None:
         weights={"w": rand(4, 4, 1, 1)},
     )
     graph, x = graph_of(model), rand(8, 4, 5, 5)
-    spec = ImplantSpec("lowrank", 1, (1, 1), None, plain_metric(1, 4, 4))
+    spec = ImplantSpec("lowrank", 1, (1, 1), None, lambda: plain_metric(1, 4, 4))
     for name, message in (
         ("make_c", "weight of its own"),
         ("make_h", "weight of its own"),

@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
-import numpy as np
+from pathlib import Path
 
-from hap_onnx.refit.rows import Options, n_rows_to_take
+import numpy as np
+import pytest
+import torch
+
+from hap_onnx.refit import rows as module
+from hap_onnx.refit.rows import Options, Rows, n_rows_to_take
+from hap_onnx.refit.store import ROWS, Store
+from tests.helpers import rand
 from tests.refit.cases import deep_case, fit
 
 
@@ -22,6 +29,22 @@ def test_seed_chooses_positions() -> None:
     results = [fit(*case, ridge=1e-3, n_positions=4, seed=seed)["w"] for seed in (0, 0, 1)]
     np.testing.assert_array_equal(results[0], results[1])
     assert not np.array_equal(results[0], results[2])
+
+
+@pytest.mark.parametrize("chunk", [1, 5, 6, 100])
+def test_products_are_summed_over_all_rows(
+    chunk: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "CHUNK", chunk)
+    store = Store(tmp_path, 1 << 20)
+    batches = [torch.from_numpy(rand(2, n, 3, seed=n)) for n in (4, 2, 9, 1)]
+    for x in batches:
+        store.append((ROWS, "x"), x)
+        store.append((ROWS, "wanted"), x)
+    rows = Rows(store, len(batches), has_added=False)
+    x = torch.cat(batches, 1).double()
+    assert rows.n_rows() == x.shape[1]
+    torch.testing.assert_close(rows.gram(), x.mT @ x, rtol=1e-5, atol=1e-5)
 
 
 def test_number_of_rows() -> None:

@@ -25,6 +25,7 @@ from hap_onnx.sensitivity.curvature import (
     collect_curvature,
     eliminate,
     group_consumers,
+    n_at_once,
     output_directions,
     output_scales,
     refitted_weights,
@@ -125,6 +126,33 @@ def test_inputs_do_not_depend_on_the_batches() -> None:
     one, other = case.collect(batch_size=12), case.collect(batch_size=5)
     for name in one:
         torch.testing.assert_close(one[name].inputs, other[name].inputs, rtol=1e-5, atol=1e-6)
+
+
+def test_fewer_samples_run_at_once_where_activations_are_large(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = make_case(conv_net())
+    largest = 4 * 5 * 4  # numbers of one sample: what the first convolution gives
+    for numbers, expected in ((100 * largest, 12), (7 * largest, 4), (largest, 1), (1, 1)):
+        monkeypatch.setattr(module, "ACTIVATION_NUMBERS", numbers)
+        assert n_at_once(case.twin, case.subset, 12) == expected
+    few = case.collect(batch_size=12)
+    monkeypatch.setattr(module, "ACTIVATION_NUMBERS", 100 * largest)
+    for name, layer in case.collect(batch_size=12).items():
+        torch.testing.assert_close(layer.inputs, few[name].inputs, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("op_type", "expected"), [("ReduceMean", 4), ("Relu", 8)])
+def test_a_batch_that_is_written_into_the_model_stays_whole(op_type: str, expected: int) -> None:
+    """The mean over a batch is not that of two: the model runs batch by batch, and any other at once."""
+    attributes = {"axes": [0]} if op_type == "ReduceMean" else {}
+    model = make_model(
+        [node(op_type, ["x"], ["m"], **attributes), node("Sub", ["x", "m"], ["y"])],
+        inputs={"x": [4, 3]}, outputs=["y"], weights={},
+    )  # fmt: skip
+    twin = build_twin(normalise(load_model(model)))
+    x = rand(12, 3)
+    dataset = open_dataset({"x": x}, [InputSpec("x", np.dtype(np.float32), (4, 3))])
+    twin({"x": torch.from_numpy(x[:8])})
+    assert n_at_once(twin, Subset(dataset, np.arange(12)), 8) == expected
 
 
 def test_gradients_of_the_output_layer_are_known_exactly() -> None:
@@ -316,11 +344,11 @@ def test_elimination_is_greedy_by_exhaustive_search() -> None:
     parts = group_consumers(group, case.nodes, case.twin, statistics)
     order, loss = eliminate(parts, group.size)
     (consumer,), (features,) = parts.consumers, parts.features
-    g = consumer.half.T @ consumer.half
+    g = consumer.gradients
     removed: list[int] = []
     for step, element in enumerate(order):
         costs = {
-            e: smallest_loss(consumer, consumer.damped, g, features[[*removed, e]].flatten().tolist())
+            e: smallest_loss(consumer, consumer.damped(), g, features[[*removed, e]].flatten().tolist())
             for e in range(group.size)
             if e not in removed
         }
@@ -381,7 +409,7 @@ def test_only_the_diagonal_is_kept_for_wide_layers(monkeypatch: pytest.MonkeyPat
     parts = group_consumers(group, case.nodes, case.twin, found, damping=0.0)
     (consumer,), (features,) = parts.consumers, parts.features
     consumer.start()
-    g = consumer.half.T @ consumer.half
+    g = consumer.gradients
     costs = []
     for row in features:
         change = torch.zeros_like(consumer.weight)

@@ -5,7 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hap_onnx.sensitivity.semidefinite import cholesky, eigh_descending, ratio, scale_of
+from hap_onnx.sensitivity import semidefinite
+from hap_onnx.sensitivity.semidefinite import (
+    add_gram,
+    cholesky,
+    eigh_descending,
+    mirror_gram,
+    ratio,
+    scale_of,
+)
+from tests.helpers import rand
 
 FACTOR = torch.tensor([[[1.0, 2.0, 3.0, 4.0]], [[0.0, 1.0, 0.0, 2.0]]], dtype=torch.float64)
 
@@ -40,3 +49,23 @@ def test_eigenvalues_descend_and_are_not_negative() -> None:
 def test_nothing_is_divided_by_zero() -> None:
     assert ratio(torch.tensor([3.0, 3.0, 0.0]), torch.tensor([2.0, 0.0, 0.0])).tolist() == [1.5, 0.0, 0.0]
     assert scale_of(torch.tensor([[4.0, 0.0], [0.0, 0.0]]).double()).tolist() == [[2.0, 2e-8], [1.0, 1.0]]
+
+
+# ---------------------------------------------------------------- sums of products
+
+
+@pytest.mark.parametrize("n_features", [1, 5, 6, 7, 14])
+def test_sums_of_products_are_whole_and_symmetric_however_wide(
+    n_features: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(semidefinite, "GRAM_BLOCK", 6)
+    parts = [torch.from_numpy(rand(2, n, n_features, seed=n)) for n in (9, 4)]
+    total = None
+    for rows in parts:
+        total = add_gram(total, rows)
+    assert total is not None
+    x = torch.cat(parts, 1).double()
+    found = mirror_gram(total)
+    torch.testing.assert_close(found, x.mT @ x, rtol=1e-5, atol=1e-5)
+    if n_features > 6:
+        assert torch.equal(found[:, :6, 6:], found[:, 6:, :6].mT)
