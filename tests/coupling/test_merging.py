@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from surgery_oracle import Case
+from tools.surgery_oracle import Case
 from topologies import TOPOLOGIES
 from topologies_attention import Attention
 

@@ -11,7 +11,7 @@ import pytest
 from helpers import make_coupling
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from surgery_oracle import Case
+from tools.surgery_oracle import Case
 from topologies import TOPOLOGIES
 
 from hap_onnx.errors import BudgetError

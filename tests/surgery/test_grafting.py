@@ -14,7 +14,7 @@ import onnxruntime as ort
 import pytest
 import torch
 from onnx import helper
-from surgery_oracle import TOLERANCE, Case
+from tools.surgery_oracle import TOLERANCE, Case
 from topologies import TOPOLOGIES, Net
 
 from hap_onnx.coupling.channels import ChannelGroup

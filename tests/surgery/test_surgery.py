@@ -10,7 +10,7 @@ import onnx
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from surgery_oracle import Case
+from tools.surgery_oracle import Case
 from topologies import TOPOLOGIES, Net
 
 from hap_onnx.errors import SurgeryError

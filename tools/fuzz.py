@@ -1,0 +1,146 @@
+"""Look for graphs that come out wrong and for files that break the command line.
+
+    python -m tools.fuzz graphs --n 20000 --seed 0
+    python -m tools.fuzz files --n 20000 --seed 0 --processes 500
+
+``graphs`` draws random valid models (``fuzz_graphs``), cuts them in many ways and compares (``fuzz_checks``).
+``files`` damages valid models and plans (``fuzz_files``) and gives them to the command line. Case number i is that of
+seed ``--seed + i`` and nothing else; failing ones are kept in ``--keep``, made as small as they get. Exit code
+1 if there are any.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import click
+import onnx
+import torch
+
+from tools.fuzz_checks import Failed, Tally, check_graph
+from tools.fuzz_graphs import Replayed, Seeded, random_model
+
+MINIMISE_SECONDS = 60.0
+
+
+class Progress:
+    """Prints a line about every ten seconds."""
+
+    def __init__(self, total: int, *, every: float = 10.0) -> None:
+        self._total, self._every = total, every
+        self._start = self._last = time.monotonic()
+        self.done = 0
+
+    @property
+    def rate(self) -> float:
+        return self.done / max(time.monotonic() - self._start, 1e-9)
+
+    def step(self, counts: Counter[str]) -> None:
+        self.done += 1
+        now = time.monotonic()
+        if now - self._last >= self._every or self.done == self._total:
+            self._last = now
+            click.echo(f"{self.done}/{self._total}  {self.rate:.1f}/s  {_line(counts)}")
+
+
+def _line(counts: Counter[str]) -> str:
+    return ", ".join(f"{name} {count}" for name, count in sorted(counts.items()))
+
+
+# --- graphs ---
+
+
+def graph_failure(drawn: Sequence[int], *, seed: int, tally: Tally | None = None) -> Failed | None:
+    """Return what is wrong with the model of some decisions, None if nothing is."""
+    try:
+        check_graph(random_model(Replayed(drawn)), seed=seed, tally=tally)
+    except Failed as failure:
+        return failure
+    return None
+
+
+def minimise(
+    drawn: Sequence[int], fails: Callable[[Sequence[int]], bool], *, seconds: float = MINIMISE_SECONDS
+) -> list[int]:
+    """Make a list of decisions as short and as small as it gets while it still fails."""
+    best, deadline = list(drawn), time.monotonic() + seconds
+    is_smaller = True
+    while is_smaller and time.monotonic() < deadline:
+        is_smaller = False
+        size = max(len(best) // 2, 1)
+        while size and time.monotonic() < deadline:
+            start = 0
+            while start < len(best) and time.monotonic() < deadline:
+                without = best[:start] + best[start + size :]
+                zeros = best[:start] + [0] * len(best[start : start + size]) + best[start + size :]
+                for candidate in (without, zeros):
+                    if candidate != best and fails(candidate):
+                        best, is_smaller = candidate, True
+                        break
+                else:
+                    start += size
+            size //= 2
+    while best and best[-1] == 0:
+        best.pop()
+    return best
+
+
+@click.group()
+def main() -> None:
+    """Fuzz hap-onnx."""
+
+
+@main.command()
+@click.option("--n", default=1000, show_default=True, help="How many graphs.")
+@click.option("--seed", default=0, show_default=True, help="Seed of the first; each next one has the next.")
+@click.option("--keep", default="fuzz-failures", show_default=True, type=click.Path(path_type=Path))
+@click.option("--stop-after", default=20, show_default=True, help="Failures after which to stop.")
+def graphs(n: int, seed: int, keep: Path, stop_after: int) -> None:
+    """Cut N random graphs in many ways, and compare each with the masked original."""
+    torch.set_num_threads(1)
+    logging.getLogger("hap_onnx").setLevel(logging.ERROR)
+    tally, outcomes, progress = Tally(), Counter[str](), Progress(n)
+    for number in range(seed, seed + n):
+        draws = Seeded(number)
+        failure: Failed | None = None
+        try:
+            check_graph(random_model(draws), seed=number, tally=tally)
+        except Failed as found:
+            failure = found
+        outcomes["exact" if failure is None else failure.kind] += 1
+        if failure is not None:
+            click.echo(f"seed {number}: {failure}")
+            _keep_graph(keep, number, draws.drawn, failure)
+        progress.step(outcomes)
+        if progress.done - outcomes["exact"] >= stop_after:
+            break
+    click.echo(f"{progress.done} graphs from seed {seed}, {progress.rate:.1f}/s: {_line(outcomes)}")
+    click.echo(f"in them: {_line(tally.counts)}")
+    raise SystemExit(int(outcomes["exact"] != progress.done))
+
+
+def _keep_graph(keep: Path, seed: int, drawn: Sequence[int], failure: Failed) -> None:
+    """Minimise a failing graph and write it with what is needed to see it fail again."""
+
+    def fails(candidate: Sequence[int]) -> bool:
+        found = graph_failure(candidate, seed=seed)
+        return found is not None and found.kind == failure.kind
+
+    smallest = minimise(drawn, fails)
+    folder = keep / f"graph-{seed}"
+    folder.mkdir(parents=True, exist_ok=True)
+    onnx.save(random_model(Replayed(drawn)), folder / "found.onnx")
+    onnx.save(random_model(Replayed(smallest)), folder / "minimal.onnx")
+    last = graph_failure(smallest, seed=seed)
+    case = {"seed": seed, "drawn": smallest, "failure": str(failure), "minimal": str(last)}
+    (folder / "case.json").write_text(json.dumps(case, indent=1) + "\n", encoding="utf-8")
+    click.echo(f"  kept in {folder}: {len(random_model(Replayed(smallest)).graph.node)} nodes, {last}")
+
+
+if __name__ == "__main__":
+    main()
