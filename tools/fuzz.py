@@ -103,6 +103,7 @@ def main() -> None:
 def graphs(n: int, seed: int, keep: Path, stop_after: int) -> None:
     """Cut N random graphs in many ways, and compare each with the masked original."""
     torch.set_num_threads(1)
+    torch.backends.mkldnn.set_flags(False)  # what it prepares costs more than these convolutions
     logging.getLogger("hap_onnx").setLevel(logging.ERROR)
     tally, outcomes, progress = Tally(), Counter[str](), Progress(n)
     for number in range(seed, seed + n):

@@ -1028,7 +1028,7 @@ KINDS = [*BLOCKS.values(), conv, conv, grouped_conv, depthwise, residual, residu
 def random_model(draws: Draws) -> onnx.ModelProto:
     """Draw a valid model with up to three inputs and outputs."""
     s = Sketch(draws)
-    n_blocks = s.draws.integer(1, 12)
+    n_blocks = s.draws.integer(1, 8)
     if s.chance(5):
         s.batch = s.pick([1, 2])
     for _ in range(1 + int(s.chance(5)) + int(s.chance(10))):
