@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import logging
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -23,6 +24,7 @@ import onnx
 import torch
 
 from tools.fuzz_checks import Failed, Tally, check_graph
+from tools.fuzz_files import Arena, Ending, FileCase, draw_case, remove, write_case
 from tools.fuzz_graphs import Replayed, Seeded, random_model
 
 MINIMISE_SECONDS = 60.0
@@ -65,7 +67,7 @@ def graph_failure(drawn: Sequence[int], *, seed: int, tally: Tally | None = None
 
 
 def minimise(
-    drawn: Sequence[int], fails: Callable[[Sequence[int]], bool], *, seconds: float = MINIMISE_SECONDS
+    drawn: Sequence[int], fails: Callable[[Sequence[int]], bool], *, seconds: float
 ) -> list[int]:
     """Make a list of decisions as short and as small as it gets while it still fails."""
     best, deadline = list(drawn), time.monotonic() + seconds
@@ -132,7 +134,7 @@ def _keep_graph(keep: Path, seed: int, drawn: Sequence[int], failure: Failed) ->
         found = graph_failure(candidate, seed=seed)
         return found is not None and found.kind == failure.kind
 
-    smallest = minimise(drawn, fails)
+    smallest = minimise(drawn, fails, seconds=MINIMISE_SECONDS)
     folder = keep / f"graph-{seed}"
     folder.mkdir(parents=True, exist_ok=True)
     onnx.save(random_model(Replayed(drawn)), folder / "found.onnx")
@@ -141,6 +143,51 @@ def _keep_graph(keep: Path, seed: int, drawn: Sequence[int], failure: Failed) ->
     case = {"seed": seed, "drawn": smallest, "failure": str(failure), "minimal": str(last)}
     (folder / "case.json").write_text(json.dumps(case, indent=1) + "\n", encoding="utf-8")
     click.echo(f"  kept in {folder}: {len(random_model(Replayed(smallest)).graph.node)} nodes, {last}")
+
+
+# --- files ---
+
+
+@main.command()
+@click.option("--n", default=1000, show_default=True, help="How many cases.")
+@click.option("--seed", default=0, show_default=True, help="Seed of the first; each next one has the next.")
+@click.option("--processes", default=20, show_default=True, help="How many of them, the last, run as processes.")
+@click.option("--keep", default="fuzz-failures", show_default=True, type=click.Path(path_type=Path))
+@click.option("--models", default=16, show_default=True, help="How many valid models are there to damage.")
+@click.option("--stop-after", default=50, show_default=True, help="Failures after which to stop.")
+def files(n: int, seed: int, processes: int, keep: Path, models: int, stop_after: int) -> None:
+    """Give N damaged or hostile files to the command line."""
+    outcomes, slowest, failures = Counter[str](), (0.0, -1), 0
+    with tempfile.TemporaryDirectory(prefix="hap-fuzz-") as folder:
+        arena, progress = Arena(Path(folder), n_models=models), Progress(n)
+        for number in range(seed, seed + n):
+            case = draw_case(number, arena.bases)
+            in_process = number - seed >= n - processes
+            ending = arena.run(case, in_process=in_process)
+            outcomes[ending.kind] += 1
+            slowest = max(slowest, (ending.seconds, number))
+            if not ending.is_sound:
+                failures += 1
+                click.echo(f"seed {number}: {' '.join(case.command)}: {ending.kind}: {ending.detail}")
+                _keep_files(keep, arena, case, ending, in_process=in_process)
+            progress.step(outcomes)
+            if failures >= stop_after:
+                break
+    click.echo(f"{progress.done} cases from seed {seed}, {progress.rate:.1f}/s: {_line(outcomes)}")
+    click.echo(f"the slowest is seed {slowest[1]} with {slowest[0]:.1f} s")
+    raise SystemExit(int(failures > 0))
+
+
+def _keep_files(keep: Path, arena: Arena, case: FileCase, ending: Ending, *, in_process: bool) -> None:
+    """Write the files of a failing case, with no more mutations than it takes."""
+    smallest = arena.minimise(case, ending, in_process=in_process)
+    folder = keep / f"files-{case.seed}"
+    remove(folder)
+    write_case(smallest, arena.bases[case.base], folder)
+    story = {"seed": case.seed, "command": case.command, "mutations": smallest.mutations, "kind": ending.kind}
+    text = json.dumps({**story, "detail": ending.detail}, indent=1)
+    (folder / "case.json").write_text(text + "\n", encoding="utf-8")
+    click.echo(f"  kept in {folder}: {', '.join(name for _, name, _ in smallest.mutations)}")
 
 
 if __name__ == "__main__":

@@ -173,6 +173,8 @@ def check_tensor(tensor: TensorProto, *, where: str) -> None:
         raise ModelError(
             f"{where} has {len(tensor.dims)} axes, but {_MAX_AXES} is the most that can be handled"
         )
+    if tensor.HasField("segment"):
+        raise ModelError(f"{where} is stored in segments, which nothing reads; export the model again")
     if tensor.data_location == TensorProto.EXTERNAL:
         return
     if tensor.HasField("raw_data"):
