@@ -148,7 +148,7 @@ def _logging(verbose: int, handler: logging.Handler) -> Iterator[None]:
 
 def main(args: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code; ``args`` defaults to those of the process."""
-    # From 1.31 on onnxruntime keeps records of its use in the home folder, and a file in that of temporary ones.
+    # From 1.31 on onnxruntime keeps records of its use in the home folder and in that of temporary files.
     os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     session = Session()
     try:

@@ -188,7 +188,18 @@ def test_a_case_is_that_of_its_seed_and_its_files_are_beside_what_must_not_be_to
 
 def test_damaged_files_end_in_exit_codes_of_the_contract(tmp_path: Path) -> None:
     """In a process of its own: forks of this one would have the threads that torch has begun."""
-    options = ["--n", "60", "--seed", "0", "--processes", "1", "--models", "3", "--keep", str(tmp_path / "kept")]
+    options = [
+        "--n",
+        "60",
+        "--seed",
+        "0",
+        "--processes",
+        "1",
+        "--models",
+        "3",
+        "--keep",
+        str(tmp_path / "kept"),
+    ]
     done = subprocess.run(
         [sys.executable, "-m", "tools.fuzz", "files", *options],
         cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False,

@@ -4,9 +4,9 @@
     python -m tools.fuzz files --n 20000 --seed 0 --processes 500
 
 ``graphs`` draws random valid models (``fuzz_graphs``), cuts them in many ways and compares (``fuzz_checks``).
-``files`` damages valid models and plans (``fuzz_files``) and gives them to the command line. Case number i is that of
-seed ``--seed + i`` and nothing else; failing ones are kept in ``--keep``, made as small as they get. Exit code
-1 if there are any.
+``files`` damages valid models, plans and data (``fuzz_files``) and gives them to the command line. Case i is
+that of seed ``--seed + i`` and nothing else; failing ones are kept in ``--keep``, made as small as they get.
+Exit code 1 if there are any.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ import click
 import onnx
 import torch
 
-from tools.fuzz_checks import Failed, Tally, check_graph
+from tools.fuzz_checks import Failed, check_graph
 from tools.fuzz_files import Arena, Ending, FileCase, draw_case, remove, write_case
 from tools.fuzz_graphs import Replayed, Seeded, random_model
 
-MINIMISE_SECONDS = 60.0
+MINIMISE_TRIES = 400
 
 
 class Progress:
@@ -57,39 +57,42 @@ def _line(counts: Counter[str]) -> str:
 # --- graphs ---
 
 
-def graph_failure(drawn: Sequence[int], *, seed: int, tally: Tally | None = None) -> Failed | None:
+def graph_failure(drawn: Sequence[int], *, seed: int) -> Failed | None:
     """Return what is wrong with the model of some decisions, None if nothing is."""
     try:
-        check_graph(random_model(Replayed(drawn)), seed=seed, tally=tally)
+        check_graph(random_model(Replayed(drawn)), seed=seed)
     except Failed as failure:
         return failure
     return None
 
 
-def minimise(
-    drawn: Sequence[int], fails: Callable[[Sequence[int]], bool], *, seconds: float
-) -> list[int]:
-    """Make a list of decisions as short and as small as it gets while it still fails."""
-    best, deadline = list(drawn), time.monotonic() + seconds
-    is_smaller = True
-    while is_smaller and time.monotonic() < deadline:
-        is_smaller = False
+def minimise(drawn: Sequence[int], fails: Callable[[Sequence[int]], bool], *, tries: int) -> list[int]:
+    """Make a list of decisions shorter and smaller while it still fails."""
+    best = list(drawn)
+    while True:
+        before = best
         size = max(len(best) // 2, 1)
-        while size and time.monotonic() < deadline:
+        while size:
             start = 0
-            while start < len(best) and time.monotonic() < deadline:
-                without = best[:start] + best[start + size :]
-                zeros = best[:start] + [0] * len(best[start : start + size]) + best[start + size :]
-                for candidate in (without, zeros):
-                    if candidate != best and fails(candidate):
-                        best, is_smaller = candidate, True
+            while start < len(best):
+                rest = best[start + size :]
+                for candidate in (
+                    best[:start] + rest,
+                    best[:start] + [0] * (len(best) - start - len(rest)) + rest,
+                ):
+                    if candidate == best:
+                        continue
+                    if not tries:
+                        return best
+                    tries -= 1
+                    if fails(candidate):
+                        best = candidate
                         break
                 else:
                     start += size
             size //= 2
-    while best and best[-1] == 0:
-        best.pop()
-    return best
+        if best == before:
+            return best
 
 
 @click.group()
@@ -107,14 +110,14 @@ def graphs(n: int, seed: int, keep: Path, stop_after: int) -> None:
     torch.set_num_threads(1)
     torch.backends.mkldnn.set_flags(False)  # what it prepares costs more than these convolutions
     logging.getLogger("hap_onnx").setLevel(logging.ERROR)
-    tally, outcomes, progress = Tally(), Counter[str](), Progress(n)
+    found, outcomes, progress = Counter[str](), Counter[str](), Progress(n)
     for number in range(seed, seed + n):
         draws = Seeded(number)
         failure: Failed | None = None
         try:
-            check_graph(random_model(draws), seed=number, tally=tally)
-        except Failed as found:
-            failure = found
+            check_graph(random_model(draws), seed=number, counts=found)
+        except Failed as error:
+            failure = error
         outcomes["exact" if failure is None else failure.kind] += 1
         if failure is not None:
             click.echo(f"seed {number}: {failure}")
@@ -123,7 +126,7 @@ def graphs(n: int, seed: int, keep: Path, stop_after: int) -> None:
         if progress.done - outcomes["exact"] >= stop_after:
             break
     click.echo(f"{progress.done} graphs from seed {seed}, {progress.rate:.1f}/s: {_line(outcomes)}")
-    click.echo(f"in them: {_line(tally.counts)}")
+    click.echo(f"in them: {_line(found)}")
     raise SystemExit(int(outcomes["exact"] != progress.done))
 
 
@@ -134,7 +137,7 @@ def _keep_graph(keep: Path, seed: int, drawn: Sequence[int], failure: Failed) ->
         found = graph_failure(candidate, seed=seed)
         return found is not None and found.kind == failure.kind
 
-    smallest = minimise(drawn, fails, seconds=MINIMISE_SECONDS)
+    smallest = minimise(drawn, fails, tries=MINIMISE_TRIES)
     folder = keep / f"graph-{seed}"
     folder.mkdir(parents=True, exist_ok=True)
     onnx.save(random_model(Replayed(drawn)), folder / "found.onnx")
@@ -151,7 +154,9 @@ def _keep_graph(keep: Path, seed: int, drawn: Sequence[int], failure: Failed) ->
 @main.command()
 @click.option("--n", default=1000, show_default=True, help="How many cases.")
 @click.option("--seed", default=0, show_default=True, help="Seed of the first; each next one has the next.")
-@click.option("--processes", default=20, show_default=True, help="How many of them, the last, run as processes.")
+@click.option(
+    "--processes", default=20, show_default=True, help="How many of them, the last, run as processes."
+)
 @click.option("--keep", default="fuzz-failures", show_default=True, type=click.Path(path_type=Path))
 @click.option("--models", default=16, show_default=True, help="How many valid models are there to damage.")
 @click.option("--stop-after", default=50, show_default=True, help="Failures after which to stop.")

@@ -1,7 +1,7 @@
 """What must hold of every random graph: whatever surgery takes away, the rest computes what it did before.
 
-``check_graph`` loads a model, couples its channels, cuts it in many ways and compares each result with the masked
-original, in the torch twin and in onnxruntime.
+``check_graph`` loads a model, couples its channels, cuts it in many ways and compares each result with the
+masked original, in the torch twin and in onnxruntime.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import traceback
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
 
 import numpy as np
 import onnx
@@ -44,18 +43,13 @@ class Failed(Exception):
         self.kind, self.detail = kind, detail
 
 
-@dataclass
-class Tally:
-    """What happened to the cuts of some graphs, by name."""
+def check_graph(model: onnx.ModelProto, *, seed: int, counts: Counter[str] | None = None) -> None:
+    """Raise ``Failed`` if a cut of the model is inexact, invalid or ends in an exception.
 
-    counts: Counter[str] = field(default_factory=Counter)
-
-
-def check_graph(model: onnx.ModelProto, *, seed: int, tally: Tally | None = None) -> None:
-    """Raise ``Failed`` if a cut of the model is inexact, invalid or ends in an exception."""
-    tally = tally or Tally()
+    ``seed`` decides what is cut; ``counts`` grows by what was found and done.
+    """
     try:
-        _check(model, np.random.default_rng(seed), tally.counts)
+        _check(model, np.random.default_rng(seed), Counter() if counts is None else counts)
     except Failed:
         raise
     except Exception as error:
@@ -72,7 +66,7 @@ def _check(model: onnx.ModelProto, rng: np.random.Generator, counts: Counter[str
     except ORT_ERRORS:  # of valid sizes that it cannot follow, such as some computed ones of Resize
         counts["graphs that onnxruntime refuses"] += 1
         return
-    _compare(reference, original, "twin", _doubles(case), None)
+    _compare(reference, original, "twin", _Doubles(case))
     coupling = case.coupling
     counts["groups"] += len(coupling.groups)
     counts["graphs without groups"] += not coupling.groups
@@ -142,8 +136,8 @@ def _check_cut(case: Case, graph: gs.Graph, keep: Keep, what: str) -> None:
         raise Failed("invalid", f"{what}: {' '.join(str(error).split())[:400]}") from error
     if list(proto.graph.output) != list(case.source.proto.graph.output):
         raise Failed("interface", f"{what}: the outputs are declared differently")
-    doubles = _doubles(case, graph, keep)
-    _compare(case.run(graph), expected, f"twin, {what}", doubles, TOLERANCE)
+    doubles = _Doubles(case, graph, keep)
+    _compare(case.run(graph), expected, f"twin, {what}", doubles)
     batches = [(case.inputs, expected)]
     if what == "part of all" and all(not isinstance(tensor.shape[0], int) for tensor in case.graph.inputs):
         one = {name: values[:1] for name, values in case.inputs.items()}
@@ -156,15 +150,14 @@ def _check_cut(case: Case, graph: gs.Graph, keep: Keep, what: str) -> None:
             outputs = run_onnxruntime(proto, inputs)
         except Exception as error:
             raise Failed("onnxruntime", f"{what}: {' '.join(str(error).split())[:400]}") from error
-        _compare(outputs, values, f"onnxruntime, {what}", doubles, None)
+        _compare(outputs, values, f"onnxruntime, {what}", doubles)
 
 
 class _Doubles:
     """The same in double precision, computed when floats leave a doubt."""
 
-    def __init__(self, case: Case, graph: gs.Graph | None, keep: Keep | None) -> None:
+    def __init__(self, case: Case, graph: gs.Graph | None = None, keep: Keep | None = None) -> None:
         self._case, self._graph, self._keep = case, graph, keep
-        self._found: tuple[Outputs, float] | None = None
 
     def rounding(self, expected: Outputs) -> float:
         """Raise Failed if double precision tells an error; else how far floats are off, relatively."""
@@ -183,14 +176,8 @@ class _Doubles:
         return max(compare_tensors(expected[name], values)[0] for name, values in exact.items())
 
 
-def _doubles(case: Case, graph: gs.Graph | None = None, keep: Keep | None = None) -> _Doubles:
-    return _Doubles(case, graph, keep)
-
-
-def _compare(
-    outputs: Outputs, expected: Outputs, what: str, doubles: _Doubles, tolerance: float | None
-) -> None:
-    """Raise Failed if outputs differ by more than rounding; ``tolerance`` None asks how large that is."""
+def _compare(outputs: Outputs, expected: Outputs, what: str, doubles: _Doubles) -> None:
+    """Raise Failed if outputs differ by more than rounding."""
     if list(outputs) != list(expected):
         raise Failed("interface", f"{what}: outputs {list(outputs)} instead of {list(expected)}")
     for name, values in expected.items():

@@ -1,8 +1,8 @@
 """Damaged and hostile files, and what the command line makes of them.
 
 A ``FileCase`` is drawn from a seed: one of a few valid models with its data and plan, a command, and some
-mutations of bytes or of structure. ``Arena`` runs cases, in forked workers or in processes of their own, each in a
-folder of its own under limits of memory, time and file size, and judges how they end.
+mutations of bytes or of structure. ``Arena`` runs cases, in forked workers or in processes of their own, each
+in a folder of its own under limits of memory, time and file size, and judges how they end.
 """
 
 from __future__ import annotations
@@ -37,8 +37,10 @@ MODEL, PLAN, WEIGHTS, DATA, OUT = "net.onnx", "plan.json", "plan.safetensors", "
 EXIT_CODES = (0, 1, 2, 3)
 HUGE = (0, -1, 1, 2, 3, 7, 255, 2**16, 2**31 - 1, 2**31, 2**40, 2**62, -(2**31), -(2**63), 2**63 - 1)
 NAMES = ("", "x0", "../../x", "a\nb", "\x1b[31mred", "name" * 3000, "{0}", "%s", "é", "/", "\u202e")
-LOCATIONS = ("missing.bin", "../outside/secret.bin", "/etc/passwd", "link.bin", "", ".", "weights.bin", "a\x00b",
-             "..\\outside\\secret.bin", "C:\\secret.bin", "file:///etc/passwd", "/dev/zero", "fifo")  # fmt: skip
+LOCATIONS = (
+    "missing.bin", "../outside/secret.bin", "/etc/passwd", "link.bin", "", ".", "weights.bin", "a\x00b",
+    "..\\outside\\secret.bin", "C:\\secret.bin", "file:///etc/passwd", "/dev/zero", "fifo",
+)  # fmt: skip
 
 # --- mutations of structure: each changes a model in place ---
 
@@ -111,7 +113,9 @@ def tensor_retyped(model: ModelProto, rng: Random) -> None:
     tensor = _any(rng, list(model.graph.initializer))
     if tensor is not None:
         with contextlib.suppress(ValueError, TypeError):
-            array = numpy_helper.to_array(tensor).astype(rng.choice(["f8", "f2", "i4", "i8", "u1", "?", "i1"]))
+            array = numpy_helper.to_array(tensor).astype(
+                rng.choice(["f8", "f2", "i4", "i8", "u1", "?", "i1"])
+            )
             tensor.CopyFrom(numpy_helper.from_array(array, tensor.name))
 
 
@@ -125,7 +129,9 @@ def tensor_numbers(model: ModelProto, rng: Random) -> None:
         if not array.size:
             return
         if array.dtype.kind == "f":
-            array.reshape(-1)[rng.randrange(array.size)] = rng.choice([np.nan, np.inf, -np.inf, 0, 1e38, -1e-40])
+            array.reshape(-1)[rng.randrange(array.size)] = rng.choice(
+                [np.nan, np.inf, -np.inf, 0, 1e38, -1e-40]
+            )
             if rng.random() < 0.3:
                 array[...] = rng.choice([np.nan, np.inf, 0, 1e30])
         elif array.dtype.kind in "iu":
@@ -159,15 +165,21 @@ def tensor_fields(model: ModelProto, rng: Random) -> None:
 
 @structure
 def external(model: ModelProto, rng: Random) -> None:
-    for tensor in rng.sample(list(model.graph.initializer), min(len(model.graph.initializer), rng.choice([1, 1, 3]))):
+    for tensor in rng.sample(
+        list(model.graph.initializer), min(len(model.graph.initializer), rng.choice([1, 1, 3]))
+    ):
         del tensor.external_data[:]
         tensor.data_location = TensorProto.EXTERNAL
         tensor.external_data.add(key="location", value=rng.choice(LOCATIONS))
         if rng.random() < 0.7:
-            tensor.external_data.add(key="offset", value=rng.choice(["0", "-1", "1e9", str(2**70), "x", "4096", ""]))
+            tensor.external_data.add(
+                key="offset", value=rng.choice(["0", "-1", "1e9", str(2**70), "x", "4096", ""])
+            )
         if rng.random() < 0.7:
             size = len(tensor.raw_data)
-            tensor.external_data.add(key="length", value=rng.choice([str(size), "0", str(2**50), "-5", "two"]))
+            tensor.external_data.add(
+                key="length", value=rng.choice([str(size), "0", str(2**50), "-5", "two"])
+            )
         if rng.random() < 0.5:
             tensor.ClearField("raw_data")
 
@@ -219,14 +231,18 @@ def node_operator(model: ModelProto, rng: Random) -> None:
     if node is not None:
         schemas = onnx.defs.get_all_schemas()
         common = [other.op_type for other in _nodes(model)]
-        node.op_type = rng.choice([rng.choice(schemas).name, rng.choice(common), rng.choice(common), *NAMES[:4]])
+        node.op_type = rng.choice(
+            [rng.choice(schemas).name, rng.choice(common), rng.choice(common), *NAMES[:4]]
+        )
 
 
 @structure
 def node_domain(model: ModelProto, rng: Random) -> None:
     node = _any(rng, _nodes(model))
     if node is not None:
-        node.domain = rng.choice(["ai.onnx", "ai.onnx.ml", "com.microsoft", "junk", "ai.onnx.training", *NAMES])
+        node.domain = rng.choice(
+            ["ai.onnx", "ai.onnx.ml", "com.microsoft", "junk", "ai.onnx.training", *NAMES]
+        )
         if rng.random() < 0.5:
             model.opset_import.add(domain=node.domain, version=rng.choice([1, 3, *HUGE]))
 
@@ -269,7 +285,9 @@ def attribute_kind(model: ModelProto, rng: Random) -> None:
     elif how == 3 and node.attribute:
         rng.choice(list(node.attribute)).name = rng.choice(["axis", "perm", "to", "value", *NAMES[:4]])
     else:
-        name = rng.choice(["group", "axis", "junk", "kernel_shape", "strides", "dilations", "pads", "auto_pad"])
+        name = rng.choice(
+            ["group", "axis", "junk", "kernel_shape", "strides", "dilations", "pads", "auto_pad"]
+        )
         value = rng.choice([rng.choice(HUGE[:8]), [rng.choice(HUGE[:8]) for _ in range(2)], "text", 0.5])
         node.attribute.append(helper.make_attribute(name, value))
 
@@ -343,7 +361,9 @@ def nested(model: ModelProto, rng: Random) -> None:
     node = copy.deepcopy(model.graph.node[index])
     depth = rng.choice([1, 1, 2, 10, 30])  # protobuf itself ends at 100 messages in each other, three a level
     body = [node]
-    outputs = [onnx.ValueInfoProto(name=name) for name in node.output if name][:1] or [onnx.ValueInfoProto(name="q")]
+    outputs = [onnx.ValueInfoProto(name=name) for name in node.output if name][:1] or [
+        onnx.ValueInfoProto(name="q")
+    ]
     flag = helper.make_tensor("flag", TensorProto.BOOL, [], [True])
     for level in range(depth):
         name = outputs[0].name
@@ -456,7 +476,9 @@ def remarks(model: ModelProto, rng: Random) -> None:
         shape = [rng.choice(HUGE[:10]) for _ in range(rng.randint(0, 5))]
         model.graph.value_info.append(helper.make_tensor_value_info(name, rng.choice([1, 7, 11]), shape))
     elif how == 1:
-        model.metadata_props.add(key=rng.choice(["hap_onnx", *NAMES]), value=rng.choice(["{", "x" * 10**5, "null"]))
+        model.metadata_props.add(
+            key=rng.choice(["hap_onnx", *NAMES]), value=rng.choice(["{", "x" * 10**5, "null"])
+        )
     elif how == 2:
         sparse = model.graph.sparse_initializer.add()
         sparse.dims.extend(rng.choice([[3], [2, 2], [2**40, 2**40], [-1], []]))
@@ -493,16 +515,22 @@ def mutate_bytes(data: bytes, rng: Random) -> bytes:
         elif how == 5:
             content[start : start + length] = rng.choice([b"\x00", b"\xff", b"\x7f"]) * length
         elif how == 6:
-            content[start:start] = rng.choice([b"\xff" * 9 + b"\x01", b"\x80\x80\x80\x80\x08", b"\x0a\xff\xff\xff\x7f"])
+            content[start:start] = rng.choice(
+                [b"\xff" * 9 + b"\x01", b"\x80\x80\x80\x80\x08", b"\x0a\xff\xff\xff\x7f"]
+            )
         elif rng.random() < 0.4:
             del content[start:]
     if rng.random() < 0.02:
-        content = bytearray(rng.choice([b"", b"PK\x03\x04", b"\x00" * 64, b"version https://git-lfs", b"\x08"]))
+        content = bytearray(
+            rng.choice([b"", b"PK\x03\x04", b"\x00" * 64, b"version https://git-lfs", b"\x08"])
+        )
     return bytes(content)
 
 
-_JUNK: tuple[Any, ...] = (None, True, -1, 0, 1, 2**70, 1e308, 0.5, "", "x", "../x", [], {}, [[]], [0, 1], [-1], "nan",
-                          [[0, 2**40]], [[5, 2]], {"a": 1})  # fmt: skip
+_JUNK: tuple[Any, ...] = (
+    None, True, -1, 0, 1, 2**70, 1e308, 0.5, "", "x", "../x", [], {}, [[]], [0, 1], [-1], "nan", [[0, 2**40]],
+    [[5, 2]], {"a": 1},
+)  # fmt: skip
 
 
 def mutate_json(text: bytes, rng: Random) -> bytes:
@@ -513,7 +541,9 @@ def mutate_json(text: bytes, rng: Random) -> bytes:
         queue: list[Any] = [document]
         while queue:
             part = queue.pop()
-            keys = list(part) if isinstance(part, dict) else range(len(part)) if isinstance(part, list) else ()
+            keys = (
+                list(part) if isinstance(part, dict) else range(len(part)) if isinstance(part, list) else ()
+            )
             for key in keys:
                 places.append((part, key))
                 queue.append(part[key])
@@ -641,7 +671,9 @@ def make_bases(folder: Path, *, n: int) -> list[Base]:
         model = random_model(Seeded(seed))
         seed += 1
         if not 4 <= len(model.graph.node) <= 24 or any(
-            dim.dim_param in ("H", "W") for value in model.graph.input for dim in value.type.tensor_type.shape.dim
+            dim.dim_param in ("H", "W")
+            for value in model.graph.input
+            for dim in value.type.tensor_type.shape.dim
         ):
             continue
         place = folder / f"base{len(bases)}"
@@ -655,12 +687,23 @@ def make_bases(folder: Path, *, n: int) -> list[Base]:
                 arrays[value.name] = rng.standard_normal((20, *shape[1:])).astype(np.float32)
         np.savez(place / DATA, **arrays)
         if len(bases) % 4 == 3:
-            onnx.save(model, place / MODEL, save_as_external_data=True, location="weights.bin", size_threshold=16)
+            onnx.save(
+                model, place / MODEL, save_as_external_data=True, location="weights.bin", size_threshold=16
+            )
         else:
             onnx.save(model, place / MODEL)
         if sum(base.has_plan for base in bases) < 1 + n // 4:
-            plan = ("--save-plan", str(place / PLAN), "-o", str(place / OUT), *_COMPRESS[1], "--align", "1", *_QUICK)
-            code, _ = _fork(("compress", str(place / MODEL), "--data", str(place / DATA), *plan), place, limits=None)
+            plan = (
+                "--save-plan",
+                str(place / PLAN),
+                "-o",
+                str(place / OUT),
+                *_COMPRESS[1],
+                "--align",
+                "1",
+                *_QUICK,
+            )
+            _fork(("compress", str(place / MODEL), "--data", str(place / DATA), *plan), place, limits=None)
             (place / OUT).unlink(missing_ok=True)
         bases.append(Base(place, (place / PLAN).exists()))
     return bases
@@ -705,12 +748,20 @@ def _set_limits(limits: Limits, *, base: int) -> None:
 
 
 def _watch(folder: Path) -> None:
-    """Report, at the end of stderr, each file outside the work folder that Python opens in there or writes."""
+    """Report on stderr each file outside the work folder that Python writes, or opens beside that folder."""
     allowed = (str(folder / "work"), str(folder / "tmp"), "/dev/null")
     sandbox = str(folder)
 
     def hook(event: str, arguments: tuple[Any, ...]) -> None:
-        if event not in ("open", "os.rename", "os.mkdir", "os.remove", "os.link", "os.symlink", "shutil.move"):
+        if event not in (
+            "open",
+            "os.rename",
+            "os.mkdir",
+            "os.remove",
+            "os.link",
+            "os.symlink",
+            "shutil.move",
+        ):
             return
         paths = arguments[:2] if event in ("os.rename", "os.link", "os.symlink") else arguments[:1]
         if event == "open":
@@ -807,7 +858,12 @@ class Arena:
 
     def _run_process(self, case: FileCase, folder: Path) -> tuple[int, float]:
         base = _virtual_bytes()
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TMPDIR": str(folder / "tmp")}
+        environment = {
+            **os.environ,
+            "PYTHONPATH": str(ROOT),
+            "OMP_NUM_THREADS": "1",
+            "TMPDIR": str(folder / "tmp"),
+        }
         start = time.monotonic()
         with (folder / "stdout").open("wb") as out, (folder / "stderr").open("wb") as err:
             child = subprocess.Popen(
@@ -840,7 +896,9 @@ class Arena:
                 return Ending(word.lower(), tail, seconds)
         if code not in EXIT_CODES:
             return Ending("wrong code", f"{code}; {tail}", seconds)
-        if code and not [line for line in error.splitlines() if line.startswith(("hap-onnx:", "Error:", "Usage:"))]:
+        if code and not [
+            line for line in error.splitlines() if line.startswith(("hap-onnx:", "Error:", "Usage:"))
+        ]:
             return Ending("silent", tail, seconds)
         if "please report" in error:
             return Ending("bug", tail, seconds)
@@ -848,7 +906,9 @@ class Arena:
         new = sorted(set(after) - set(before) - {"stdout", "stderr"})
         changed = [name for name in before if after.get(name) != before[name]]
         writes = code == 0 and "-o" in case.command and "--dry-run" not in case.command
-        expected = [name for name in new if name == f"work/{OUT}" or name.startswith(f"work/{OUT.split('.')[0]}")]
+        expected = [
+            name for name in new if name == f"work/{OUT}" or name.startswith(f"work/{OUT.split('.')[0]}")
+        ]
         if changed or new != expected or (writes != (f"work/{OUT}" in new)):
             return Ending("files", f"exit {code}, new {new}, changed {changed}; {tail}", seconds)
         return Ending(f"exit {code}", tail, seconds)
@@ -858,7 +918,11 @@ class Arena:
         best = case
         for mutation in case.mutations:
             fewer = tuple(entry for entry in best.mutations if entry != mutation)
-            if fewer and self.run(candidate := replace(best, mutations=fewer), in_process=in_process).kind == ending.kind:
+            if (
+                fewer
+                and self.run(candidate := replace(best, mutations=fewer), in_process=in_process).kind
+                == ending.kind
+            ):
                 best = candidate
         return best
 

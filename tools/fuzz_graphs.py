@@ -1,8 +1,8 @@
 """Random valid ONNX graphs, drawn decision by decision.
 
-``random_model`` asks for one small integer after the other and turns them into a model. Where they come from is
-the caller's matter: a seed (``Seeded``), a list that is being minimised (``Replayed``), or hypothesis. Any list
-of integers is a valid model, and zeros mean the simplest choice, so a failing list can be cut down blindly.
+``random_model`` asks for one small integer after the other and turns them into a model. Where they come from
+is the caller's matter: a seed (``Seeded``), a list that is being minimised (``Replayed``), or hypothesis. Any
+list of integers is a valid model, and zeros are the simplest choices: a failing list can be cut down blindly.
 """
 
 from __future__ import annotations
@@ -23,6 +23,10 @@ Shape = tuple[Dim, ...]
 MAX_VALUES = 700
 """Largest number of values per sample in one tensor: it is the wiring that is tested."""
 OPSETS = (17, 13, 11, 12, 14, 15, 16, 18, 19, 20, 21, 22)
+ACTIVATIONS = (
+    "Relu", "Sigmoid", "Tanh", "LeakyRelu", "clip", "HardSwish", "silu", "PRelu", "Softplus", "Elu", "gelu",
+    "Abs", "Identity", "Dropout", "cast", "Neg", "HardSigmoid",
+)  # fmt: skip
 
 
 class Draws(Protocol):
@@ -105,7 +109,9 @@ class Sketch:
         array = np.asarray(values)
         if self.chance(12):
             self.nodes.append(
-                helper.make_node("Constant", [], [name], name=f"n_{name}", value=numpy_helper.from_array(array))
+                helper.make_node(
+                    "Constant", [], [name], name=f"n_{name}", value=numpy_helper.from_array(array)
+                )
             )
             self.weights[name] = array
         else:
@@ -213,7 +219,9 @@ class Sketch:
 
     # --- layers ---
 
-    def conv(self, x: str, n_out: int, *, k: int = 3, group: int = 1, stride: int = 1, bias: bool = True) -> str:
+    def conv(
+        self, x: str, n_out: int, *, k: int = 3, group: int = 1, stride: int = 1, bias: bool = True
+    ) -> str:
         shape = self.shape(x)
         n_in, space = int(shape[1]), shape[2:]
         weight = self.kernel(n_out, n_in // group, *[k] * len(space), fan_in=n_in // group * k ** len(space))
@@ -249,9 +257,7 @@ class Sketch:
         return self.op("BatchNormalization", x, self.bias(n), self.bias(n), self.bias(n), variance)
 
     def activation(self, x: str) -> str:
-        kinds = ["Relu", "Sigmoid", "Tanh", "LeakyRelu", "clip", "HardSwish", "silu", "PRelu", "Softplus", "Elu",
-                 "gelu", "Abs", "Identity", "Dropout", "cast", "Neg", "HardSigmoid"]  # fmt: skip
-        kind = self.pick(kinds)
+        kind = self.pick(ACTIVATIONS)
         if kind == "clip":
             return self.clip(x, -1.0, 2.0)
         if kind == "silu":
@@ -739,7 +745,9 @@ def shuffle(s: Sketch) -> None:
         return
     group = s.pick(groups)
     spread = s.reshape(x, (batch, group, int(n) // group, height, width))
-    turned = s.op("Transpose", spread, shape=(batch, int(n) // group, group, height, width), perm=[0, 2, 1, 3, 4])
+    turned = s.op(
+        "Transpose", spread, shape=(batch, int(n) // group, group, height, width), perm=[0, 2, 1, 3, 4]
+    )
     s.keep(s.reshape(turned, shape))
 
 
@@ -847,7 +855,10 @@ def merge_axes(s: Sketch) -> None:
         s.keep(s.reshape(x, (*shape[:axis], int(shape[axis]) * int(shape[axis + 1]), *shape[axis + 2 :])))
         return
     cuts = [
-        (axis, k) for axis in range(1, len(shape)) for k in (2, 3, 4) if int(shape[axis]) % k == 0 < int(shape[axis]) // k - 1
+        (axis, k)
+        for axis in range(1, len(shape))
+        for k in (2, 3, 4)
+        if int(shape[axis]) % k == 0 < int(shape[axis]) // k - 1
     ]
     if cuts and len(shape) < 5:
         axis, k = s.pick(cuts)
@@ -880,7 +891,9 @@ def expand(s: Sketch) -> None:
     if s.chance(2):
         s.keep(s.op("Tile", x, s.ints(*(3 if a == axis else 1 for a in range(len(shape)))), shape=result))
     else:
-        sizes = [3 if a == axis else size if isinstance(size, int) and a else 1 for a, size in enumerate(result)]
+        sizes = [
+            3 if a == axis else size if isinstance(size, int) and a else 1 for a, size in enumerate(result)
+        ]
         s.keep(s.op("Expand", x, s.ints(*sizes), shape=result))
 
 
@@ -917,7 +930,9 @@ def attention(s: Sketch) -> None:
             parts = [heads(part, n_heads) for part in s.split(packed, 2, [inner] * 3)]
         else:
             spread = s.reshape(packed, (batch, n_tokens, 3, n_heads, size))
-            turned = s.op("Transpose", spread, shape=(3, batch, n_heads, n_tokens, size), perm=[2, 0, 3, 1, 4])
+            turned = s.op(
+                "Transpose", spread, shape=(3, batch, n_heads, n_tokens, size), perm=[2, 0, 3, 1, 4]
+            )
             one = (batch, n_heads, n_tokens, size)
             parts = [s.op("Gather", turned, s.const(np.int64(i)), shape=one, axis=0) for i in range(3)]
     else:
@@ -995,7 +1010,9 @@ def strangers(s: Sketch) -> None:
         s.keep(s.op("CumSum", x, s.const(np.int64(s.pick([1, 2])))))
     elif kind == "quantized":
         codes = s.const(s.rng.integers(-20, 20, (4, n, 1, 1)).astype(np.int8))
-        weight = s.op("DequantizeLinear", codes, s.const(np.float32(0.05)), s.const(np.int8(0)), shape=(4, n, 1, 1))
+        weight = s.op(
+            "DequantizeLinear", codes, s.const(np.float32(0.05)), s.const(np.int8(0)), shape=(4, n, 1, 1)
+        )
         s.keep(s.op("Conv", x, weight, s.bias(4), shape=(shape[0], 4, *shape[2:])))
     elif _is_known(shape):
         best = s.many("TopK", [x, s.ints(1)], [(*shape[:3], 1), (*shape[:3], 1)], axis=3)
@@ -1021,8 +1038,10 @@ def _branching(s: Sketch, x: str) -> None:
 # --- whole models ---
 
 # What makes channels comes more often than what freezes them.
-KINDS = [*BLOCKS.values(), conv, conv, grouped_conv, depthwise, residual, residual, mlp, gate, concat, split, add,
-         attention, shuffle]  # fmt: skip
+KINDS = (
+    *BLOCKS.values(), conv, conv, grouped_conv, depthwise, residual, residual, mlp, gate, concat, split, add,
+    attention, shuffle,
+)  # fmt: skip
 
 
 def random_model(draws: Draws) -> onnx.ModelProto:
@@ -1119,7 +1138,9 @@ def _finish(s: Sketch, outputs: Sequence[str]) -> onnx.ModelProto:
         ]
         ir_version = 3 if s.opset <= 8 else ir_version
     # GroupNormalization has no rule of inference in some versions of onnx: outputs say their types.
-    graph = helper.make_graph(s.nodes, "random", infos, [_describe(s, name) for name in outputs], initializers)
+    graph = helper.make_graph(
+        s.nodes, "random", infos, [_describe(s, name) for name in outputs], initializers
+    )
     how = s.draws.integer(0, 5)
     if how == 5:
         for node in graph.node:
@@ -1127,8 +1148,8 @@ def _finish(s: Sketch, outputs: Sequence[str]) -> onnx.ModelProto:
     elif how == 4:
         for node in list(graph.node)[::2]:
             node.ClearField("name")
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", s.opset)], ir_version=ir_version)
-    return model
+    opsets = [helper.make_opsetid("", s.opset)]
+    return helper.make_model(graph, opset_imports=opsets, ir_version=ir_version)
 
 
 def _describe(s: Sketch, name: str) -> onnx.ValueInfoProto:

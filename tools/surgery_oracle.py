@@ -37,7 +37,9 @@ class Case:
         probe: dict[str, torch.Tensor] = {}
         for tensor in self.graph.inputs:
             sizes = [size if isinstance(size, int) else SYMBOLIC_SIZE for size in tensor.shape]
-            probed = tuple(slice(None if isinstance(size, int) else SYMBOLIC_SIZE - 1) for size in tensor.shape)
+            probed = tuple(
+                slice(None if isinstance(size, int) else SYMBOLIC_SIZE - 1) for size in tensor.shape
+            )
             if not isinstance(tensor.shape[0], int):
                 sizes[0], probed = n_samples, (slice(2), *probed[1:])
             values = rng.standard_normal(sizes).astype(np.float32)

@@ -236,7 +236,7 @@ def test_load_refuses_sizes_that_disagree_with_the_data() -> None:
         load_model(model)
     model = conv_model()
     model.graph.initializer[0].segment.end = 3
-    with pytest.raises(ModelError, match="initializer .* is stored in segments"):
+    with pytest.raises(ModelError, match=r"initializer .* is stored in segments"):
         load_model(model)
 
 

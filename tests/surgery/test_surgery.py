@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tools.surgery_oracle import Case
 from topologies import TOPOLOGIES
 
 from hap_onnx.errors import SurgeryError
@@ -15,6 +14,7 @@ from hap_onnx.model.model_io import to_proto
 from hap_onnx.planning.cost_graph import cost_model
 from hap_onnx.surgery import with_weights
 from tools.first_divergence import compare_tensors
+from tools.surgery_oracle import Case
 
 SHARED = Path(os.environ.get("HAP_ONNX_SHARED", "/nonexistent")) / "models"
 SHARED_MODELS = [
