@@ -442,6 +442,64 @@ def bomb(model: ModelProto, rng: Random) -> None:
     graph.node.append(helper.make_node("Add", ["before_bomb", "peak"], [out]))
 
 
+_ODD: tuple[tuple[str, tuple[int, ...], tuple[str, ...]], ...] = (
+    ("Slice", (1, 1, 1, 1), ()), ("Gather", (1,), ("axis",)), ("Reshape", (3,), ("allowzero",)),
+    ("Tile", (3,), ()), ("Expand", (3,), ()), ("Pad", (6,), ()), ("Unsqueeze", (2,), ()),
+    ("Squeeze", (1,), ()), ("Trilu", (0,), ()), ("Split", (2,), ("axis",)),
+    ("Split", (), ("axis", "num_outputs")), ("TopK", (1,), ("axis", "largest")),
+    ("CumSum", (0,), ("exclusive",)), ("ReduceSum", (2,), ("keepdims",)), ("Transpose", (), ("perm 3",)),
+    ("Flatten", (), ("axis",)), ("Softmax", (), ("axis",)), ("LogSoftmax", (), ("axis",)),
+    ("ArgMax", (), ("axis",)), ("MaxPool", (), ("kernel_shape 2", "strides 2", "ceil_mode")),
+    ("MaxPool", (), ("kernel_shape 2", "dilations 2")), ("AveragePool", (), ("kernel_shape 2", "pads 4")),
+    ("LpPool", (), ("kernel_shape 2", "p", "strides 2")), ("DepthToSpace", (), ("blocksize",)),
+    ("SpaceToDepth", (), ("blocksize",)), ("LRN", (), ("size",)), ("LpNormalization", (), ("axis", "p")),
+    ("Concat", (), ("axis",)), ("GatherND", (2,), ("batch_dims",)), ("ReduceMean", (), ("axes 2",)),
+    ("SplitToSequence", (0,), ("axis",)), ("Shape", (), ("start", "end")), ("OneHot", (1, 2), ("axis",)),
+    ("ConstantOfShape", (), ()), ("EyeLike", (), ("k", "dtype")), ("Div", (1,), ()),
+    ("Mod", (1,), ("fmod",)), ("BitShift", (1,), ()), ("Range", (0, 0), ()), ("Cast", (), ("to",)),
+    ("Attention", (), ("q_num_heads", "kv_num_heads")), ("DFT", (0,), ("axis", "inverse")),
+    ("Size", (), ()),
+)  # fmt: skip
+"""Operators with the lengths of their integer inputs and the names (and lengths) of their attributes."""
+
+
+@structure
+def odd_operator(model: ModelProto, rng: Random) -> None:
+    """An operator with numbers that make little sense, on the way to the first output."""
+    graph = model.graph
+    if not graph.output:
+        return
+    out = graph.output[0].name
+    op_type, lengths, names = rng.choice(_ODD)
+    odd = lambda: rng.choice([0, 1, 2, rng.choice(HUGE)])  # noqa: E731
+    inputs = []
+    for index, length in enumerate(lengths):
+        numbers = [odd() for _ in range(length or 1)]
+        graph.initializer.append(
+            helper.make_tensor(f"odd{index}", TensorProto.INT64, [length] if length else [], numbers)
+        )
+        inputs.append(f"odd{index}")
+    attributes: dict[str, Any] = {}
+    for name in names:
+        stem, _, length_of = name.partition(" ")
+        attributes[stem] = [odd() for _ in range(int(length_of))] if length_of else odd()
+    for node in graph.node:
+        for index, name in enumerate(node.output):
+            if name == out:
+                node.output[index] = "before_odd"
+    first = "before_odd"
+    if rng.random() < 0.3 or op_type in ("Div", "Mod", "BitShift", "OneHot", "ConstantOfShape", "Range"):
+        graph.node.append(helper.make_node("Cast", [first], ["odd_ints"], to=TensorProto.INT64))
+        first = "odd_ints"
+        if op_type == "Range":
+            graph.node.append(helper.make_node("ReduceMax", [first], ["odd_int"], keepdims=0))
+            first = "odd_int"
+    if rng.random() < 0.2 and inputs:
+        first = inputs[-1]  # all of it is constant then
+    graph.node.append(helper.make_node(op_type, [first, *inputs], ["odd_made"], **attributes))
+    graph.node.append(helper.make_node("Cast", ["odd_made"], [out], to=TensorProto.FLOAT))
+
+
 @structure
 def local_function(model: ModelProto, rng: Random) -> None:
     """A function of the file, which may call itself or have a known operator's name."""

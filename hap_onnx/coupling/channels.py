@@ -470,8 +470,9 @@ def _group_elements(
     element must not leave any of them without input.
     """
     signatures: list[list[tuple[int, int]]] = [[] for _ in range(n_elements)]
-    for index, axis in enumerate((*weights, *reads)):
-        elements, counts = np.unique(axis.elements[axis.elements >= 0], return_counts=True)
+    carried = [axis.elements for axis in weights] + [read.elements for read in reads]
+    for index, ids in enumerate(carried):
+        elements, counts = np.unique(ids[ids >= 0], return_counts=True)
         for element, count in zip(elements.tolist(), counts.tolist(), strict=True):
             signatures[element].append((index, count))
     members: dict[tuple[tuple[int, int], ...], list[int]] = {}
@@ -479,8 +480,8 @@ def _group_elements(
         members.setdefault(tuple(signature), []).append(element)
     groups = []
     taken: set[str] = set()
-    for signature, elements_of_group in members.items():
-        key = [(index, count) for index, count in signature if index < len(weights)]
+    for whole, elements_of_group in members.items():
+        key = [(index, count) for index, count in whole if index < len(weights)]
         by_role: dict[str, dict[str, None]] = {"producer": {}, "consumer": {}, "follower": {}}
         for index, _ in key:
             for node in flow.users[weights[index].initializer]:

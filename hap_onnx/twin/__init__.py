@@ -249,7 +249,7 @@ class Twin(nn.Module):
             outputs = self._call(position, inputs)
         except torch.cuda.OutOfMemoryError:
             raise
-        except (RuntimeError, TypeError, ValueError, IndexError) as error:
+        except (ArithmeticError, RuntimeError, TypeError, ValueError, IndexError) as error:
             shapes = [tuple(tensor.shape) if isinstance(tensor, Tensor) else None for tensor in inputs]
             raise ModelError(
                 f"node {step.name!r} ({step.op_type}) cannot be computed on inputs of shapes {shapes}; "
