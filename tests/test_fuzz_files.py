@@ -7,7 +7,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -52,7 +52,8 @@ WRITING = FileCase(0, 0, ("apply", MODEL, "plan.json", "-o", OUT), ())
 
 
 def behave(monkeypatch: pytest.MonkeyPatch, act: Callable[[], int]) -> None:
-    def main(arguments: Sequence[str]) -> int:
+    def main() -> int:
+        assert sys.argv[0] == cli.PROGRAM
         return act()
 
     monkeypatch.setattr(cli, "main", main)

@@ -853,7 +853,8 @@ def _fork(arguments: Sequence[str], folder: Path, *, limits: Limits | None) -> t
             _become_worker(arguments, folder, limits)
             from hap_onnx import cli
 
-            status = cli.main(list(arguments))
+            sys.argv = [cli.PROGRAM, *arguments]
+            status = cli.main()
             sys.stdout.flush()
             sys.stderr.flush()
         except BaseException as error:
