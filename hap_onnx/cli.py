@@ -34,6 +34,7 @@ from hap_onnx.config import (
     plan_weights_path,
     read_config,
 )
+from hap_onnx.crashes import speak_of_crashes
 from hap_onnx.errors import GateError, HapOnnxError, TargetError
 from hap_onnx.report.printable import one_line, printable
 
@@ -149,6 +150,10 @@ def _logging(verbose: int, handler: logging.Handler) -> Iterator[None]:
 
 def main(args: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code; ``args`` defaults to those of the process."""
+    # From 1.31 on onnxruntime keeps records of its use in the home folder and in that of temporary files.
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+    if args is None:  # the process is ours
+        speak_of_crashes(PROGRAM)
     session = Session()
     try:
         with session.signals:

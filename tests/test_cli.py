@@ -52,6 +52,13 @@ def library(monkeypatch, tmp_path):
 # ---------------------------------------------------------------- what reaches the library
 
 
+@pytest.mark.parametrize("given", [None, "0"])
+def test_onnxruntime_keeps_no_records_unless_asked(given, monkeypatch, capsys):
+    monkeypatch.setattr(os, "environ", {} if given is None else {"ORT_DISABLE_TELEMETRY": given})
+    assert cli.main(["--version"]) == 0
+    assert os.environ["ORT_DISABLE_TELEMETRY"] == (given or "1")
+
+
 def test_compress_passes_what_was_given_and_nothing_else(library, capsys):
     arguments = (
         "compress net.onnx --data calib.npz --keep-macs 0.5 --max-drop none --exclude a* --exclude b "

@@ -843,6 +843,25 @@ def fixed_batch() -> Topology:
 
 
 @topology
+def branch_through_dropout() -> Topology:
+    """What is left of the branch is its bias, and Dropout returns that as it is."""
+    net = Net()
+    stream = net.conv("x", 3, 8, out="stem")
+    branch = net.conv(net.relu(net.conv(stream, 8, 5, out="a")), 5, 8)
+    net.conv(net.op("Add", stream, net.op("Dropout", branch)), 8, 4, out="y")
+    return Topology(net.model("y"), (5, 8), gone=("make_a",))
+
+
+@topology
+def one_channel_picked() -> Topology:
+    """A product whose weight has one row reads one of the channels: that one is not like the others."""
+    net = Net()
+    x = net.op("Gemm", net.relu(net.op("Gemm", "x", net.rand(6, 5))), net.rand(5, 8))
+    net.op("MatMul", net.op("Gather", x, net.ints(2), axis=1), net.rand(1, 3), out="y")
+    return Topology(net.model("y", inputs={"x": ("N", 6)}), (1, 5, 7))
+
+
+@topology
 def padded_by_ones() -> Topology:
     net = Net()
     x = net.op("Pad", net.conv("x", 3, 4), net.ints(0, 1, 0, 0, 0, 3, 0, 0), net.const(np.float32(1)))

@@ -17,7 +17,7 @@ a normalisation over the channels. A frozen channel is never removed.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -441,31 +441,38 @@ def _collect(flow: Flow) -> Coupling:
     weights = tuple(
         WeightAxis(name, axis, role, element_of_id[ids]) for (name, axis), (ids, role) in flow.bound.items()
     )
+    reads = tuple(
+        Read(node, index, tensor, found.axis, element_of_id[found.ids])
+        for node, index, tensor, found in flow.reads
+        if (element_of_id[found.ids] >= 0).any()
+    )
     return Coupling(
         n_elements=len(free),
-        groups=_group_elements(weights, len(free), flow),
+        groups=_group_elements(weights, reads, len(free), flow),
         weights=tuple(weight for weight in weights if (weight.elements >= 0).any()),
         tensors={
             name: IdAxis(found.axis, element_of_id[found.ids])
             for name, found in flow.tensors.items()
             if (element_of_id[found.ids] >= 0).any()
         },
-        reads=tuple(
-            Read(node, index, tensor, found.axis, element_of_id[found.ids])
-            for node, index, tensor, found in flow.reads
-            if (element_of_id[found.ids] >= 0).any()
-        ),
+        reads=reads,
         frozen=_frozen_nodes(flow, roots, frozen, reasons),
         initializer_nodes={name: tuple(users) for name, users in flow.users.items()},
     )
 
 
-def _group_elements(weights: Iterable[WeightAxis], n_elements: int, flow: Flow) -> tuple[ChannelGroup, ...]:
-    """Put elements with the same signature, (weight axis, number of positions) over all axes, together."""
+def _group_elements(
+    weights: Sequence[WeightAxis], reads: Sequence[Read], n_elements: int, flow: Flow
+) -> tuple[ChannelGroup, ...]:
+    """Put elements with the same signature, (axis, number of positions) over all weights and reads, together.
+
+    Reads count, too: not every contraction has a weight along what it reads, and a group that keeps one
+    element must not leave any of them without input.
+    """
     signatures: list[list[tuple[int, int]]] = [[] for _ in range(n_elements)]
-    weights = tuple(weights)
-    for index, weight in enumerate(weights):
-        elements, counts = np.unique(weight.elements[weight.elements >= 0], return_counts=True)
+    carried = [axis.elements for axis in weights] + [read.elements for read in reads]
+    for index, ids in enumerate(carried):
+        elements, counts = np.unique(ids[ids >= 0], return_counts=True)
         for element, count in zip(elements.tolist(), counts.tolist(), strict=True):
             signatures[element].append((index, count))
     members: dict[tuple[tuple[int, int], ...], list[int]] = {}
@@ -473,7 +480,8 @@ def _group_elements(weights: Iterable[WeightAxis], n_elements: int, flow: Flow) 
         members.setdefault(tuple(signature), []).append(element)
     groups = []
     taken: set[str] = set()
-    for key, elements_of_group in members.items():
+    for whole, elements_of_group in members.items():
+        key = [(index, count) for index, count in whole if index < len(weights)]
         by_role: dict[str, dict[str, None]] = {"producer": {}, "consumer": {}, "follower": {}}
         for index, _ in key:
             for node in flow.users[weights[index].initializer]:

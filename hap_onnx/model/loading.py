@@ -29,8 +29,10 @@ from hap_onnx.model.protos import (
     find_broken_text,
     opset_of,
     reads,
+    walk_nodes,
     walk_tensors,
 )
+from hap_onnx.ops.hazards import find_hazard
 
 _VERSIONED_DOMAINS = ("", "ai.onnx", "ai.onnx.ml")
 
@@ -77,6 +79,7 @@ def load_model(model: str | Path | ModelProto) -> SourceModel:
     for where, tensor in walk_tensors(proto):
         check_tensor(tensor, where=f"{where} of {label}")
     _check_structure(proto.graph, label)
+    _check_hazards(proto, label)
     _check_versions(proto, label)
     check_bounds(proto, label)
     return SourceModel(
@@ -191,6 +194,18 @@ def _check_structure(graph: GraphProto, label: str) -> None:
             raise ModelError(
                 f"{label}: nothing writes the graph output {value.name!r}; export the model again"
             )
+
+
+def _check_hazards(proto: ModelProto, label: str) -> None:
+    """Raise ModelError for numbers that would end the process in onnxruntime."""
+    constants = {tensor.name: tensor for tensor in proto.graph.initializer}
+    for node in walk_nodes(proto):
+        if node.op_type == "Constant" and node.output:
+            constants.update((node.output[0], part.t) for part in node.attribute if part.HasField("t"))
+    for node in walk_nodes(proto):
+        hazard = find_hazard(node, constants)
+        if hazard is not None:
+            raise ModelError(f"{label}: node {describe(node)} ({node.op_type}) {hazard}")
 
 
 def _check_versions(proto: ModelProto, label: str) -> None:

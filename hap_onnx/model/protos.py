@@ -92,6 +92,15 @@ def subgraphs(node: NodeProto) -> Iterator[GraphProto]:
             yield from attribute.graphs
 
 
+def walk_nodes(proto: ModelProto) -> Iterator[NodeProto]:
+    """Yield every node of a model, those of subgraphs and local functions too."""
+    queue = [*proto.graph.node, *(node for function in proto.functions for node in function.node)]
+    while queue:
+        node = queue.pop()
+        yield node
+        queue += [inner for graph in subgraphs(node) for inner in graph.node]
+
+
 def walk_tensors(proto: ModelProto) -> Iterator[tuple[str, TensorProto]]:
     """Yield every tensor of a model with words that say where it is, in a fixed order."""
     yield from _walk_graph(proto.graph)
@@ -179,6 +188,8 @@ def check_tensor(tensor: TensorProto, *, where: str) -> None:
             f"{where} has the shape {list(tensor.dims)}, which no machine can hold; the file is damaged: "
             "export or download it again"
         )
+    if tensor.HasField("segment"):
+        raise ModelError(f"{where} is stored in segments, which nothing reads; export the model again")
     if tensor.data_location == TensorProto.EXTERNAL:
         return
     if tensor.HasField("raw_data"):

@@ -68,6 +68,8 @@ def ConstantOfShape(shape: Tensor, *, value: Tensor | None = None) -> Tensor:
 def Range(start: Tensor, limit: Tensor, delta: Tensor) -> Tensor:
     """The numbers from ``start`` to before ``limit`` in steps of ``delta``."""
     first, last, step = start.item(), limit.item(), delta.item()
+    if not step:
+        raise ValueError("the step must not be 0")
     count = max(ceil((last - first) / step), 0)
     return first + torch.arange(count).to(start.dtype) * step
 

@@ -354,7 +354,7 @@ def _fold_constants(graph: gs.Graph) -> None:
         single = gs.Graph(nodes=[node], inputs=[unused], outputs=list(node.outputs), opset=graph.opset)
         with torch.no_grad():
             found = build_twin(single)({unused.name: torch.zeros(1)})
-        values = {name: value.numpy() for name, value in found.items()}
+        values = {name: value.detach().numpy() for name, value in found.items()}  # Identity gives a parameter
         for output in list(node.outputs):
             dtype = output.dtype or np.float32
             _rewire(output, gs.Constant(output.name + CONSTANT_SUFFIX, values[output.name].astype(dtype)))

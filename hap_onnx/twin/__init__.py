@@ -16,9 +16,11 @@ the model once per written batch and joins the outputs (``Twin.batch_limit``).
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import cache
 from logging import getLogger
 from types import MappingProxyType
 from typing import Any
@@ -247,12 +249,13 @@ class Twin(nn.Module):
             outputs = self._call(position, inputs)
         except torch.cuda.OutOfMemoryError:
             raise
-        except (RuntimeError, TypeError, ValueError, IndexError) as error:
+        except (ArithmeticError, RuntimeError, TypeError, ValueError, IndexError) as error:
             shapes = [tuple(tensor.shape) if isinstance(tensor, Tensor) else None for tensor in inputs]
             raise ModelError(
                 f"node {step.name!r} ({step.op_type}) cannot be computed on inputs of shapes {shapes}; "
                 f"check the shapes of the data: {error}"
             ) from error
+        _check_sizes(step, outputs)
         return tuple(self._settle(tensor) for tensor in outputs)
 
     def _call(self, position: int, inputs: Sequence[Tensor | None]) -> tuple[Any, ...]:
@@ -520,6 +523,25 @@ def unfix_batch(twin: Twin, inputs: Mapping[str, Tensor]) -> bool:
             for name, tensor in values.items()
         }
     return not twin._must_loop(values, twin._n_units(values))
+
+
+@cache
+def _memory_bytes() -> int:
+    """What this machine has; no limit where the system does not tell."""
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, OSError, ValueError):
+        return 2**62
+
+
+def _check_sizes(step: Step, outputs: Sequence[Any]) -> None:
+    """Refuse what could never be held: torch repeats a number without storing it, but computes with each."""
+    for tensor in outputs:
+        if isinstance(tensor, Tensor) and tensor.numel() * tensor.element_size() > _memory_bytes():
+            raise ModelError(
+                f"node {step.name!r} ({step.op_type}) makes a tensor of shape {list(tensor.shape)}, which is "
+                "more than the memory of this machine; check the sizes in the model"
+            )
 
 
 def build_twin(graph: gs.Graph, *, device: str | torch.device = "cpu") -> Twin:

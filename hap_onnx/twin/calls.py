@@ -11,6 +11,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from logging import getLogger
 from typing import Any, Protocol
 
@@ -88,7 +89,7 @@ class TorchCall:
 
 def make_call(node: gs.Node, function: Callable[..., Any]) -> TorchCall:
     """Return a node as a call of its function; raises ModelError for attributes that it does not know."""
-    parameters = inspect.signature(function).parameters
+    parameters = _parameters_of(function)
     unknown = [name for name in node.attrs if name not in parameters]
     if unknown:
         raise ModelError(
@@ -102,6 +103,12 @@ def make_call(node: gs.Node, function: Callable[..., Any]) -> TorchCall:
         readers = [reader for tensor in node.outputs for reader in tensor.outputs]
         arguments["readers"] = tuple((reader.op, reader.domain or "") for reader in readers)
     return TorchCall(function, arguments, "unit" in parameters)
+
+
+@cache
+def _parameters_of(function: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
+    """The parameters of a function of the registry; a twin of many nodes asks again and again."""
+    return inspect.signature(function).parameters
 
 
 def _attribute(value: Any) -> Any:

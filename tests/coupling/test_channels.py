@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from surgery_oracle import Case
 from topologies import TOPOLOGIES, Net, Topology
 
 from hap_onnx.coupling.channels import Coupling, find_groups
 from hap_onnx.model.model_io import load_model, normalise
 from hap_onnx.surgery import kept_positions
+from tools.surgery_oracle import Case
 
 
 def couple(topology: Topology, **exclude: str) -> Coupling:

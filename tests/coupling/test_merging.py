@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from surgery_oracle import Case
 from topologies import TOPOLOGIES
 from topologies_attention import Attention
 
 from hap_onnx.coupling import channels as channels_module
 from hap_onnx.coupling.merging import Choice, count_left, varies
+from tools.surgery_oracle import Case
 
 
 def test_the_finer_axis_is_the_default() -> None:

@@ -14,7 +14,7 @@ from hap_onnx.distill.learned import find_learned
 from hap_onnx.surgery import CONSTANT_SUFFIX
 from tests.distill.cases import graph_of
 from tests.helpers import make_model, make_node_model, node, rand
-from tests.surgery_oracle import Case
+from tools.surgery_oracle import Case
 
 X = rand(2, 4, 5, 5)
 

@@ -234,6 +234,10 @@ def test_load_refuses_sizes_that_disagree_with_the_data() -> None:
     model.graph.initializer[0].data_type = 12345
     with pytest.raises(ModelError, match="unknown element type 12345"):
         load_model(model)
+    model = conv_model()
+    model.graph.initializer[0].segment.end = 3
+    with pytest.raises(ModelError, match=r"initializer .* is stored in segments"):
+        load_model(model)
 
 
 def test_load_refuses_damaged_names_and_types() -> None:

@@ -11,13 +11,13 @@ import pytest
 from helpers import make_coupling
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from surgery_oracle import Case
 from topologies import TOPOLOGIES
 
 from hap_onnx.errors import BudgetError
 from hap_onnx.planning import allocate as allocate_module
 from hap_onnx.planning.allocate import Allocation, GroupOptions, LayerOptions, allocate, find_options
 from hap_onnx.planning.cost import METRICS, N_METRICS, AxisLength, CostModel, CostState, CostTerm, LayerTerms
+from tools.surgery_oracle import Case
 
 Problem = tuple[list[np.ndarray], tuple[GroupOptions, ...], CostModel]
 

@@ -14,7 +14,6 @@ import onnxruntime as ort
 import pytest
 import torch
 from onnx import helper
-from surgery_oracle import TOLERANCE, Case
 from topologies import TOPOLOGIES, Net
 
 from hap_onnx.coupling.channels import ChannelGroup
@@ -30,6 +29,7 @@ from hap_onnx.surgery.grafting import (
     permute_channels,
 )
 from tools.first_divergence import compare_tensors, run_onnxruntime
+from tools.surgery_oracle import TOLERANCE, Case
 
 
 def check_same(case: Case, graph: gs.Graph) -> onnx.ModelProto:

@@ -17,11 +17,16 @@ from hap_onnx.twin import build_twin, probe_shapes
 from tools.first_divergence import compare_tensors, run_onnxruntime
 
 TOLERANCE = 2e-5
+SYMBOLIC_SIZE = 6
+"""Of axes other than the batch; one less in the probe."""
 Keep = NDArray[np.bool_]
 
 
 class Case:
-    """A model with its twin, coupling and inputs; shapes are probed at another batch than it is run at."""
+    """A model with its twin, coupling and inputs.
+
+    Shapes are probed at another batch, and at other sizes of symbolic axes, than the model is run at.
+    """
 
     def __init__(self, model: onnx.ModelProto | Path, *, n_samples: int = 3) -> None:
         self.source = load_model(model)
@@ -31,11 +36,15 @@ class Case:
         self.inputs: dict[str, np.ndarray] = {}
         probe: dict[str, torch.Tensor] = {}
         for tensor in self.graph.inputs:
-            fixed = isinstance(tensor.shape[0], int)
-            n = tensor.shape[0] if fixed else n_samples
-            values = rng.standard_normal((n, *tensor.shape[1:])).astype(np.float32)
+            sizes = [size if isinstance(size, int) else SYMBOLIC_SIZE for size in tensor.shape]
+            probed = tuple(
+                slice(None if isinstance(size, int) else SYMBOLIC_SIZE - 1) for size in tensor.shape
+            )
+            if not isinstance(tensor.shape[0], int):
+                sizes[0], probed = n_samples, (slice(2), *probed[1:])
+            values = rng.standard_normal(sizes).astype(np.float32)
             self.inputs[tensor.name] = values
-            probe[tensor.name] = torch.from_numpy(values if fixed else values[:2])
+            probe[tensor.name] = torch.from_numpy(values[probed])
         self.shapes = probe_shapes(self.twin, probe)
         self._coupling: Coupling | None = None
 
