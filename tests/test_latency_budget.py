@@ -33,10 +33,10 @@ class Clock:
 
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
         self.ratios: list[float] = []
-        self.n_layers, self.n_models = 0, 0
+        self.n_layers, self.n_models, self.n_runs = 0, 0, 0
         fix_speed(patch)
         patch.setattr(measure, "time_points", self._time_points)
-        patch.setattr(measure, "time_run", lambda *args, **options: 1000.0)
+        patch.setattr(measure, "time_run", self._time_run)
         patch.setattr(measure, "time_kernels", lambda *args, **options: ())
         patch.setattr(machine, "measure_latency", self._compare)
 
@@ -45,6 +45,10 @@ class Clock:
     ) -> dict[Point, float]:
         self.n_layers += 1
         return {(i, o): i * o / 10 + 1 for i, o in points}
+
+    def _time_run(self, *session_and_feed: Any, **options: Any) -> float:
+        self.n_runs += 1
+        return 1000.0 * self.n_runs  # never the same again
 
     def _compare(self, *sessions_and_feed: Any, **options: Any) -> LatencyComparison:
         self.n_models += 1
@@ -93,7 +97,7 @@ def test_a_latency_out_of_reach_ends_with_exit_code_3(
     command = ["compress", str(model), "--data", str(tmp_path / "data.npz"), "--keep-latency", "0.5", "-q"]
     assert cli.main([*command, "--recover", "none", "--threads", "1"]) == 3
     message = capsys.readouterr().err
-    assert "--keep-latency 0.5 cannot be reached: the least that was reached is 0.90 of" in message
+    assert "--keep-latency 0.5 cannot be reached: the least that was reached is 0.900 of" in message
     assert sorted(path.name for path in tmp_path.iterdir()) == ["data.npz", "net.onnx"]
 
 
@@ -123,6 +127,41 @@ def test_a_table_is_kept_in_the_work_folder(
     content = json.loads(table.read_text())
     assert content["families"]
     assert content["comparisons"]
+
+
+def test_a_near_miss_is_left_to_the_last_measurement(
+    tmp_path: Path, data: dict[str, np.ndarray], clock: Clock
+) -> None:
+    clock.ratios = [0.63]  # whatever the plan
+    report = compress(write(tmp_path), data, keep_latency=0.6, method="prune", **FAST)
+    assert report.budget.reached["keep_latency"] == 0.63
+
+
+def test_ordinary_jobs_decide_on_implants_by_the_table_too(
+    tmp_path: Path, data: dict[str, np.ndarray], clock: Clock
+) -> None:
+    clock.ratios = [0.9]
+    model, table = write(tmp_path), tmp_path / "times.json"
+    plans = []
+    for name in "ab":
+        report = compress(
+            model, data, keep_macs=0.6, latency_table=table, output=tmp_path / f"{name}.onnx", **FAST
+        )
+        plans.append(report.plan)
+    assert plans[0] == plans[1]
+    assert (tmp_path / "a.onnx").read_bytes() == (tmp_path / "b.onnx").read_bytes()
+
+
+def test_a_work_folder_of_another_machine_is_no_obstacle(
+    tmp_path: Path, data: dict[str, np.ndarray], clock: Clock
+) -> None:
+    clock.ratios = [0.9]
+    words = {"keep_macs": 0.6, "work_dir": tmp_path / "work", "method": "prune"}
+    model = write(tmp_path)
+    compress(model, data, **words, **FAST)
+    (table,) = (tmp_path / "work").glob("*/latency.json")
+    table.write_text("{")
+    assert compress(model, data, **words, **FAST).output is not None
 
 
 def test_a_table_of_another_machine_is_a_usage_error(

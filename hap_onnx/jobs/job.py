@@ -20,7 +20,7 @@ from hap_onnx.errors import BudgetError, CalibrationError, GateError, ModelError
 from hap_onnx.events import Event, OnEvent
 from hap_onnx.implants.loss import find_implant_layers
 from hap_onnx.jobs import hand_off
-from hap_onnx.jobs.candidates import Budgets
+from hap_onnx.jobs.candidates import LATENCY_TOLERANCE, Budgets
 from hap_onnx.jobs.carry_out import Compressed
 from hap_onnx.jobs.machine import (
     Stopwatch,
@@ -74,8 +74,6 @@ from hap_onnx.twin import Twin
 _log = logging.getLogger(__name__)
 
 LARGE_DROP = 0.02
-LATENCY_TOLERANCE = 0.05
-"""How far a budget of time may be exceeded, as a fraction of the original: it is met by measurement."""
 MAX_RESIZES = 3
 
 Outputs = Mapping[str, np.ndarray]
@@ -433,7 +431,15 @@ class Job:
     def _time_nodes(self, prepared: PreparedModel, kinds: Mapping[str, Collection[str]]) -> NodeTimes:
         proto = write_proto(prepared.graph, prepared.source, None)
         feed = self.session.prepare(latency_feed(self.session, self._first_batch()))
-        found = measure_times(prepared, proto, feed, kinds, self.times.table, on_event=self.on_event)
+        found = measure_times(
+            prepared,
+            proto,
+            feed,
+            kinds,
+            self.times.table,
+            only_implants=not self.config.needs_times,
+            on_event=self.on_event,
+        )
         self.times.save()
         return found
 

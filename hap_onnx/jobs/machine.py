@@ -82,9 +82,10 @@ def compare_speed(
 def open_times(config: CompressConfig, session: Session, in_work_folder: Path | None) -> KeptTable:
     """Open the times that a job may use again: of the table named, the work folder, or the user's cache."""
     machine = this_machine(session.provider, session.threads)
-    named = config.latency_table or in_work_folder
-    if named is not None:
-        return KeptTable(machine, named)
+    if config.latency_table is not None:
+        return KeptTable(machine, config.latency_table)
+    if in_work_folder is not None:
+        return KeptTable(machine, in_work_folder, was_named=False)
     return KeptTable(machine, default_path(machine), is_cache=True)
 
 

@@ -166,6 +166,8 @@ class Round:
         if not (config.needs_times or guards_speed):
             return None
         offered = {} if config.method == "prune" else all_kinds(self.losses)
+        if not offered and not config.needs_times:
+            return None
         with self.shop.clock.stage("layer times"):
             return self.shop.time_nodes(self.prepared, offered)
 

@@ -70,7 +70,7 @@ def save_model(
 
 def write_text(path: Path, text: str, *, what: str) -> None:
     """Write a small file, complete or not at all; raises ValidationError, which calls it ``what``."""
-    temporary = _beside(path, f"{os.getpid()}.tmp")
+    temporary = _beside(path, "tmp")
     try:
         temporary.write_text(text, encoding="utf-8")
         os.replace(temporary, path)

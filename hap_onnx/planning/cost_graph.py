@@ -83,7 +83,7 @@ def cost_model(
         if node.name in whole.alive:
             dies = {group for group, rest in without.items() if node.name not in rest.alive}
             if node.name in found_layers:
-                dense_times = None if times is None else times.dense.get(node.name)
+                dense_times = None if times is None else times.of_layer(node.name)
                 builder.add_layer(node.name, found_layers[node.name], dies, dense_times)
                 continue
             shape, axes = _macs_axes(node, network, sliced)

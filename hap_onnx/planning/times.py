@@ -56,3 +56,7 @@ class NodeTimes:
     other: Mapping[str, int]
     implants: Mapping[tuple[str, str], ImplantTimes] = field(default_factory=dict)
     unit: int = 8
+
+    def of_layer(self, node: str) -> Ints:
+        """Return the coefficients [4] of a layer; without times of its own they are those of its node."""
+        return self.dense.get(node, np.array([0, 0, 0, self.other.get(node, 0)]))

@@ -8,6 +8,7 @@ for is spread over the nodes that only move data.
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import time
 from collections.abc import Collection, Mapping, Sequence
@@ -24,7 +25,7 @@ from hap_onnx.planning.times import ImplantTimes, Ints, NodeTimes
 from hap_onnx.prepare import PreparedModel
 from hap_onnx.runtime.session import load
 from hap_onnx.timing.kernels import SYNCHRONOUS, Kernel, time_kernels, time_run
-from hap_onnx.timing.specimen import Specimen, build_model, implant_parts, specimen_of
+from hap_onnx.timing.specimen import Specimen, build_model, export, implant_parts, specimen_of
 from hap_onnx.timing.table import Floats, LatencyTable, Point, fit_times
 
 _log = logging.getLogger(__name__)
@@ -40,6 +41,12 @@ UNITS = (32, 16, 8, 4)
 """Block sizes among which the runtime's is looked for, the largest first."""
 MIN_UNIT_CHANNELS = 16
 """Layers that read fewer channels may have kernels of their own, such as the first one."""
+MIN_STEP = 4.0
+"""Microseconds that a block must cost to be seen: the clock counts whole ones."""
+MAX_WEIGHT_BYTES = 2**27
+"""Weights that are held at once to time a family."""
+COARSE_GRID, COARSE_WEIGHTS = (0.5,), 2**22
+"""Shares at which layers with so many weights are timed: they take long, and fit their form well."""
 STEP = 0.7
 """Half a block must cost at least so much of a whole one."""
 DEFAULT_UNIT = 8
@@ -54,6 +61,7 @@ def measure_times(
     kinds: Mapping[str, Collection[str]],
     table: LatencyTable,
     *,
+    only_implants: bool = False,
     on_event: OnEvent = ignore_event,
 ) -> NodeTimes:
     """Time the nodes of a model, and the implants that its layers may become.
@@ -62,14 +70,14 @@ def measure_times(
         model: ``prepared`` as a file would hold it; ``feed`` is what it is run on.
         kinds: of implants, by node.
         table: what was timed before; it is added to.
+        only_implants: whether layers that no implant can replace may go without times of their own.
 
     Raises:
         ModelError: onnxruntime cannot run the model.
     """
-    machine = table.machine
     specimens = _specimens(prepared)
     parts = _implants(prepared, specimens, kinds)
-    varying = {*kinds, *_nodes_with_channels(prepared)}
+    varying = {node for node, _ in parts} if only_implants else {*kinds, *_nodes_with_channels(prepared)}
     wanted: dict[str, list[Specimen]] = {}
     for specimen in (
         *(specimen for name, specimen in specimens.items() if name in varying),
@@ -79,19 +87,13 @@ def measure_times(
     unit = _find_unit(list(specimens.values()), table)
     fits = _fit_families(table, {name: (s[0], _grid(s, unit)) for name, s in wanted.items()}, on_event)
     alone = {name: _at(fits[s.family], s) for name, s in specimens.items() if name in varying}
-    session = load(model, [machine.provider], threads=machine.threads, severity=4, label="the model")
-    whole = time_run(session, feed, seconds=WHOLE_SECONDS)
-    kernels: tuple[Kernel, ...] = ()
-    if machine.provider in SYNCHRONOUS:
-        kernels = time_kernels(
-            model, feed, provider=machine.provider, threads=machine.threads, seconds=WHOLE_SECONDS
-        )
-    inside = _by_node(kernels, prepared.graph)
+    whole, inside = _time_whole(model, feed, prepared.graph, table)
     dense: dict[str, Floats] = {}
+    scales: dict[str, float] = {}
     for name, specimen in specimens.items():
         if name in alone:
             scale = float(np.clip(inside[name] / alone[name], *SCALE_BOUNDS)) if name in inside else 1.0
-            dense[name] = fits[specimen.family] * scale
+            dense[name], scales[name] = fits[specimen.family] * scale, scale
         elif name in inside:  # nothing of it varies
             dense[name] = np.array([0.0, 0.0, 0.0, inside[name]])
     other = {node.name: inside.get(node.name, 0.0) for node in prepared.graph.nodes if node.name not in dense}
@@ -114,7 +116,7 @@ def measure_times(
         dense={name: _picoseconds(coefficients) for name, coefficients in dense.items()},
         other={name: round(value * 1e6) for name, value in other.items()},
         implants={
-            key: _implant_times(fits, specimens[key[0]], *found, shrink=shrink)
+            key: _implant_times(fits, specimens[key[0]], *found, scale=shrink * scales[key[0]])
             for key, found in parts.items()
         },
         unit=unit,
@@ -171,22 +173,43 @@ def _grid(specimens: Sequence[Specimen], unit: int) -> list[Point]:
     first = specimens[0]
     n_in, n_out = (max(size) for size in zip(*((s.n_in, s.n_out) for s in specimens), strict=True))
     if first.is_depthwise:
-        return [(1, n) for n in _counts(n_out, unit)]
+        return [(1, n) for n in _counts(n_out, unit, GRID)]
+    taps = prod(first.constants[first.weight_index]) // (first.n_in * first.n_out)
+    grid = COARSE_GRID if taps * n_in * n_out > COARSE_WEIGHTS else GRID
     step = first.conv_group
-    outputs = sorted({max(n // step, 1) * step for n in _counts(n_out, unit)})
-    return [(i, o) for i in _counts(n_in, unit) for o in outputs]
+    outputs = sorted({max(n // step, 1) * step for n in _counts(n_out, unit, grid)})
+    return [(i, o) for i in _counts(n_in, unit, grid) for o in outputs]
 
 
-def _counts(size: int, unit: int) -> list[int]:
+def _counts(size: int, unit: int, grid: Sequence[float]) -> list[int]:
     """Some of the widths that are offered, and the whole."""
     offered = allowed_widths(size, Blocks(unit))
     if size <= unit:
         return [*offered.tolist(), size]
-    wanted = [max(round(size * share / unit), 1) * unit for share in GRID]
+    wanted = [max(round(size * share / unit), 1) * unit for share in grid]
     return sorted({size, *(n for n in wanted if n < size)})
 
 
 # --- timing ---
+
+
+def _time_whole(
+    model: ModelProto, feed: Mapping[str, np.ndarray], graph: gs.Graph, table: LatencyTable
+) -> tuple[float, dict[str, float]]:
+    """Microseconds of one run of a model, and of its nodes as far as kernels tell; kept in the table."""
+    shapes = {name: array.shape for name, array in sorted(feed.items())}
+    digest = hashlib.sha256(repr(shapes).encode())
+    digest.update(model.SerializeToString(deterministic=True))
+    key = digest.hexdigest()[:16]
+    if key not in table.models:
+        provider, threads = table.machine.provider, table.machine.threads
+        session = load(model, [provider], threads=threads, severity=4, label="the model")
+        whole = time_run(session, feed, seconds=WHOLE_SECONDS)
+        kernels: tuple[Kernel, ...] = ()
+        if provider in SYNCHRONOUS:
+            kernels = time_kernels(model, feed, provider=provider, threads=threads, seconds=WHOLE_SECONDS)
+        table.add_model(key, whole, _by_node(kernels, graph))
+    return table.models[key]
 
 
 def _fit_families(
@@ -216,32 +239,68 @@ def time_points(
 ) -> dict[Point, float]:
     """Time a contraction with other numbers of channels: microseconds by (inputs, outputs)."""
     provider, threads = table.machine.provider, table.machine.threads
+    found: dict[Point, float] = {}
     if provider in SYNCHRONOUS:
-        model, feed = build_model(specimen, points)
-        kernels = time_kernels(model, feed, provider=provider, threads=threads, seconds=seconds)
-        found = dict.fromkeys(points, 0.0)
-        for kernel in kernels:
-            index = _index_of(kernel.name)
-            if index is not None:
-                found[points[index]] += kernel.microseconds
-        return found
-    return {point: _time_alone(specimen, point, provider, threads, seconds / len(points)) for point in points}
+        for some in _in_parts(specimen, points):
+            model, feed = build_model(specimen, some)
+            share = seconds * len(some) / len(points)
+            kernels = time_kernels(model, feed, provider=provider, threads=threads, seconds=share)
+            for kernel in kernels:
+                index = _index_of(kernel.name)
+                if index is not None:
+                    found[some[index]] = found.get(some[index], 0.0) + kernel.microseconds
+    left = [point for point in points if point not in found]  # the runtime has given kernels other names
+    if left:
+        nothing = _time_nothing(provider, threads)
+        for point in left:
+            taken = _time_alone(specimen, point, provider, threads, seconds / len(points))
+            found[point] = max(taken - nothing, 0.0)
+    return found
+
+
+def _in_parts(specimen: Specimen, points: Sequence[Point]) -> list[list[Point]]:
+    """Part points so that the weights of each part are not too large to be held at once."""
+    itemsize = specimen.dtype.itemsize
+    per_pair = itemsize * prod(specimen.constants[specimen.weight_index]) // (specimen.n_in * specimen.n_out)
+    parts: list[list[Point]] = []
+    n_bytes = 0
+    for n_in, n_out in points:
+        size = per_pair * n_in * n_out
+        if not parts or n_bytes + size > MAX_WEIGHT_BYTES:
+            parts.append([])
+            n_bytes = 0
+        parts[-1].append((n_in, n_out))
+        n_bytes += size
+    return parts
 
 
 def _index_of(kernel: str) -> int | None:
     """Which of the nodes p0, p1 ... of a model of our own a kernel computes; None for changes of layout."""
-    stem = kernel.removesuffix("_nchwc").split("/")[0]
+    stem = _plain_name(kernel).split("/")[0]
     number = stem[1:]
     return int(number) if stem[:1] in ("p", "y") and number.isdigit() else None
+
+
+def _plain_name(kernel: str) -> str:
+    """Strip what onnxruntime adds to the name of a node or tensor when it changes layout or type."""
+    return kernel.removeprefix("InsertedPrecisionFreeCast_").removesuffix("_nchwc")
 
 
 def _time_alone(
     specimen: Specimen, point: Point, provider: str, threads: int | None, seconds: float
 ) -> float:
-    """Time a model of one node as a whole, less what a model of nothing takes."""
+    """Time a model of one node as a whole."""
     model, feed = build_model(specimen, [point])
     session = load(model, [provider], threads=threads, severity=4, label="a model to time")
     return time_run(session, feed, seconds=seconds)
+
+
+def _time_nothing(provider: str, threads: int | None) -> float:
+    """Time a model that hands one number through: what any run takes."""
+    x, y = gs.Variable("x", np.float32, (1,)), gs.Variable("y", np.float32, (1,))
+    graph = gs.Graph(nodes=[gs.Node("Identity", "p0", inputs=[x], outputs=[y])], inputs=[x], outputs=[y])
+    session = load(export(graph), [provider], threads=threads, severity=4, label="a model to time")
+    return time_run(session, {"x": np.zeros(1, np.float32)}, seconds=SECONDS_PER_FAMILY[0])
 
 
 def _find_unit(specimens: Sequence[Specimen], table: LatencyTable) -> int:
@@ -262,7 +321,7 @@ def _find_unit(specimens: Sequence[Specimen], table: LatencyTable) -> int:
     times = table.times[slowest.family]
     for unit in UNITS:
         half, whole = (times[n_in, base + n] - times[n_in, base] for n in (unit // 2, unit))
-        if whole > 0 and half >= STEP * whole:
+        if whole >= MIN_STEP and half >= STEP * whole:
             return unit
     return DEFAULT_UNIT
 
@@ -277,7 +336,7 @@ def _by_node(kernels: Sequence[Kernel], graph: gs.Graph) -> dict[str, float]:
     writers = {tensor.name: node for node in graph.nodes for tensor in node.outputs}
     found: dict[str, float] = {}
     for kernel in kernels:
-        name = kernel.name.removesuffix("_nchwc")
+        name = _plain_name(kernel.name)
         while name not in nodes and name not in writers and "/" in name:
             name = name.rsplit("/", 1)[0]
         node = nodes.get(name) or writers.get(name)
@@ -323,9 +382,10 @@ def _implant_times(
     second: Specimen,
     is_joined: bool,
     *,
-    shrink: float,
+    scale: float,
 ) -> ImplantTimes:
-    a, b = (fits[part.family] * 1e6 * shrink for part in (first, second))
+    """What an implant takes; ``scale`` is how its layer differs inside the model from the layer alone."""
+    a, b = (fits[part.family] * 1e6 * scale for part in (first, second))
     joined = JOIN_PICOSECONDS * prod(whole.y) / whole.n_out if is_joined else 0.0
     return ImplantTimes(a, b, joined)
 

@@ -20,7 +20,6 @@ from hap_onnx.twin import build_twin, probe_shapes
 Shape = tuple[int, ...]
 
 OLDEST, IR_VERSION = 11, 8
-_SAMPLE_RANK = 8
 
 
 @dataclass(frozen=True)
@@ -173,7 +172,7 @@ def _node(
         elif shape and shape[-1] == specimen.n_out:
             shape[-1] = n_out
         scale = max(prod(shape[1:]), 1) ** -0.5
-        values = (generator.standard_normal(shape, np.float32) * scale).astype(specimen.dtype)
+        values = np.asarray(generator.standard_normal(shape, np.float32) * scale, specimen.dtype)
         node.inputs.append(gs.Constant(f"{name}_{index}", values))
     return node
 
@@ -188,7 +187,9 @@ def implant_parts(specimen: Specimen, form: ImplantForm) -> tuple[Specimen, Spec
     data, out = gs.Variable("x", specimen.dtype, x), gs.Variable("y", specimen.dtype, y)
     node = _node(specimen, "layer", specimen.n_in, specimen.n_out, data, out, generator)
     graph = gs.Graph(nodes=[node], inputs=[data], outputs=[out], opset=max(specimen.opset, OLDEST))
-    rank = max(1, min(_SAMPLE_RANK, specimen.n_out - 1))
+    # As large as ranks can be, so that the parts are timed up to there.
+    largest = min(specimen.n_in, specimen.n_out // specimen.conv_group)
+    rank = max(1, specimen.n_out - 1 if form.kind == "pointwise" else largest)
     weights = [np.zeros(shape, np.float32) for shape in form.weight_shapes(rank)]
     grafted = insert_implants(graph, {"layer": (form.kind, weights)})
     shapes = probe_shapes(build_twin(grafted), {"x": torch.zeros(x)})

@@ -14,6 +14,7 @@ import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime as ort
@@ -29,6 +30,10 @@ from hap_onnx.text_files import read_text
 _log = logging.getLogger(__name__)
 
 SCHEMA = "hap-onnx/latency/1"
+
+_RATIOS = ("before_ms", "after_ms", "ratio", "ratio_low", "ratio_high")
+LEAST = 0.5
+"""Microseconds: half of what the profiler can tell."""
 
 Floats = NDArray[np.float64]
 Point = tuple[int, int]
@@ -69,10 +74,17 @@ def default_path(machine: Machine) -> Path:
 
 @dataclass
 class LatencyTable:
-    """Microseconds of contractions at (inputs, outputs), by family; comparisons of whole models, by name."""
+    """What was timed, in microseconds, rounded as it is written: a job that reads it must plan the same.
+
+    Attributes:
+        times: of contractions at (inputs, outputs), by family.
+        models: of whole models and of their nodes, by a hash of the model.
+        comparisons: of candidates with the original, by the name of their shapes.
+    """
 
     machine: Machine
     times: dict[str, dict[Point, float]] = field(default_factory=dict)
+    models: dict[str, tuple[float, dict[str, float]]] = field(default_factory=dict)
     comparisons: dict[str, LatencyComparison] = field(default_factory=dict)
 
     def missing(self, family: str, points: Sequence[Point]) -> list[Point]:
@@ -82,7 +94,12 @@ class LatencyTable:
 
     def add(self, family: str, found: Mapping[Point, float]) -> None:
         """Remember the times of some points."""
-        self.times.setdefault(family, {}).update(found)
+        rounded = {point: round(us, 3) for point, us in found.items()}
+        self.times.setdefault(family, {}).update(rounded)
+
+    def add_model(self, key: str, whole: float, nodes: Mapping[str, float]) -> None:
+        """Remember the times of a model and of its nodes."""
+        self.models[key] = round(whole, 3), {name: round(us, 3) for name, us in nodes.items()}
 
 
 def fit_times(times: Mapping[Point, float]) -> Floats:
@@ -91,7 +108,7 @@ def fit_times(times: Mapping[Point, float]) -> Floats:
     No coefficient is negative: a layer with fewer channels never takes longer.
     """
     points = np.array(list(times), np.float64).reshape(-1, 2)
-    values = np.maximum(np.array(list(times.values())), 1e-3)
+    values = np.maximum(np.array(list(times.values())), LEAST)  # less is not to be told from nothing
     features = np.stack([points.prod(axis=1), points[:, 0], points[:, 1], np.ones(len(points))], axis=1)
     scales = features.max(axis=0)
     found, _ = nnls(features / scales / values[:, None], np.ones(len(values)))
@@ -120,9 +137,11 @@ def read_table(path: Path, machine: Machine) -> LatencyTable:
             str(family): {(int(i), int(o)): _positive(us) for i, o, us in rows}
             for family, rows in content["families"].items()
         }
-        comparisons = {
-            str(name): LatencyComparison(**entry) for name, entry in content["comparisons"].items()
+        models = {
+            str(key): (_positive(whole), {str(name): _positive(us) for name, us in nodes.items()})
+            for key, (whole, nodes) in content["models"].items()
         }
+        comparisons = {str(name): _comparison(entry) for name, entry in content["comparisons"].items()}
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise ModelError(f"the latency table {path} is damaged ({error}); name another") from error
     if measured_on != machine:
@@ -130,7 +149,7 @@ def read_table(path: Path, machine: Machine) -> LatencyTable:
             f"the latency table {path} was measured with {_describe(measured_on)}, but this is "
             f"{_describe(machine)}; name another file with --latency-table"
         )
-    return LatencyTable(machine, times, comparisons)
+    return LatencyTable(machine, times, models, comparisons)
 
 
 def write_table(table: LatencyTable, path: Path) -> None:
@@ -139,9 +158,10 @@ def write_table(table: LatencyTable, path: Path) -> None:
         "schema": SCHEMA,
         "machine": asdict(table.machine),
         "families": {
-            family: [[*point, round(us, 3)] for point, us in sorted(rows.items())]
+            family: [[*point, us] for point, us in sorted(rows.items())]
             for family, rows in sorted(table.times.items())
         },
+        "models": {key: list(entry) for key, entry in sorted(table.models.items())},
         "comparisons": {name: asdict(entry) for name, entry in sorted(table.comparisons.items())},
     }
     make_folder(path.parent)
@@ -151,21 +171,28 @@ def write_table(table: LatencyTable, path: Path) -> None:
 class KeptTable:
     """A table, and the file in which it is kept, if there is one.
 
-    In a cache are times of single layers only, and it may be lost: comparisons of whole models would outlive
-    the moment in which the machine was busy.
+    A table that nobody named may be lost, and is begun anew where it does not fit. In a cache are times of
+    single layers only: those of whole models would outlive the moment in which the machine was busy.
 
     Raises:
-        UsageError, ModelError: see ``read_table``; a cache is begun anew instead.
+        UsageError, ModelError: see ``read_table``; not unless the table ``was_named``.
     """
 
-    def __init__(self, machine: Machine, path: Path | None = None, *, is_cache: bool = False) -> None:
-        self._path, self._is_cache = path, is_cache
+    def __init__(
+        self,
+        machine: Machine,
+        path: Path | None = None,
+        *,
+        was_named: bool = True,
+        is_cache: bool = False,
+    ) -> None:
+        self._path, self._is_cache, self._was_named = path, is_cache, was_named and not is_cache
         self.table = LatencyTable(machine)
         if path is not None:
             try:
                 self.table = read_table(path, machine)
             except (ModelError, UsageError) as error:
-                if not is_cache:
+                if self._was_named:
                     raise
                 _log.warning("not used: %s", error)
 
@@ -173,11 +200,11 @@ class KeptTable:
         """Write what was added; raises ValidationError, but not for a cache."""
         if self._path is None:
             return
-        table = replace(self.table, comparisons={}) if self._is_cache else self.table
+        table = replace(self.table, models={}, comparisons={}) if self._is_cache else self.table
         try:
             write_table(table, self._path)
         except ValidationError as error:
-            if not self._is_cache:
+            if self._was_named:
                 raise
             _log.warning("times are not kept: %s", error)
 
@@ -189,5 +216,13 @@ def _positive(value: float) -> float:
     return number
 
 
+def _comparison(entry: Mapping[str, Any]) -> LatencyComparison:
+    numbers = {name: _positive(entry[name]) for name in _RATIOS}
+    return LatencyComparison(**{**entry, **numbers})
+
+
 def _describe(machine: Machine) -> str:
-    return f"{machine.runtime}, {machine.provider}, {machine.threads} threads on {machine.processor}"
+    return (
+        f"{machine.runtime}, {machine.provider}, {machine.threads} threads on {machine.n_cores} cores of "
+        f"{machine.processor}"
+    )

@@ -283,15 +283,13 @@ def test_predicted_costs_are_those_of_the_choice_carried_out() -> None:
 def test_a_latency_out_of_reach_names_the_least_that_was_reached() -> None:
     one, asked = timed(job("residual cnn")), list[float]()
     of = setting(one, "prune", align=1, recover="none", time=stopwatch(one, asked, least=0.7))
-    with pytest.raises(BudgetError, match=r"--keep-latency 0\.3 cannot be reached: .* 0\.70 of the original"):
+    with pytest.raises(BudgetError, match=r"--keep-latency 0\.3 cannot be reached: .* is 0\.700 of the"):
         compress_to(of, {"latency": 0.3})
-    whole = sum(len(decision.keep) for decision in sketch(of, {"latency": 0.9}).choice.decisions)
-    assert whole > 0
-    nothing_fits = setting(one, "prune", align=1, recover="none", time=stopwatch(one, asked))
-    with pytest.raises(BudgetError, match="cannot be reached") as caught:
-        compress_to(nothing_fits, {"latency": 0.001})
-    least = float(str(caught.value).split("reached is ")[1].split(" ")[0])
-    assert least == pytest.approx(min(asked[-3:]), abs=0.006)
+    asked.clear()  # now no plan is predicted to be fast enough: the fastest is timed, and that is all
+    of = setting(one, "prune", align=1, recover="none", time=stopwatch(one, asked, least=0.2))
+    with pytest.raises(BudgetError, match=r"cannot be reached: .* is 0\.200 of the"):
+        compress_to(of, {"latency": 0.001})
+    assert len(asked) == 1
 
 
 def test_rounds_count_time_from_the_original() -> None:

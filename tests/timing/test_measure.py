@@ -143,11 +143,61 @@ def test_blocks_are_found_by_their_steps(
     def in_blocks(
         specimen: Specimen, points: Sequence[Point], table: LatencyTable, *, seconds: float
     ) -> dict[Point, float]:
-        return {(i, o): i * -(-o // unit) * unit / 100 + 1 for i, o in points}
+        return {(i, o): i * -(-o // unit) * unit / 10 + 1 for i, o in points}
 
     invent(monkeypatch)
     monkeypatch.setattr(measure, "time_points", in_blocks)
     assert times_of(prepared).unit == unit
+
+
+def test_steps_below_what_the_clock_can_tell_are_no_blocks(
+    prepared: PreparedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def noise(
+        specimen: Specimen, points: Sequence[Point], table: LatencyTable, *, seconds: float
+    ) -> dict[Point, float]:
+        return {(i, o): 5.0 + (o >= 40) for i, o in points}
+
+    invent(monkeypatch)
+    monkeypatch.setattr(measure, "time_points", noise)
+    assert times_of(prepared).unit == 8
+
+
+def test_parts_of_implants_are_timed_up_to_their_largest_rank(
+    prepared: PreparedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    invent(monkeypatch)
+    table = LatencyTable(HERE)
+    times_of(prepared, table)
+    widest = max(node.inputs[1].shape[0] for node in prepared.graph.nodes if node.op == "Conv")
+    pointwise = [points for family, points in table.times.items() if family.startswith("Conv 1x1")]
+    assert max(i for points in pointwise for i, _ in points) == widest  # what a first factor makes
+
+
+@pytest.mark.parametrize(
+    ("kernel", "index"),
+    [
+        ("p3", 3),
+        ("y12_nchwc", 12),
+        ("p0/MatMulAddFusion", 0),
+        ("InsertedPrecisionFreeCast_y4_nchwc", 4),
+        ("ReorderOutput_token_3", None),
+        ("p", None),
+    ],
+)
+def test_kernels_of_models_of_our_own_are_known_by_name(kernel: str, index: int | None) -> None:
+    assert measure._index_of(kernel) == index
+
+
+def test_points_without_a_kernel_are_timed_as_a_whole(
+    prepared: PreparedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    specimen = next(iter(measure._specimens(prepared).values()))
+    monkeypatch.setattr(measure, "time_kernels", lambda *args, **options: (Kernel("p1", "Conv", 7.0),))
+    runs = iter([2.0, 10.0])  # a model of nothing, and that of the point
+    monkeypatch.setattr(measure, "time_run", lambda *args, **options: next(runs))
+    found = measure.time_points(specimen, [(4, 8), (8, 8)], LatencyTable(HERE), seconds=0.01)
+    assert found == {(8, 8): 7.0, (4, 8): 8.0}
 
 
 def test_without_steps_there_is_a_default(prepared: PreparedModel, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -84,6 +84,15 @@ def test_models_of_specimens_run_at_every_size(make) -> None:
     assert len(feed) == 3  # one input for each width
 
 
+def test_biases_of_one_number_stay_what_they_are() -> None:
+    node = layer("Gemm", (12, 8), transB=1)
+    node.inputs.append(gs.Constant("b", np.array(1.0, np.float32)))
+    specimen = specimen_of(node, (7, 8), (7, 12), opset=13)
+    assert specimen is not None
+    model, feed = build_model(specimen, [(4, 6)])
+    assert make_session(model, providers="cpu").run(feed)["y0"].shape == (7, 6)
+
+
 def test_depthwise_specimens_keep_a_group_for_each_channel() -> None:
     assert depthwise().is_depthwise
     assert not conv(1, 1).is_depthwise

@@ -29,8 +29,17 @@ HERE = this_machine("CPUExecutionProvider", 1)
 def example() -> LatencyTable:
     table = LatencyTable(HERE)
     table.add("Conv 3x3", {(16, 32): 4.5, (8, 32): 2.25})
+    table.add_model("sha", 1234.56789, {"conv": 1.23456})
     table.comparisons["abc"] = timing(0.5)
     return table
+
+
+def test_times_are_rounded_before_anything_is_made_of_them() -> None:
+    """A job that reads a table must not find other numbers than the one that has written it."""
+    table = example()
+    table.add("Gemm", {(1, 2): 1.23456})
+    assert table.times["Gemm"] == {(1, 2): 1.235}
+    assert table.models["sha"] == (1234.568, {"conv": 1.235})
 
 
 def test_a_table_comes_back_as_it_was_written(tmp_path: Path) -> None:
@@ -54,6 +63,8 @@ def test_only_points_that_are_not_there_are_missing() -> None:
         (lambda c: c.update(families={"f": [[1, 2, -3.0]]}), "is no time"),
         (lambda c: c.update(families=[]), "damaged"),
         (lambda c: c.update(comparisons={"a": {"ratio": 1}}), "damaged"),
+        (lambda c: c["comparisons"]["abc"].update(ratio="fast"), "damaged"),
+        (lambda c: c.update(models={"a": [1.0, {"node": -1}]}), "is no time"),
         (lambda c: c["machine"].pop("provider"), "damaged"),
     ],
 )
@@ -84,13 +95,15 @@ def test_a_cache_keeps_layers_only_and_may_be_lost(tmp_path: Path) -> None:
     path.write_text("no table")
     with pytest.raises(ModelError):
         KeptTable(HERE, path)
+    assert KeptTable(HERE, path, was_named=False).table == LatencyTable(HERE)
     kept = KeptTable(HERE, path, is_cache=True)
     assert kept.table == LatencyTable(HERE)
     kept.table.add("Gemm", {(1, 2): 3.0})
     kept.table.comparisons["abc"] = timing(0.5)
+    kept.table.add_model("sha", 1.0, {})
     kept.save()
     again = KeptTable(HERE, path, is_cache=True).table
-    assert (again.times, again.comparisons) == ({"Gemm": {(1, 2): 3.0}}, {})
+    assert (again.times, again.models, again.comparisons) == ({"Gemm": {(1, 2): 3.0}}, {}, {})
     assert kept.table.comparisons, "the job itself still has them"
 
 
@@ -112,7 +125,7 @@ def test_machines_have_tables_of_their_own() -> None:
 @settings(max_examples=50, deadline=None)
 @given(st.lists(st.floats(0, 100), min_size=4, max_size=4))
 def test_the_fit_finds_bilinear_times_again(coefficients: list[float]) -> None:
-    c = np.array([coefficients[0] / 100, *coefficients[1:]])
+    c = np.array([coefficients[0] / 100, *coefficients[1:]]) + np.array([0, 0, 0, 1])  # well above the clock
     points = [(i, o) for i in (8, 16, 48) for o in (16, 32, 64)]
     times = {(i, o): float(c @ [i * o, i, o, 1]) for i, o in points}
     fit = fit_times(times)
