@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Collection, Mapping
+from copy import copy
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -124,6 +126,15 @@ class Job:
         )
         self.times = open_times(config, self.session)
         self.rounds = [Round(self.shop, self.prepared)]
+        self._outputs_before = cache(self._run_original)  # copies of the job share what it has found
+
+    def at(self, config: CompressConfig) -> Job:
+        """The same job with other budgets: it shares the data, the original, sensitivities and the clock."""
+        other = copy(self)
+        other.config, other.output = config, config.output or self.output
+        other.shop = replace(self.shop, config=config)
+        other.rounds = [self.rounds[0].at(other.shop)]
+        return other
 
     def note(self, text: str, *, kind: str = "note") -> None:
         self.on_event(Event("compress", "warning" if kind == "warning" else "note", text))
@@ -211,6 +222,31 @@ class Job:
     # --- the job ---
 
     def run(self) -> reports.CompressReport:
+        self.check_can_shrink()
+        with self.shop.work.lock():
+            found = self._make()
+        return self._finish(found)
+
+    def try_out(self) -> tuple[CompressionPlan, reports.CompressReport, TargetError | None]:
+        """Make the model and measure it as if it were to be written.
+
+        Returns its plan, its report, and why ``run`` would refuse it, if it would. Raises BudgetError if
+        there is no such model.
+        """
+        candidate = self._make()
+        proto = self._to_proto(candidate, plan=candidate.plan)
+        report, timing = self._measure(candidate, proto)
+        try:
+            self._gate(report, proto, timing)
+        except TargetError as refusal:
+            return candidate.plan, report, refusal
+        return candidate.plan, report, None
+
+    def _make(self) -> Candidate:
+        return self._compress_in_rounds(self._budgets()) if self.config.has_budget else self._search()
+
+    def check_can_shrink(self) -> None:
+        """Raise BudgetError if there is nothing to remove and nothing to replace."""
         config = self.config
         if not self.prepared.coupling.groups and (
             config.method == "prune" or not find_implant_layers(self.prepared)
@@ -219,9 +255,6 @@ class Job:
                 "no channel of the model can be removed: "
                 + "; ".join(f"'{entry.node}': {entry.reason}" for entry in self.prepared.coupling.frozen[:3])
             )
-        with self.shop.work.lock():
-            found = self._compress_in_rounds(self._budgets()) if config.has_budget else self._search()
-        return self._finish(found)
 
     def _budgets(self) -> dict[str, float | None]:
         config, prepared = self.config, self.prepared
@@ -382,21 +415,7 @@ class Job:
             report = self._report(candidate, proto)
             self._save_side_files(plan, report)
             return report
-        with self.clock.stage("validate"):
-            remark = check_model(proto, reference=self.source.proto)
-            if remark:
-                self.note(remark, kind="warning")
-            session = open_session(proto, config)
-            part = self.splits.report
-            before = run_outputs(self.session, part, batch_size=self.batch_size)
-            after = run_outputs(session, part, batch_size=self.batch_size)
-            check_finite(after, label="the compressed model")
-            self._check_result(candidate.compressed, session)
-            measured = self._metric_for(before, part).measure(before, after, part.labels)
-            quality = judge_quality(measured, config.drop_limit)
-            fidelity = compare_outputs(before, after)
-        timing = self._time_session(session)
-        report = self._report(candidate, proto, quality=quality, fidelity=fidelity, timing=timing)
+        report, timing = self._measure(candidate, proto)
         self._gate(report, proto, timing)
         with self.clock.stage("write"):
             save_model(
@@ -407,13 +426,39 @@ class Job:
             )
         report = replace(report, output=str(self.output), seconds=dict(self.clock.seconds))
         self._save_side_files(plan, report)
-        if config.drop_limit is None and quality.drop > LARGE_DROP:
+        quality = report.quality
+        if quality is not None and config.drop_limit is None and quality.drop > LARGE_DROP:
             self.note(
                 f"{quality.metric} fell by {quality.drop:.4f}: keep more, or give --max-drop "
                 "to refuse such results",
                 kind="warning",
             )
         return report
+
+    def _run_original(self) -> Outputs:
+        """Outputs of the original on the report part."""
+        return run_outputs(self.session, self.splits.report, batch_size=self.batch_size)
+
+    def _measure(
+        self, candidate: Candidate, proto: ModelProto
+    ) -> tuple[reports.CompressReport, LatencyComparison]:
+        """Check a finished model, and measure its quality on the report part and its latency."""
+        config = self.config
+        with self.clock.stage("validate"):
+            remark = check_model(proto, reference=self.source.proto)
+            if remark:
+                self.note(remark, kind="warning")
+            session = open_session(proto, config)
+            part = self.splits.report
+            before = self._outputs_before()
+            after = run_outputs(session, part, batch_size=self.batch_size)
+            check_finite(after, label="the compressed model")
+            self._check_result(candidate.compressed, session)
+            measured = self._metric_for(before, part).measure(before, after, part.labels)
+            quality = judge_quality(measured, config.drop_limit)
+            fidelity = compare_outputs(before, after)
+        timing = self._time_session(session)
+        return self._report(candidate, proto, quality=quality, fidelity=fidelity, timing=timing), timing
 
     def _metric_for(self, outputs: Outputs, part: Subset) -> Metric:
         """The metric of the report part: ``--val`` may have labels where the data has none."""

@@ -101,10 +101,19 @@ class Round:
         self.shop, self.prepared, self.earlier = shop, prepared, tuple(earlier)
         self.moved = frozenset(moved)
         self._last: tuple[str, Candidate] | None = None
+        self._first: Round | None = None
+
+    def at(self, shop: Workshop) -> Round:
+        """The same round for a job that has other budgets only: sensitivities are found once for both."""
+        other = Round(shop, self.prepared, self.earlier, self.moved)
+        other._first = self
+        return other
 
     @cached_property
     def losses(self) -> LossModel:
         """What removing channels and replacing layers is expected to cost."""
+        if self._first is not None:
+            return self._first.losses
         shop, config = self.shop, self.shop.config
         with shop.clock.stage("sensitivity"):
             return build_loss_model(
@@ -122,6 +131,8 @@ class Round:
     @cached_property
     def setting(self) -> Setting:
         """What all candidates of the round share."""
+        if self._first is not None:
+            return self._first.setting
         shop, config, losses, kinds = self.shop, self.shop.config, self.losses, self._kinds()
         align: Align = config.align
         base_ratio = 1.0
