@@ -112,14 +112,16 @@ class Session:
     hint: str = ""  # and what to do then
     signals: Signals = field(default_factory=Signals)
 
-    def load_pipeline(self, *, with_plots: bool = False) -> Any:
+    def load_pipeline(self) -> Any:
         """Import the library proper; takes seconds."""
         with self.signals.hold():
             from hap_onnx import pipeline
-
-            if with_plots:  # or else in the middle of the job
-                import hap_onnx.report.plot  # noqa: F401
         return pipeline
+
+    def load_plots(self) -> None:
+        """Import what draws, which else would be done in the middle of a job."""
+        with self.signals.hold():
+            import hap_onnx.report.plot  # noqa: F401
 
     @contextmanager
     def events(self) -> Iterator[OnEvent]:
@@ -358,7 +360,9 @@ def compress(session: Session, model: Path, data: Path | None, config: Path | No
     if wanted.work_dir is not None:
         session.left += f" at {output}"
         session.hint = f"; the same command goes on from {wanted.work_dir}"
-    pipeline = session.load_pipeline(with_plots=is_sweep)
+    pipeline = session.load_pipeline()
+    if is_sweep:
+        session.load_plots()
     function = pipeline.sweep if is_sweep else pipeline.compress
     try:
         with session.events() as on_event:

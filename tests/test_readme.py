@@ -51,7 +51,7 @@ def test_two_commands_come_first_and_set_up_by_themselves():
 
 def test_commands_of_the_readme_exist_with_their_options():
     lines = [line for line in shell_lines() if line.startswith("hap-onnx ")]
-    assert {line.split()[1] for line in lines} == {"inspect", "compress", "validate"}
+    assert {line.split()[1] for line in lines} == {"apply", "compress", "inspect", "validate"}
     for line in lines:
         words = shlex.split(line, comments=True)
         context = cli.cli.commands[words[1]].make_context(words[1], words[2:], obj=cli.Session())

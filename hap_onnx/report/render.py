@@ -268,8 +268,7 @@ def _sweep_rows(report: SweepReport) -> list[tuple[str, ...]]:
     metric = measured[0].metric if measured else "quality"
     rows: list[tuple[str, ...]] = [("", "keep", "MACs", "params", "latency (95 %)", metric, "change (95 %)")]
     if measured:
-        whole = _ratio(1.0)
-        rows.append(("", "", whole, whole, f"{1:.2f}", _metric(metric, measured[0].before), ""))
+        rows.append(("", "", "1.000", "1.000", "1.00", _metric(metric, measured[0].before), ""))
     for point in report.points:
         mark = "x" if point.refused else "*" if point.best else ""
         rows.append((mark, _keep(point.keep), *_sweep_figures(point)))
@@ -278,7 +277,7 @@ def _sweep_rows(report: SweepReport) -> list[tuple[str, ...]]:
 
 def _sweep_figures(point: SweepPoint) -> tuple[str, ...]:
     costs = (point.reached.get(name) for name in ("keep_macs", "keep_params"))
-    shares = ["" if cost is None else _ratio(cost) for cost in costs]
+    shares = ["" if cost is None else f"{cost:.3f}" for cost in costs]
     latency = quality = change = ""
     if point.latency is not None:
         low, high = point.latency.interval
@@ -287,7 +286,7 @@ def _sweep_figures(point: SweepPoint) -> tuple[str, ...]:
         name = point.quality.metric
         quality = _metric(name, point.quality.after)
         worst, best = (_signed(name, -bound) for bound in reversed(point.quality.interval))
-        change = f"{_signed(name, -point.quality.drop)} ({worst} to {best})"
+        change = f"{_signed(name, -point.quality.drop)} ({worst}, {best})"
     return *shares, latency, quality, change
 
 
