@@ -379,7 +379,7 @@ PAUSED_SWEEP = textwrap.dedent(
     from hap_onnx.jobs.job import Job
 
     machine.LATENCY_SECONDS = 0.1
-    n_before, real = int(sys.argv.pop(1)), Job.try_out
+    n_before, real = 1, Job.try_out
 
     def try_out(self):
         global n_before
@@ -396,12 +396,10 @@ PAUSED_SWEEP = textwrap.dedent(
 
 
 @pytest.mark.skipif(os.name != "posix", reason="needs POSIX signals")
-@pytest.mark.parametrize("n_done", [0, 1])
-def test_an_interrupted_sweep_tells_what_is_left(folder: Folder, n_done: int) -> None:
-    before = folder.files
+def test_an_interrupted_sweep_tells_what_is_left(folder: Folder) -> None:
     arguments = ("--sweep", "0.7,0.5", "--threads", "1", "--recover", "none", "--allow-slower", "-q")
-    command = [sys.executable, "-c", PAUSED_SWEEP, str(n_done), "compress", "net.onnx", "--data", "calib.npz",
-               *arguments, "--method", "prune"]  # fmt: skip
+    command = [sys.executable, "-c", PAUSED_SWEEP, "compress", "net.onnx", "--data", "calib.npz", *arguments,
+               "--method", "prune"]  # fmt: skip
     with subprocess.Popen(
         command, cwd=folder.path, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as process:
@@ -410,10 +408,6 @@ def test_an_interrupted_sweep_tells_what_is_left(folder: Folder, n_done: int) ->
         process.send_signal(signal.SIGINT)
         _, error = process.communicate(timeout=30)
     assert process.returncode == 130
-    if n_done == 0:
-        assert error.splitlines()[-1] == "hap-onnx: interrupted; nothing was written"
-        assert folder.files == before
-        return
     left = "net.hap.sweep holds what is done, 1 of the sweep's points"
     assert error.splitlines()[-1] == f"hap-onnx: interrupted; {left}"
     folder.run("apply", "net.onnx", "net.hap.sweep/keep-macs-0.70.json", "-o", "small.onnx")

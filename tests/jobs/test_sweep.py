@@ -245,6 +245,18 @@ def test_an_interrupted_sweep_leaves_what_is_done_and_goes_on(
     assert (tmp_path / "whole.onnx").read_bytes() == (tmp_path / "half.onnx").read_bytes()
 
 
+def test_a_sweep_that_stops_before_its_first_point_leaves_nothing(
+    model: Path, data: dict[str, np.ndarray], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*args: Any, **options: Any) -> None:
+        raise Interrupted
+
+    monkeypatch.setattr(rounds, "compress_to", stop)
+    with pytest.raises(Interrupted):
+        sweep(model, data, sweep=0.5, **FAST)
+    assert names_in(model.parent) == {"net.onnx"}
+
+
 def test_a_sweep_shares_its_work_folder_with_compress(
     model: Path, data: dict[str, np.ndarray], tmp_path: Path, counted: Callable[[str], list[int]]
 ) -> None:
