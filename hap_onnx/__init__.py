@@ -26,8 +26,8 @@ if TYPE_CHECKING:
         UsageError,
         ValidationError,
     )
-    from hap_onnx.pipeline import apply_plan, compress, inspect, load_twin, validate
-    from hap_onnx.report import CompressReport, InspectReport, ValidateReport
+    from hap_onnx.pipeline import apply_plan, compress, inspect, load_twin, sweep, validate
+    from hap_onnx.report import CompressReport, InspectReport, SweepReport, ValidateReport
 
 __version__ = "0.1.0"
 
@@ -41,6 +41,7 @@ __all__ = [
     "InspectReport",
     "ModelError",
     "SurgeryError",
+    "SweepReport",
     "TargetError",
     "UsageError",
     "ValidateReport",
@@ -50,13 +51,14 @@ __all__ = [
     "compress",
     "inspect",
     "load_twin",
+    "sweep",
     "validate",
 ]
 
 _HOMES = {
-    "hap_onnx.pipeline": ("apply_plan", "compress", "inspect", "load_twin", "validate"),
+    "hap_onnx.pipeline": ("apply_plan", "compress", "inspect", "load_twin", "sweep", "validate"),
     "hap_onnx.config": ("CompressConfig",),
-    "hap_onnx.report": ("CompressReport", "InspectReport", "ValidateReport"),
+    "hap_onnx.report": ("CompressReport", "InspectReport", "SweepReport", "ValidateReport"),
     "hap_onnx.errors": tuple(name for name in __all__ if name.endswith("Error")),
 }
 

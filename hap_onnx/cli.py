@@ -24,9 +24,12 @@ import click
 
 from hap_onnx import __version__
 from hap_onnx.config import (
+    SWEEP_INDEX,
     CompressConfig,
+    check_folder,
     check_options,
     check_outputs,
+    default_folder,
     default_output,
     describe_options,
     files_of,
@@ -39,7 +42,7 @@ from hap_onnx.errors import GateError, HapOnnxError, TargetError
 from hap_onnx.report.printable import one_line, printable
 
 if TYPE_CHECKING:
-    from hap_onnx.events import OnEvent
+    from hap_onnx.events import Event, OnEvent
     from hap_onnx.report import Report, ValidateReport
 
 PROGRAM = "hap-onnx"
@@ -107,7 +110,8 @@ class Session:
 
     verbose: int = 0
     quiet: bool = False
-    hint: str = ""  # what to do after an interruption
+    left: str = "nothing was written"  # how things stand after an interruption
+    hint: str = ""  # and what to do then
     signals: Signals = field(default_factory=Signals)
 
     def load_pipeline(self) -> Any:
@@ -115,6 +119,11 @@ class Session:
         with self.signals.hold():
             from hap_onnx import pipeline
         return pipeline
+
+    def load_plots(self) -> None:
+        """Import what draws, which else would be done in the middle of a job."""
+        with self.signals.hold():
+            import hap_onnx.report.plot  # noqa: F401
 
     @contextmanager
     def events(self) -> Iterator[OnEvent]:
@@ -160,7 +169,7 @@ def main(args: Sequence[str] | None = None) -> int:
             try:
                 return _run(args, session)
             except Stop as stop:  # caught inside, where a second signal is still ours
-                _complain(session, f"{stop.word}; nothing was written{session.hint}")
+                _complain(session, f"{stop.word}; {session.left}{session.hint}")
                 return stop.exit_code
     except KeyboardInterrupt:
         return 130
@@ -240,6 +249,8 @@ def _make_option(option: Field[Any]) -> _Option:
     if isinstance(option.default, bool):
         return _Option([option.name, f"{flag}/--no-{flag[2:]}"], is_flag=True, **common)
     declarations = [option.name, *(facts["flags"] or (flag,))]
+    if facts["alone"] is not None:
+        common |= {"is_flag": False, "flag_value": facts["alone"]}
     if facts["choices"]:
         return _Option(declarations, type=click.Choice(facts["choices"]), **common)
     if facts["repeatable"]:
@@ -322,11 +333,14 @@ _MODEL = click.argument("model", type=click.Path(path_type=Path), metavar="MODEL
     summary="Write a smaller, faster MODEL that onnxruntime has already run.\n\n"
     "Without a budget, searches the smallest model that loses at most --max-drop; with --keep-params, "
     "--keep-macs or --max-bytes, meets all of them at the least loss. Labels are not needed. The quality "
-    "that is reported was measured on data that was used for nothing else.",
+    "that is reported was measured on data that was used for nothing else.\n\n"
+    "With --sweep, plans several models of falling cost from sensitivities that are found once, and shows "
+    "what each loses and gains; 'hap-onnx apply' writes those that you choose.",
     examples="hap-onnx compress model.onnx --data calib.npz\n"
     "hap-onnx compress model.onnx --data photos/ --preprocess imagenet --keep-macs 0.5\n"
     "hap-onnx compress model.onnx --data calib/ --keep-params 0.4 --max-drop 0.02 -o small.onnx\n"
     "hap-onnx compress model.onnx --data calib/ --keep-macs 0.5 --exclude 'head.*' --dry-run\n"
+    "hap-onnx compress model.onnx --data calib/ --sweep 0.8,0.6,0.4 --objective params\n"
     "hap-onnx compress model.onnx --config hap.toml --report report.json",
 )
 @_MODEL
@@ -342,21 +356,44 @@ def compress(session: Session, model: Path, data: Path | None, config: Path | No
     if data is None:
         raise click.UsageError("Missing option '--data'.", click.get_current_context())
     wanted = CompressConfig.from_options(given)
-    output = wanted.output or default_output(model)
+    is_sweep = wanted.sweep is not None
+    output = wanted.output or (default_folder(model) if is_sweep else default_output(model))
     inputs = {"MODEL": model, "--data": data, "--val": wanted.val}
+    if is_sweep:
+        check_folder(output)
     check_outputs(files_of(wanted, output=output), inputs=inputs)
     words = {name: value for name, value in given.items() if name != "json"}
     if wanted.work_dir is not None:
-        session.hint = f" at {output}; the same command goes on from {wanted.work_dir}"
+        session.left += f" at {output}"
+        session.hint = f"; the same command goes on from {wanted.work_dir}"
     pipeline = session.load_pipeline()
+    if is_sweep:
+        session.load_plots()
+    function = pipeline.sweep if is_sweep else pipeline.compress
     try:
         with session.events() as on_event:
-            report = pipeline.compress(model, data, on_event=on_event, **{**words, "output": output})
+            tell = _counting(session, output, on_event) if is_sweep else on_event
+            report = function(model, data, on_event=tell, **{**words, "output": output})
     except TargetError as error:
         if error.report is not None:  # the numbers behind the refusal
             session.show(error.report, as_json=wanted.json)
         raise
     session.show(report, as_json=wanted.json)
+
+
+def _counting(session: Session, folder: Path, on_event: OnEvent) -> OnEvent:
+    """Let the session know how much of a sweep is done, and what of it would stay."""
+    n_done = 0
+
+    def tell(event: Event) -> None:
+        nonlocal n_done
+        if event.stage == "sweep" and event.kind == "advance":
+            n_done += 1
+            if (folder / SWEEP_INDEX).is_file():  # not while all points were refused
+                session.left = f"{folder} holds what is done, {n_done} of the sweep's points"
+        on_event(event)
+
+    return tell
 
 
 @_command(

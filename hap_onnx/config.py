@@ -14,7 +14,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import Field, dataclass, field, fields
+from dataclasses import Field, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,11 @@ DEVICES = ("auto", "cpu", "cuda")
 
 BUDGETS = ("keep_params", "keep_macs", "keep_latency", "max_bytes")
 """The options that say how small the result is to be."""
+
+SWEEP_RATIOS = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)
+"""The fractions that a sweep keeps when none are named."""
+SWEEP_INDEX = "sweep.json"
+"""The file in a sweep's folder that lists its points."""
 
 DEFAULT_MAX_DROP = 0.01
 DEFAULT_EPOCHS = 20
@@ -173,6 +178,23 @@ def _check_globs(name: str, value: Any) -> tuple[str, ...]:
     return globs
 
 
+def _check_sweep(name: str, value: Any) -> tuple[float, ...] | None:
+    """Return fractions in descending order; a switch stands for the usual ones."""
+    if isinstance(value, bool):
+        return SWEEP_RATIOS if value else None
+    expected = "a list of fractions of the original in (0, 1], such as 0.9,0.7,0.5"
+    entries = value.split(",") if isinstance(value, str) else value
+    if not isinstance(entries, Iterable) or isinstance(entries, (bytes, Mapping)):
+        entries = (entries,)
+    try:
+        ratios = [_check_fraction(name, entry) for entry in entries]
+    except UsageError:
+        raise _wrong(name, expected, value) from None
+    if not ratios:
+        raise _wrong(name, expected, value)
+    return tuple(sorted(set(ratios), reverse=True))
+
+
 def _check_providers(name: str, value: Any) -> tuple[str, ...]:
     names = value.split(",") if isinstance(value, str) else value
     if not isinstance(names, Iterable) or isinstance(names, (bytes, Mapping)):
@@ -186,6 +208,10 @@ def _check_providers(name: str, value: Any) -> tuple[str, ...]:
 # ---------------------------------------------------------------- the options
 
 
+def _words(ratios: Iterable[float]) -> str:
+    return ",".join(map(str, ratios))
+
+
 def _option(
     default: Any,
     check: Check,
@@ -197,9 +223,13 @@ def _option(
     flags: tuple[str, ...] = (),
     repeatable: bool = False,
     is_path: bool = False,
+    alone: str | None = None,
     compare: bool = True,
 ) -> Any:
-    """Declare one option; ``help`` is what ``--help`` shows and the documentation of the field."""
+    """Declare one option; ``help`` is what ``--help`` shows and the documentation of the field.
+
+    ``alone`` is what the option means on a command line that gives it no value.
+    """
     metadata = {
         "check": check,
         "help": help,
@@ -209,6 +239,7 @@ def _option(
         "flags": flags,
         "repeatable": repeatable,
         "is_path": is_path,
+        "alone": alone,
     }
     return field(default=default, metadata=metadata, compare=compare)
 
@@ -230,8 +261,9 @@ class CompressConfig:
     """
 
     output: Path | None = _option(
-        None, _check_path, "The compressed model. Default: MODEL's name with .hap.onnx, beside it.",
-        section="Output", metavar="OUT.onnx", flags=("-o", "--output"), is_path=True,
+        None, _check_path, "The compressed model. Default: MODEL's name with .hap.onnx, beside it; of a "
+        "sweep, a folder that ends in .hap.sweep.",
+        section="Output", metavar="OUT", flags=("-o", "--output"), is_path=True,
     )  # fmt: skip
 
     keep_params: float | None = _option(
@@ -258,8 +290,15 @@ class CompressConfig:
         section="Target", metavar="D|none",
     )  # fmt: skip
     objective: str | None = _option(
-        None, _one_of(OBJECTIVES), "What the search makes small when no budget is given. Default: params and "
-        "macs alike.", section="Target", choices=OBJECTIVES,
+        None, _one_of(OBJECTIVES), "What the search makes small when no budget is given, and what --sweep "
+        "keeps fractions of. Default: params and macs alike; of a sweep, macs.",
+        section="Target", choices=OBJECTIVES,
+    )  # fmt: skip
+    sweep: tuple[float, ...] | None = _option(
+        None, _check_sweep, "In place of one model, a folder with the plans of several, and with table and "
+        "plot of what they lose and gain; 'hap-onnx apply' then writes any of them. The fractions of "
+        f"--objective to keep, comma-separated; --sweep alone is {_words(SWEEP_RATIOS)}.",
+        section="Target", metavar="[R,R,...]", alone=_words(SWEEP_RATIOS),
     )  # fmt: skip
     metric: str = _option(
         "auto", _check_metric,
@@ -379,7 +418,9 @@ class CompressConfig:
         for option in fields(self):
             value = getattr(self, option.name)
             object.__setattr__(self, option.name, _check(option, value))
-        if self.max_drop == "none" and not self.has_budget:
+        if self.sweep is not None:
+            self._check_sweep_alone()
+        elif self.max_drop == "none" and not self.has_budget:
             raise UsageError(
                 "--max-drop none without a budget leaves nothing to aim at: give --keep-params, --keep-macs, "
                 "--keep-latency or --max-bytes, or a largest drop"
@@ -407,6 +448,33 @@ class CompressConfig:
             raise UsageError(f"--preset {self.preset} has widths of its own: leave --align away")
         if self.preset is not None and self.method == "implant":
             raise UsageError(f"--preset {self.preset} prunes: leave --method implant away")
+
+    def _check_sweep_alone(self) -> None:
+        """Refuse what makes no sense for several models at once."""
+        given = [flag_of(name) for name in BUDGETS if getattr(self, name) is not None]
+        if given:
+            raise UsageError(f"--sweep has budgets of its own: leave {given[0]} away")
+        if self.rounds > 1:
+            raise UsageError("--sweep looks at sensitivities once, --rounds does anew: leave one away")
+        for name in ("dry_run", "save_plan"):
+            if getattr(self, name):
+                raise UsageError(f"--sweep writes plans, and only plans: leave {flag_of(name)} away")
+        if self.then is not None:
+            raise UsageError(
+                f"--sweep plans models in float32: leave --then {self.then} away, and give it to 'hap-onnx "
+                "compress' with the budget that you choose"
+            )
+
+    @property
+    def swept(self) -> str:
+        """The budget that a sweep lowers from point to point."""
+        return f"keep_{self.objective or 'macs'}"
+
+    def at_point(self, ratio: float, folder: Path) -> CompressConfig:
+        """Return the config of the job that is one point of the sweep in ``folder``."""
+        words: dict[str, Any] = {self.swept: ratio, "sweep": None, "objective": None, "report": None}
+        output = folder / f"{point_name(self.swept, ratio)}.onnx"
+        return replace(self, output=output, keep_rejected=False, **words)
 
     @property
     def ranking(self) -> str:
@@ -524,6 +592,17 @@ def default_output(model: Path) -> Path:
     return model.with_name(stem + ".hap.onnx")
 
 
+def default_folder(model: Path) -> Path:
+    """Return where a sweep goes when nothing is said: ``x.onnx`` gives ``x.hap.sweep``."""
+    return default_output(model).with_suffix(".sweep")
+
+
+def point_name(budget: str, ratio: float) -> str:
+    """Return the name of one point of a sweep, such as ``keep-macs-0.50``."""
+    short = f"{ratio:.2f}"
+    return f"{budget.replace('_', '-')}-{short if float(short) == ratio else repr(ratio)}"
+
+
 def rejected_path(output: Path) -> Path:
     """Return where ``keep_rejected`` puts a model that fails a gate."""
     return output.with_name(output.name + ".rejected.onnx")
@@ -535,9 +614,13 @@ def plan_weights_path(plan: Path) -> Path:
 
 
 def files_of(config: CompressConfig, *, output: Path) -> dict[str, Path]:
-    """Return all files that a job with this config may write, by the option that asks for them."""
-    files = {"--output": None if config.dry_run else output, "--report": config.report}
-    if config.keep_rejected and not config.dry_run:
+    """Return all files that a job with this config may write, by the option that asks for them.
+
+    The folder of a sweep is not among them: ``check_folder``.
+    """
+    is_model = not config.dry_run and config.sweep is None
+    files = {"--output": output if is_model else None, "--report": config.report}
+    if config.keep_rejected and is_model:
         files["--keep-rejected"] = rejected_path(output)
     if config.save_plan is not None:
         files["--save-plan"] = config.save_plan
@@ -586,6 +669,22 @@ def _check_possible(name: str, path: Path) -> None:
             raise UsageError(f"{name} {shown} is too long for a path: choose another name") from error
     except ValueError as error:
         raise UsageError(f"{name} {str(path)!r} cannot be a path ({error}): choose another name") from error
+
+
+def check_folder(folder: Path) -> None:
+    """Refuse, before any work is done, a folder that a sweep could not or must not write to.
+
+    Raises UsageError for one with other files in it, ValidationError for one that is not writable.
+    """
+    _check_possible("--output", folder)
+    if folder.exists() and not folder.is_dir():
+        raise UsageError(f"--output {folder} is a file: a sweep needs the name of a folder")
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / SWEEP_INDEX).is_file():
+        raise UsageError(f"--output {folder} holds other files: give a sweep a folder of its own")
+    if not folder.parent.is_dir():
+        raise ValidationError(f"--output {folder} cannot be made: there is no folder {folder.parent}")
+    if not os.access(folder if folder.is_dir() else folder.parent, os.W_OK):
+        raise ValidationError(f"--output {folder} cannot be written: no permission")
 
 
 def _same_file(first: Path, second: Path) -> bool:

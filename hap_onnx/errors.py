@@ -19,7 +19,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from hap_onnx.report import CompressReport
+    from hap_onnx.report import CompressReport, SweepReport
 
 
 class HapOnnxError(Exception):
@@ -53,11 +53,12 @@ class UsageError(HapOnnxError, ValueError):
 class TargetError(HapOnnxError):
     """A target was not met; nothing is written.
 
-    ``report`` may hold the `CompressReport` of the refused model, so that the numbers can be shown.
+    ``report`` may hold the `CompressReport` of the refused model, or the `SweepReport` of a sweep of which no
+    model is kept, so that the numbers can be shown.
     """
 
     exit_code = 3
-    report: CompressReport | None = None
+    report: CompressReport | SweepReport | None = None
 
 
 class BudgetError(TargetError):

@@ -18,8 +18,10 @@ from onnx import ModelProto
 from hap_onnx import report as reports
 from hap_onnx.config import (
     CompressConfig,
+    check_folder,
     check_options,
     check_outputs,
+    default_folder,
     default_output,
     files_of,
     plan_weights_path,
@@ -37,6 +39,7 @@ from hap_onnx.jobs.inspection import inspect_report
 from hap_onnx.jobs.job import Job
 from hap_onnx.jobs.machine import check_loads, compare_speed, protect_weights, use_threads, write_proto
 from hap_onnx.jobs.self_check import Result, check_result
+from hap_onnx.jobs.sweep import run_sweep
 from hap_onnx.model.bounds import MAX_TENSOR_BYTES
 from hap_onnx.model.measure import model_size
 from hap_onnx.model.model_io import SourceModel, load_model, normalise, save_model
@@ -62,7 +65,7 @@ from hap_onnx.runtime.soundness import check_model
 from hap_onnx.sensitivity.curvature import to_tensors
 from hap_onnx.twin import Twin, build_twin, probe_shapes
 
-__all__ = ["apply_plan", "compress", "inspect", "load_twin", "validate"]
+__all__ = ["apply_plan", "compress", "inspect", "load_twin", "sweep", "validate"]
 
 _log = logging.getLogger(__name__)
 
@@ -70,7 +73,7 @@ MAX_PROVEN_BYTES = 2**30
 """Of larger models ``apply`` checks the file alone: ``compress`` has proven the plan, and memory is short."""
 
 
-# ---------------------------------------------------------------- compress
+# ---------------------------------------------------------------- compress, sweep
 
 
 def compress(
@@ -93,6 +96,8 @@ def compress(
         ValidationError: the result cannot be written.
     """
     config = CompressConfig.from_options(options)
+    if config.sweep is not None:
+        raise UsageError("compress makes one model: hap_onnx.sweep makes several at once")
     output = _output_of(model, config)
     check_outputs(
         files_of(config, output=output), inputs={"MODEL": model, "--data": data, "--val": config.val}
@@ -101,12 +106,37 @@ def compress(
         return Job(model, data, config, output, on_event).run()
 
 
+def sweep(
+    model: str | Path | ModelProto, data: Any, *, on_event: OnEvent = ignore_event, **options: Any
+) -> reports.SweepReport:
+    """Plan a family of models of falling cost, from sensitivities that are found once.
+
+    The folder ``output`` gets, for each fraction of ``sweep`` (all the usual ones, if it is not given), the
+    plan from which ``apply_plan`` writes the model that ``compress`` would have written for this budget, and
+    ``sweep.json``, ``sweep.md`` and ``sweep.svg``, which grow from point to point. An earlier sweep there is
+    replaced.
+
+    Args, Raises: as ``compress``; points that cannot be reached or fail a gate are in the report, and raise
+    only if no other is left.
+    """
+    config = CompressConfig.from_options({"sweep": True, **options})
+    if config.sweep is None:
+        raise UsageError("a sweep needs at least one fraction to keep")
+    output = _output_of(model, config)
+    check_folder(output)
+    check_outputs(
+        files_of(config, output=output), inputs={"MODEL": model, "--data": data, "--val": config.val}
+    )
+    with use_threads(config.threads):
+        return run_sweep(Job(model, data, config, output, on_event))
+
+
 def _output_of(model: str | Path | ModelProto, config: CompressConfig) -> Path:
     if config.output is not None:
         return config.output
     if isinstance(model, ModelProto):
         raise UsageError("a model that is given in memory needs 'output', the path to write to")
-    return default_output(Path(model))
+    return default_output(Path(model)) if config.sweep is None else default_folder(Path(model))
 
 
 # ---------------------------------------------------------------- inspect, apply, validate, load_twin

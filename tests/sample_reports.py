@@ -11,6 +11,7 @@ from hap_onnx.report import (
     GroupKept,
     ImplantUsed,
     InspectReport,
+    Latency,
     LayerChosen,
     LayerInfo,
     MeasuredLoss,
@@ -18,6 +19,8 @@ from hap_onnx.report import (
     PlanSummary,
     Quality,
     Share,
+    SweepPoint,
+    SweepReport,
     ValidateReport,
 )
 
@@ -62,3 +65,29 @@ def validate_report(**changes):
         **changes,
     }  # fmt: skip
     return ValidateReport(**facts)
+
+
+def sweep_report(*, objective="macs", **changes):
+    """Two points that are best, one that another beats, one that fails its gate, one without a model."""
+
+    def point(keep, macs, after, *, latency, best=False, refused=None):
+        drop = 0.9272 - after
+        quality = Quality("accuracy", 0.9272, after, drop, (drop - 0.0062, drop + 0.0058), 1017, None, True)
+        timed = Latency(2.4, 2.4 * latency, latency, (latency - 0.01, latency + 0.01), 99, 1, "CPU", 1)
+        reached = {"keep_macs": macs, "keep_params": macs + 0.05, "keep_latency": latency}
+        plan = None if refused else f"keep-{objective}-{keep:.2f}.json"
+        return SweepPoint(keep, plan, refused, AFTER, quality, FIDELITY, timed, reached, best)
+
+    facts = {
+        "model": "models/net.onnx", "output": "models/net.hap.sweep", "objective": objective,
+        "asked": (0.9, 0.7, 0.5, 0.3, 0.0001), "complete": True, "before": BEFORE,
+        "points": (
+            point(0.9, 0.895, 0.926, latency=0.8, best=True),
+            point(0.7, 0.69, 0.924, latency=0.7),
+            point(0.5, 0.499, 0.925, latency=0.6, best=True),
+            point(0.3, 0.298, 0.8, latency=0.5, refused="accuracy drops by 0.1272"),
+            SweepPoint(0.0001, None, "the budget cannot be reached"),
+        ),
+        "seconds": {"load": 1.2, "compress": 31.0}, "seed": 0, "versions": {"hap-onnx": "0.1.0"}, **changes,
+    }  # fmt: skip
+    return SweepReport(**facts)

@@ -11,10 +11,10 @@ import time
 from pathlib import Path
 
 import pytest
-from sample_reports import QUALITY, compress_report, inspect_report, validate_report
+from sample_reports import QUALITY, compress_report, inspect_report, sweep_report, validate_report
 
 from hap_onnx import cli
-from hap_onnx.config import COMMAND_OPTIONS, flag_of
+from hap_onnx.config import COMMAND_OPTIONS, SWEEP_RATIOS, flag_of
 from hap_onnx.errors import BudgetError, CalibrationError, GateError, ModelError, ValidationError
 from hap_onnx.events import Event
 
@@ -37,13 +37,14 @@ class Library:
         return function
 
     def __getattr__(self, name):
-        reports = {"inspect": inspect_report(), "validate": validate_report()}
+        reports = {"inspect": inspect_report(), "validate": validate_report(), "sweep": sweep_report()}
         return self._call(name, reports.get(name, compress_report()))
 
 
 @pytest.fixture
 def library(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "present").write_text("a file")
     stub = Library()
     monkeypatch.setattr(cli.Session, "load_pipeline", lambda self: stub)
     return stub
@@ -120,12 +121,41 @@ def test_the_other_commands_call_their_functions(library):
 
 @pytest.mark.parametrize(
     "arguments",
-    ["compress m.onnx --data d", "inspect m.onnx", "apply m.onnx p.json", "validate a.onnx b.onnx --data d"],
+    [
+        "compress m.onnx --data d", "compress m.onnx --data d --sweep", "inspect m.onnx",
+        "apply m.onnx p.json", "validate a.onnx b.onnx --data d",
+    ],
 )
 def test_json_prints_the_report_only(library, capsys, arguments):
     assert cli.main([*arguments.split(), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["schema"].startswith("hap-onnx/")
     assert "json" not in library.calls[0][2]
+
+
+@pytest.mark.parametrize(
+    ("words", "ratios", "folder"),
+    [
+        ("--sweep", SWEEP_RATIOS, "net.hap.sweep"),
+        ("--sweep --objective params -o family", SWEEP_RATIOS, "family"),
+        ("--sweep 0.5,0.7", (0.7, 0.5), "net.hap.sweep"),
+    ],
+)
+def test_a_sweep_is_another_call_with_a_folder(library, capsys, words, ratios, folder):
+    assert cli.main(["compress", "net.onnx", "--data", "x", *words.split()]) == 0
+    ((name, _, options),) = library.calls
+    assert name == "sweep"
+    assert (options["sweep"], options["output"]) == (ratios, Path(folder))
+    assert "keep-macs-0.50.json" in capsys.readouterr().out
+
+
+def test_a_config_file_may_ask_for_a_sweep(library, tmp_path):
+    for text, ratios in (("true", SWEEP_RATIOS), ("[0.4, 0.6]", (0.6, 0.4)), ('"0.4"', (0.4,))):
+        (tmp_path / "hap.toml").write_text(f"sweep = {text}\n")
+        assert cli.main("compress net.onnx --data x --config hap.toml".split()) == 0
+        assert library.calls[-1][2]["sweep"] == ratios
+    (tmp_path / "hap.toml").write_text("sweep = false\n")
+    assert cli.main("compress net.onnx --data x --config hap.toml".split()) == 0
+    assert library.calls[-1][0] == "compress"
 
 
 def test_quiet_silences_notes(library, capsys):
@@ -206,6 +236,15 @@ def test_a_failed_validation_is_not_a_success(library, capsys):
         ("compress net.onnx --data x --epochs 0", "--epochs must be a whole number of at least 1"),
         ("compress net.onnx --data x --epochs 3 --recover none", "--recover none forbids it"),
         ("compress net.onnx --data x --rounds 2", "--rounds needs a budget"),
+        ("compress net.onnx --data x --sweep 0.5,1.5", "--sweep must be a list of fractions"),
+        ("compress net.onnx --data x --sweep half", "--sweep must be a list of fractions"),
+        ("compress net.onnx --data x --sweep --keep-macs 0.5", "leave --keep-macs away"),
+        ("compress net.onnx --data x --sweep --rounds 2", "leave one away"),
+        ("compress net.onnx --data x --sweep --dry-run", "leave --dry-run away"),
+        ("compress net.onnx --data x --sweep --save-plan p.json", "leave --save-plan away"),
+        ("compress net.onnx --data x --sweep --then int8", "leave --then int8 away"),
+        ("compress net.onnx --data x --sweep -o .", "holds other files"),
+        ("compress net.onnx --data x --sweep -o present", "is a file"),
         ("compress net.onnx --data x --recover finetune", "finetune"),
         ("compress net.onnx --data x --augment flip", "flip"),
         ("compress net.onnx --data x --sensitivity taylor", "taylor"),

@@ -370,6 +370,63 @@ def test_a_signal_in_the_middle_leaves_nothing(
     assert folder.files == before
 
 
+# Runs a real sweep and stops in the middle of its second point.
+PAUSED_SWEEP = textwrap.dedent(
+    """
+    import sys, time
+    import hap_onnx.cli as cli
+    from hap_onnx.jobs import machine
+    from hap_onnx.jobs.job import Job
+
+    machine.LATENCY_SECONDS = 0.1
+    n_before, real = 1, Job.try_out
+
+    def try_out(self):
+        global n_before
+        n_before -= 1
+        if n_before < 0:
+            print("paused", flush=True)
+            time.sleep(60)
+        return real(self)
+
+    Job.try_out = try_out
+    sys.exit(cli.main())
+    """
+)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs POSIX signals")
+def test_an_interrupted_sweep_tells_what_is_left(folder: Folder) -> None:
+    arguments = ("--sweep", "0.7,0.5", "--threads", "1", "--recover", "none", "--allow-slower", "-q")
+    command = [sys.executable, "-c", PAUSED_SWEEP, "compress", "net.onnx", "--data", "calib.npz", *arguments,
+               "--method", "prune"]  # fmt: skip
+    with subprocess.Popen(
+        command, cwd=folder.path, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "paused\n"
+        process.send_signal(signal.SIGINT)
+        _, error = process.communicate(timeout=30)
+    assert process.returncode == 130
+    left = "net.hap.sweep holds what is done, 1 of the sweep's points"
+    assert error.splitlines()[-1] == f"hap-onnx: interrupted; {left}"
+    folder.run("apply", "net.onnx", "net.hap.sweep/keep-macs-0.70.json", "-o", "small.onnx")
+    assert json.loads((folder / "net.hap.sweep/sweep.json").read_text())["complete"] is False
+
+
+def test_a_sweep_prints_its_table_or_its_report(folder: Folder) -> None:
+    arguments = ("compress", "net.onnx", "--data", "calib.npz", "--sweep", "0.7,0.0001", "--threads", "1",
+                 "--recover", "none", "--method", "prune", "--allow-slower", "-q")  # fmt: skip
+    text = " ".join(folder.run(*arguments).out.split())
+    assert "x 0.0001: the budget cannot be reached" in text
+    assert "hap-onnx apply net.onnx net.hap.sweep/keep-macs-0.70.json" in text
+    report = json.loads(folder.run(*arguments, "--json").out)
+    assert report == json.loads((folder / "net.hap.sweep/sweep.json").read_text())
+    result = folder.run(*arguments, "--sweep", "0.0001", "--json", code=3)
+    assert json.loads(result.out)["output"] is None
+    assert "no point of the sweep is met" in result.err
+
+
 # Runs the real job and stops in training: at the n-th update, or while a state is half-written.
 PAUSED_TRAINING = textwrap.dedent(
     """

@@ -10,12 +10,16 @@ import pytest
 from hap_onnx.config import (
     COMMAND_OPTIONS,
     DEFAULT_EPOCHS,
+    SWEEP_RATIOS,
     CompressConfig,
+    check_folder,
     check_options,
     check_outputs,
+    default_folder,
     default_output,
     describe_options,
     files_of,
+    point_name,
     read_config,
     rejected_path,
     resolve_max_drop,
@@ -63,7 +67,8 @@ def test_no_budget_and_no_gate_leaves_nothing_to_aim_at():
         ("align", 2.5), ("exclude", [1]), ("exclude", [""]), ("exclude", 5), ("preprocess", "imagnet"),
         ("preprocess", "x.json"), ("device", "gpu"), ("providers", ""), ("providers", [1]), ("seed", -1),
         ("seed", None), ("batch_size", 0), ("max_samples", 0), ("threads", 0), ("report", ""), ("output", 3),
-        ("dry_run", "yes"), ("json", 1),
+        ("dry_run", "yes"), ("json", 1), ("sweep", ""), ("sweep", "0.5,"), ("sweep", []), ("sweep", [0.5, 0]),
+        ("sweep", 2), ("sweep", "yes"), ("sweep", {"a": 0.5}),
     ],
 )  # fmt: skip
 def test_values_that_make_no_sense_are_usage_errors_that_name_the_option(name, value):
@@ -129,7 +134,7 @@ def test_unknown_words_are_refused_with_the_nearest_right_one():
         CompressConfig(sensitivity="hutchison")
 
 
-@pytest.mark.parametrize("word", ["sweep", "html"])
+@pytest.mark.parametrize("word", ["html", "teacher"])
 def test_options_of_later_releases_are_not_accepted(word):
     with pytest.raises(UsageError, match="no option"):
         CompressConfig.from_options({word: 1})
@@ -179,6 +184,44 @@ def test_rounds_need_something_to_approach():
         CompressConfig(rounds=2)
     with pytest.raises(UsageError, match="--rounds needs a budget"):
         CompressConfig(rounds=2, max_drop=0.1)
+
+
+@pytest.mark.parametrize("value", ["0.5, 0.7,0.50", [0.7, 0.5], (0.5, 0.7, 0.7), np.array([0.5, 0.7])])
+def test_the_points_of_a_sweep_come_in_falling_order_and_once(value):
+    assert CompressConfig(sweep=value).sweep == (0.7, 0.5)
+
+
+def test_a_sweep_is_a_switch_too():
+    assert CompressConfig().sweep is None
+    assert CompressConfig(sweep=False).sweep is None
+    assert CompressConfig(sweep=True).sweep == SWEEP_RATIOS
+    assert CompressConfig(sweep=0.5).sweep == (0.5,)
+
+
+@pytest.mark.parametrize(
+    ("objective", "swept"), [(None, "keep_macs"), ("params", "keep_params"), ("latency", "keep_latency")]
+)
+def test_a_point_of_a_sweep_is_the_job_with_its_budget(tmp_path, objective, swept):
+    words = {"seed": 3, "max_drop": 0.1, "method": "prune"}
+    files = {"keep_rejected": True, "report": tmp_path / "r.json"}
+    config = CompressConfig(sweep=True, objective=objective, **files, **words)
+    point = config.at_point(0.5, tmp_path)
+    name = f"{swept.replace('_', '-')}-0.50.onnx"
+    assert point == CompressConfig(**{swept: 0.5}, output=tmp_path / name, **words)
+    assert point.needs_times == config.needs_times  # sensitivities are shared
+    assert config.drop_limit == point.drop_limit
+
+
+@pytest.mark.parametrize(
+    ("ratio", "name"), [(0.5, "0.50"), (1.0, "1.00"), (0.125, "0.125"), (1e-7, "1e-07"), (1 / 3, repr(1 / 3))]
+)
+def test_points_have_names_that_differ(ratio, name):
+    assert point_name("keep_macs", ratio) == f"keep-macs-{name}"
+
+
+def test_a_sweep_may_go_without_a_gate():
+    assert CompressConfig(sweep=True, max_drop="none").at_point(0.5, Path()).drop_limit is None
+    assert CompressConfig(sweep=True).at_point(0.5, Path()).drop_limit is None
 
 
 def test_checked_options_are_complete():
@@ -245,6 +288,28 @@ def test_a_config_file_that_cannot_be_read(tmp_path):
 )
 def test_default_output_lies_beside_the_model(model, output):
     assert default_output(Path(model)) == Path(output)
+
+
+def test_the_default_folder_of_a_sweep_lies_beside_the_model():
+    assert default_folder(Path("a/net.v1.onnx")) == Path("a/net.v1.hap.sweep")
+
+
+def test_a_sweep_has_a_folder_of_its_own(tmp_path):
+    check_folder(tmp_path / "new")
+    (tmp_path / "empty").mkdir()
+    check_folder(tmp_path / "empty")
+    with pytest.raises(UsageError, match="holds other files"):
+        check_folder(tmp_path)
+    (tmp_path / "empty" / "sweep.json").write_text("{}")
+    (tmp_path / "empty" / "small.onnx").write_text("that was written from a plan")
+    check_folder(tmp_path / "empty")
+    with pytest.raises(UsageError, match="is a file"):
+        check_folder(tmp_path / "empty" / "sweep.json")
+    with pytest.raises(ValidationError, match="there is no folder"):
+        check_folder(tmp_path / "none" / "family")
+    with pytest.raises(UsageError, match="too long for a path"):
+        check_folder(tmp_path / ("a" * 5000))
+    assert files_of(CompressConfig(sweep=True, keep_rejected=True), output=tmp_path) == {}
 
 
 def test_all_files_of_a_job_are_known_before_it_starts(tmp_path):

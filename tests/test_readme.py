@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pkgutil
 import re
 import shlex
 import sys
@@ -51,7 +52,7 @@ def test_two_commands_come_first_and_set_up_by_themselves():
 
 def test_commands_of_the_readme_exist_with_their_options():
     lines = [line for line in shell_lines() if line.startswith("hap-onnx ")]
-    assert {line.split()[1] for line in lines} == {"inspect", "compress", "validate"}
+    assert {line.split()[1] for line in lines} == {"apply", "compress", "inspect", "validate"}
     for line in lines:
         words = shlex.split(line, comments=True)
         context = cli.cli.commands[words[1]].make_context(words[1], words[2:], obj=cli.Session())
@@ -69,7 +70,8 @@ def test_python_names_of_the_readme_exist():
     names = set(re.findall(r"hap_onnx\.([A-Za-z_]+)", "".join(blocks("python"))))
     names |= set(re.findall(r"`hap_onnx\.([A-Za-z_]+)", README))
     assert names
-    assert names <= set(hap_onnx.__all__)
+    modules = {module.name for module in pkgutil.iter_modules(hap_onnx.__path__)}
+    assert names <= {*hap_onnx.__all__, *modules}
 
 
 def test_the_config_file_of_the_readme_is_valid(tmp_path):

@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Collection, Mapping
+from copy import copy
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -133,6 +135,15 @@ class Job:
         )
         self.times = open_times(config, self.session, self.shop.work.latency_table())
         self.rounds = [Round(self.shop, self.prepared)]
+        self._outputs_before = cache(self._run_original)  # copies of the job share what it has found
+
+    def at(self, config: CompressConfig) -> Job:
+        """The same job with other budgets: it shares the data, the original, sensitivities and the clock."""
+        other = copy(self)
+        other.config, other.output = config, config.output or self.output
+        other.shop = replace(self.shop, config=config, time=other._time, time_nodes=other._time_nodes)
+        other.rounds = [self.rounds[0].at(other.shop)]
+        return other
 
     def note(self, text: str, *, kind: str = "note") -> None:
         self.on_event(Event("compress", "warning" if kind == "warning" else "note", text))
@@ -242,6 +253,31 @@ class Job:
     # --- the job ---
 
     def run(self) -> reports.CompressReport:
+        self.check_can_shrink()
+        with self.shop.work.lock():
+            found = self._make()
+        return self._finish(found)
+
+    def try_out(self) -> tuple[CompressionPlan, reports.CompressReport, TargetError | None]:
+        """Make the model and measure it as if it were to be written.
+
+        Returns its plan, its report, and why ``run`` would refuse it, if it would. Raises BudgetError if
+        there is no such model.
+        """
+        candidate = self._make()
+        plan, compressed, proto = self._build(candidate)
+        report, gated = self._measure(candidate, plan, compressed, proto)
+        try:
+            self._gate(report, proto, gated)
+        except TargetError as refusal:
+            return plan, report, refusal
+        return plan, report, None
+
+    def _make(self) -> Candidate:
+        return self._compress_in_rounds(self._budgets()) if self.config.has_budget else self._search()
+
+    def check_can_shrink(self) -> None:
+        """Raise BudgetError if there is nothing to remove and nothing to replace."""
         config = self.config
         if not self.prepared.coupling.groups and (
             config.method == "prune" or not find_implant_layers(self.prepared)
@@ -250,9 +286,6 @@ class Job:
             raise BudgetError(
                 f"no channel of the model can be removed: {'; '.join(reasons) or 'no layer has weights'}"
             )
-        with self.shop.work.lock():
-            found = self._compress_in_rounds(self._budgets()) if config.has_budget else self._search()
-        return self._finish(found)
 
     def _budgets(self) -> dict[str, float | None]:
         config, prepared = self.config, self.prepared
@@ -444,13 +477,50 @@ class Job:
         return found
 
     def _finish(self, candidate: Candidate) -> reports.CompressReport:
-        config, plan = self.config, self._with_recipe(candidate)
-        compressed = self._to_proto(candidate, plan=plan)
-        proto = hand_off.finish(compressed, plan, config.then)
+        config = self.config
+        plan, compressed, proto = self._build(candidate)
         if config.dry_run:
             report = self._report(candidate, proto)
             self._save_side_files(plan, report)
             return report
+        report, gated = self._measure(candidate, plan, compressed, proto)
+        self._gate(report, proto, gated)
+        with self.clock.stage("write"):
+            save_model(
+                proto,
+                self.output,
+                external_data=self.source.external_data,
+                check=lambda path: check_loads(path, config),
+            )
+        report = replace(report, output=str(self.output), seconds=dict(self.clock.seconds))
+        self._save_side_files(plan, report)
+        quality = report.quality
+        if quality is not None and config.drop_limit is None and quality.drop > LARGE_DROP:
+            self.note(
+                f"{quality.metric} fell by {quality.drop:.4f}: keep more, or give --max-drop "
+                "to refuse such results",
+                kind="warning",
+            )
+        return report
+
+    def _run_original(self) -> Outputs:
+        """Outputs of the original on the report part."""
+        return run_outputs(self.session, self.splits.report, batch_size=self.batch_size)
+
+    def _build(self, candidate: Candidate) -> tuple[CompressionPlan, ModelProto, ModelProto]:
+        """The whole plan of a candidate, the compressed model that it makes, and the final file."""
+        plan = self._with_recipe(candidate)
+        compressed = self._to_proto(candidate, plan=plan)
+        return plan, compressed, hand_off.finish(compressed, plan, self.config.then)
+
+    def _measure(
+        self, candidate: Candidate, plan: CompressionPlan, compressed: ModelProto, proto: ModelProto
+    ) -> tuple[reports.CompressReport, LatencyComparison]:
+        """Check what was built, and measure the final file: its quality on the report part, and its latency.
+
+        Returns the report, and the comparison that the gates are about.
+        """
+        config = self.config
         with self.clock.stage("self-check"):
             self._check_result(compressed, candidate, plan)
             if config.then is not None:
@@ -460,7 +530,7 @@ class Job:
         with self.clock.stage("validate"):
             session = open_session(proto, config)
             part = self.splits.report
-            before = run_outputs(self.session, part, batch_size=self.batch_size)
+            before = self._outputs_before()
             after = run_outputs(session, part, batch_size=self.batch_size)
             check_finite(after, label="the compressed model")
             whole = session if config.then is None else open_session(compressed, config)
@@ -476,23 +546,7 @@ class Job:
             report = replace(report, budget=replace(report.budget, reached=reached))
         if config.then is not None:
             report = replace(report, then=self._measure_steps(report, plan, compressed, proto, before))
-        self._gate(report, proto, gated)
-        with self.clock.stage("write"):
-            save_model(
-                proto,
-                self.output,
-                external_data=self.source.external_data,
-                check=lambda path: check_loads(path, config),
-            )
-        report = replace(report, output=str(self.output), seconds=dict(self.clock.seconds))
-        self._save_side_files(plan, report)
-        if config.drop_limit is None and quality.drop > LARGE_DROP:
-            self.note(
-                f"{quality.metric} fell by {quality.drop:.4f}: keep more, or give --max-drop "
-                "to refuse such results",
-                kind="warning",
-            )
-        return report
+        return report, gated
 
     def _measure_steps(
         self,

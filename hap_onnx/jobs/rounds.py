@@ -101,10 +101,19 @@ class Round:
         self.shop, self.prepared, self.earlier = shop, prepared, tuple(earlier)
         self.moved = frozenset(moved)
         self._last: tuple[str, Candidate] | None = None
+        self._first: Round | None = None
+
+    def at(self, shop: Workshop) -> Round:
+        """The same round for a job that has other budgets only: sensitivities are found once for both."""
+        other = Round(shop, self.prepared, self.earlier, self.moved)
+        other._first = self
+        return other
 
     @cached_property
     def losses(self) -> LossModel:
         """What removing channels and replacing layers is expected to cost."""
+        if self._first is not None:
+            return self._first.losses
         shop, config = self.shop, self.shop.config
         with shop.clock.stage("sensitivity"):
             return build_loss_model(
@@ -122,6 +131,8 @@ class Round:
     @cached_property
     def setting(self) -> Setting:
         """What all candidates of the round share."""
+        if self._first is not None:
+            return self._first.setting
         shop, config, losses, times = self.shop, self.shop.config, self.losses, self.times
         kinds = self._kinds(times)
         align: Align = config.align
@@ -160,6 +171,8 @@ class Round:
     @cached_property
     def times(self) -> NodeTimes | None:
         """What nodes and implants take in the runtime; None where it does not matter."""
+        if self._first is not None:
+            return self._first.times
         config = self.shop.config
         # A preset is taken as it is; whether it is slower, the gate decides.
         guards_speed = not config.allow_slower and config.preset is None and config.method != "prune"

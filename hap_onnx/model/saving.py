@@ -18,13 +18,13 @@ _EXTERNAL_MIN_BYTES = 1024  # smaller tensors stay in the model file: shape infe
 ALIGNMENT = 4096  # lets onnxruntime map the weights instead of copying them
 
 
-def make_folder(path: Path) -> None:
+def make_folder(path: Path, *, option: str = "--work-dir") -> None:
     """Make a folder, and those that it is in, unless they are there; raises ValidationError."""
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ValidationError(
-            f"the folder {path} cannot be made ({error.strerror or error}); check --work-dir"
+            f"the folder {path} cannot be made ({error.strerror or error}); check {option}"
         ) from error
 
 

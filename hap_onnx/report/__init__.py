@@ -14,6 +14,7 @@ from typing import Any
 COMPRESS_SCHEMA = "hap-onnx/compress/1"
 INSPECT_SCHEMA = "hap-onnx/inspect/1"
 VALIDATE_SCHEMA = "hap-onnx/validate/1"
+SWEEP_SCHEMA = "hap-onnx/sweep/1"
 
 
 @dataclass(frozen=True)
@@ -318,7 +319,59 @@ class ValidateReport:
         return _to_dict(self)
 
 
-Report = CompressReport | InspectReport | ValidateReport
+@dataclass(frozen=True)
+class SweepPoint:
+    """One model of a sweep: the smallest loss that was found for its budget.
+
+    ``keep`` is the fraction that was asked for. ``plan`` is the file in the sweep's folder from which
+    ``apply`` writes the model, None where none was kept; ``refused`` says why a point is none to choose. A
+    point without a model has no figures. ``reached`` holds fractions by budget, see ``Budget``; ``best``
+    tells whether no other point is at least as good and at least as cheap, and better in one of the two.
+    """
+
+    keep: float
+    plan: str | None
+    refused: str | None = None
+    after: ModelFacts | None = None
+    quality: Quality | None = None
+    fidelity: Fidelity | None = None
+    latency: Latency | None = None
+    reached: Mapping[str, float] = field(default_factory=dict)
+    best: bool = False
+
+
+@dataclass(frozen=True)
+class SweepReport:
+    """The result of ``sweep``: a family of models of falling cost, in the order of ``asked``.
+
+    ``output`` is the folder with their plans, None where nothing was written; ``objective`` is the cost that
+    falls: params, macs or latency; ``before`` was measured with the first model. A sweep that was interrupted
+    is not ``complete``: it holds the points that were finished.
+    """
+
+    model: str
+    output: str | None
+    objective: str
+    asked: tuple[float, ...]
+    complete: bool
+    before: ModelFacts
+    points: tuple[SweepPoint, ...]
+    seconds: Mapping[str, float]
+    seed: int
+    versions: Mapping[str, str]
+    schema: str = SWEEP_SCHEMA
+
+    @property
+    def budget(self) -> str:
+        """The name of the budget that falls, as in ``SweepPoint.reached``."""
+        return f"keep_{self.objective}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the report with plain types only; numbers that are not finite become None."""
+        return _to_dict(self)
+
+
+Report = CompressReport | InspectReport | ValidateReport | SweepReport
 
 
 def _to_dict(report: Report) -> dict[str, Any]:

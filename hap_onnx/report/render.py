@@ -8,6 +8,7 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields, is_dataclass, replace
+from pathlib import Path
 from typing import Any, TextIO
 
 from rich.console import Console, Group, RenderableType
@@ -39,6 +40,8 @@ from hap_onnx.report import (
     Report,
     RoundRecovered,
     Share,
+    SweepPoint,
+    SweepReport,
     ValidateReport,
 )
 from hap_onnx.report.printable import printable
@@ -83,6 +86,8 @@ def _printable(value: Any) -> Any:
 def _layout(report: Report) -> RenderableType:
     if isinstance(report, InspectReport):
         return _layout_inspect(report)
+    if isinstance(report, SweepReport):
+        return _layout_sweep(report)
     if isinstance(report, ValidateReport):
         title = f"{report.reference} -> {report.candidate}"
         lines = [*_latency_lines(report.latency), *_quality_lines(report.quality, of="sample")]
@@ -287,6 +292,97 @@ def _reason_lines(frozen: Iterable[FrozenNode]) -> list[Text]:
         more = f" and {len(nodes) - _MAX_NODES_NAMED} more" if len(nodes) > _MAX_NODES_NAMED else ""
         lines.append(Text(f"  {named}{more}: {reason}", overflow="fold"))
     return lines
+
+
+# ---------------------------------------------------------------- sweeps
+
+SWEEP_CAUTION = (
+    "The quality of each point was measured on samples that were used for nothing else. Choosing among "
+    "several by these figures makes the one chosen look better than it is: check it once more on other data."
+)
+
+
+def _layout_sweep(report: SweepReport) -> RenderableType:
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    titles, *rows = _sweep_rows(report)
+    for title in titles:
+        table.add_column(title, justify="right" if title else "left")
+    for row in rows:
+        table.add_row(*row)
+    lines = [*_sweep_notes(report)]
+    if any(point.best for point in report.points):
+        lines += [f"to write one: {_apply_command(report)}", SWEEP_CAUTION]
+    total = sum(report.seconds.values())
+    if total:
+        lines.append(f"time: {total:.1f} s")
+    head = Text(f"{report.model} -> {report.output or '(nothing written)'}", style="bold", overflow="fold")
+    return Group(head, table, *(Text(line, overflow="fold") for line in lines))
+
+
+def render_sweep_markdown(report: SweepReport) -> str:
+    """Return the table of a sweep as Markdown, with what was refused, and how to write a model."""
+    report = _printable(report)
+    titles, *rows = _sweep_rows(report)
+    plans = [""] * (len(rows) - len(report.points)) + [point.plan or "" for point in report.points]
+    cells = [(*titles, "plan"), ("---",) * (len(titles) + 1)]
+    cells += [(*row, plan) for row, plan in zip(rows, plans, strict=True)]
+    table = "\n".join(f"| {' | '.join(row)} |" for row in cells).replace("| * |", "| \\* |")
+    notes = "\n".join(f"- {note}" for note in _sweep_notes(report))
+    parts = [f"# {report.model}", table, notes, "![quality over cost](sweep.svg)"]
+    if any(point.best for point in report.points):
+        parts += [f"    {_apply_command(report)}", SWEEP_CAUTION]
+    return "\n\n".join(parts) + "\n"
+
+
+def _sweep_rows(report: SweepReport) -> list[tuple[str, ...]]:
+    """Titles, the original, and one row per point; costs are fractions of the original's."""
+    measured = [point.quality for point in report.points if point.quality is not None]
+    metric = measured[0].metric if measured else "quality"
+    rows: list[tuple[str, ...]] = [("", "keep", "MACs", "params", "latency (95 %)", metric, "change (95 %)")]
+    if measured:
+        rows.append(("", "", "1.000", "1.000", "1.00", _metric(metric, measured[0].before), ""))
+    for point in report.points:
+        mark = "x" if point.refused else "*" if point.best else ""
+        rows.append((mark, _keep(point.keep), *_sweep_figures(point)))
+    return rows
+
+
+def _sweep_figures(point: SweepPoint) -> tuple[str, ...]:
+    costs = (point.reached.get(name) for name in ("keep_macs", "keep_params"))
+    shares = ["" if cost is None else f"{cost:.3f}" for cost in costs]
+    latency = quality = change = ""
+    if point.latency is not None:
+        low, high = point.latency.interval
+        latency = f"{point.latency.ratio:.2f} ({low:.2f}-{high:.2f})"
+    if point.quality is not None:
+        name = point.quality.metric
+        quality = _metric(name, point.quality.after)
+        worst, best = (_signed(name, -bound) for bound in reversed(point.quality.interval))
+        change = f"{_signed(name, -point.quality.drop)} ({worst}, {best})"
+    return *shares, latency, quality, change
+
+
+def _sweep_notes(report: SweepReport) -> list[str]:
+    """What the marks mean, which points were refused and why, and what is missing."""
+    cost = {"params": "parameters", "macs": "MACs", "latency": "latency"}[report.objective]
+    notes = [f"*: no other point is as good, or better, at no more {cost}"]
+    for point in report.points:
+        if point.refused is not None:
+            kept = "" if point.plan is None else f" (its plan is {point.plan})"
+            notes.append(f"x {_keep(point.keep)}: {point.refused}{kept}")
+    if not report.complete:
+        notes.append(f"unfinished: {len(report.points)} of {_plural(len(report.asked), 'point')} are done")
+    return notes
+
+
+def _keep(ratio: float) -> str:
+    return f"{ratio:.2f}" if round(ratio, 2) == ratio else f"{ratio:g}"
+
+
+def _apply_command(report: SweepReport) -> str:
+    """How to write a model, the smallest of the best."""
+    plan = next(point.plan or "" for point in reversed(report.points) if point.best)
+    return f"hap-onnx apply {report.model} {Path(report.output or '') / plan}"
 
 
 # ---------------------------------------------------------------- numbers

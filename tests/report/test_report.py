@@ -7,11 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from sample_reports import compress_report, inspect_report, validate_report
+from sample_reports import compress_report, inspect_report, sweep_report, validate_report
 
 from hap_onnx.events import Event
 from hap_onnx.report import Conversion, Fidelity, Latency, ModelFacts, Quality, RoundRecovered
-from hap_onnx.report.render import EventPrinter, render_json, render_report
+from hap_onnx.report.render import EventPrinter, render_json, render_report, render_sweep_markdown
 
 
 def test_the_keys_of_a_compress_report_are_the_contract():
@@ -52,7 +52,7 @@ def test_a_report_refuses_what_json_cannot_say():
         compress_report(seed=object()).to_dict()
 
 
-@pytest.mark.parametrize("report", [compress_report(), inspect_report(), validate_report()])
+@pytest.mark.parametrize("report", [compress_report(), inspect_report(), validate_report(), sweep_report()])
 def test_reports_fit_80_columns_and_carry_no_colour_in_a_pipe(report):
     text = render_report(report, io.StringIO())
     assert max(len(line) for line in text.splitlines()) <= 80
@@ -110,6 +110,76 @@ def test_frozen_nodes_are_told_once_per_reason():
 def test_names_with_brackets_are_shown_as_they_are():
     report = compress_report(model="net[bold]1.onnx", frozen=())
     assert "net[bold]1.onnx" in render_report(report, io.StringIO())
+
+
+# ---------------------------------------------------------------- sweeps
+
+
+def test_the_keys_of_a_sweep_are_the_contract():
+    plain = sweep_report().to_dict()
+    assert list(plain) == [
+        "schema", "model", "output", "objective", "asked", "complete", "before", "points", "seconds", "seed",
+        "versions",
+    ]  # fmt: skip
+    assert plain["schema"] == "hap-onnx/sweep/1"
+    assert [list(point) for point in plain["points"]] == 5 * [
+        ["keep", "plan", "refused", "after", "quality", "fidelity", "latency", "reached", "best"]
+    ]
+    assert plain["points"][0]["plan"] == "keep-macs-0.90.json"
+    assert plain["points"][-1] == {
+        "keep": 0.0001, "plan": None, "refused": "the budget cannot be reached", "after": None,
+        "quality": None, "fidelity": None, "latency": None, "reached": {}, "best": False,
+    }  # fmt: skip
+
+
+ROWS = (
+    "1.000  1.000  1.00              92.72 %",
+    "*  0.90    0.895  0.945  0.80 (0.79-0.81)  92.60 %  -0.12 (-0.70, +0.50)",
+    "0.70    0.690  0.740  0.70 (0.69-0.71)  92.40 %  -0.32 (-0.90, +0.30)",
+    "x  0.30    0.298  0.348  0.50 (0.49-0.51)  80.00 %  -12.72 (-13.30, -12.10)",
+    "x  0.0001",
+)
+
+
+def test_the_table_of_a_sweep_has_a_row_for_each_point_and_says_why_not():
+    lines = [line.split() for line in render_report(sweep_report(), io.StringIO()).splitlines()]
+    for row in ROWS:
+        assert row.split() in lines
+    text = " ".join(render_report(sweep_report(), io.StringIO()).split())
+    assert "x 0.30: accuracy drops by 0.1272 x 0.0001: the budget cannot be reached" in text
+    assert "hap-onnx apply models/net.onnx models/net.hap.sweep/keep-macs-0.50.json" in text
+    assert "makes the one chosen look better than it is" in text
+    assert "unfinished" not in text
+    for objective, word in (("params", "no more parameters"), ("latency", "no more latency")):
+        assert word in render_report(sweep_report(objective=objective), io.StringIO())
+
+
+def test_an_unfinished_sweep_says_so_and_a_failed_one_offers_nothing():
+    points = sweep_report().points
+    text = render_report(sweep_report(points=points[:2], complete=False), io.StringIO())
+    assert "unfinished: 2 of 5 points are done" in text
+    text = render_report(sweep_report(points=points[3:], output=None), io.StringIO())
+    assert "(nothing written)" in text
+    assert "hap-onnx apply" not in text
+
+
+def test_the_table_in_markdown_names_the_plans():
+    text = render_sweep_markdown(sweep_report())
+    table = [line.strip("|").split("|") for line in text.splitlines() if line.startswith("|")]
+    assert {len(row) for row in table} == {8}
+    assert [row[-1].strip() for row in table[2:]] == [
+        "", "keep-macs-0.90.json", "keep-macs-0.70.json", "keep-macs-0.50.json", "", "",
+    ]  # fmt: skip
+    assert [row[0].strip() for row in table[2:]] == ["", "\\*", "", "\\*", "x", "x"]
+    assert "- x 0.30: accuracy drops by 0.1272\n" in text
+    assert "(sweep.svg)" in text
+
+
+def test_a_sweep_of_a_model_with_an_odd_name_can_be_shown():
+    report = replace(sweep_report(), model="net\x1b[2J.onnx")
+    for text in (render_report(report, io.StringIO()), render_sweep_markdown(report)):
+        assert "\x1b" not in text
+        assert "net\\x1b[2J.onnx" in text
 
 
 # ---------------------------------------------------------------- events
