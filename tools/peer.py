@@ -26,11 +26,14 @@ import math
 import os
 import subprocess
 import sys
+import time
 import venv
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from unittest.mock import patch
 
 import click
 import numpy as np
@@ -57,29 +60,34 @@ WORKER = Path(__file__).with_name("peer_worker.py")
 BATCH_SIZE = 32
 
 
+Interval = tuple[float, float, float]
+"""A value and the ends of its 95 % interval."""
+
+
 @dataclass(frozen=True)
 class Measured:
     """A compressed model beside the original.
 
     Attributes:
         params, macs: shares of the original's.
-        latency: the original takes 1; with the ends of its 95 % interval.
+        latency: the original takes 1; with the ends of its 95 % interval. None where it was not timed.
         outputs: of the test images.
     """
 
     params: float
     macs: float
-    latency: tuple[float, float, float]
     accuracy: float
     outputs: Mapping[str, np.ndarray]
+    latency: Interval | None = None
 
 
 @dataclass(frozen=True)
 class Point:
-    """What the peer made of a model."""
+    """What the peer made of a model, and where that lies."""
 
     mode: str
     sparsity: float
+    path: Path
     measured: Measured
 
 
@@ -216,6 +224,19 @@ def _sha256(content: bytes) -> str:
 # --- measuring ---
 
 
+@contextmanager
+def use_clock(name: str) -> Iterator[None]:
+    """Let everything be timed by the CPU time of this process, ours and the planner's measurements alike.
+
+    With one thread that is what the wall clock would say if nobody else used the machine, but for caches.
+    """
+    if name == "wall":
+        yield
+        return
+    with patch.object(time, "perf_counter", time.process_time):
+        yield
+
+
 class Scale:
     """Measures models beside the original: on the test images, in size, and in turn with it in time."""
 
@@ -231,34 +252,35 @@ class Scale:
         self._first = next(iter(self.test.batches(self.session.fixed_batch or 1))).inputs
         self._size = self._count(model)
 
-    def measure(self, path: Path) -> Measured:
+    def measure(self, path: Path, *, timed: bool = True) -> Measured:
         """Measure a model, or return what is kept beside it of the last time."""
         kept = path.with_suffix(f".{self._name}.npz")
-        if kept.is_file():
-            with np.load(kept) as arrays:
-                facts = json.loads(str(arrays["facts"]))
-                outputs = {name: arrays[name] for name in self.session.output_names}
-            return Measured(
-                facts["params"], facts["macs"], tuple(facts["latency"]), facts["accuracy"], outputs
-            )
-        found = self._measure(path)
-        facts = {name: getattr(found, name) for name in ("params", "macs", "latency", "accuracy")}
+        found = self._read(kept) if kept.is_file() else self._run(path)
+        if timed and found.latency is None:
+            timing = compare_speed(self.session, self._open(path), self._first)
+            found = replace(found, latency=(timing.ratio, timing.ratio_low, timing.ratio_high))
+        facts = {name: getattr(found, name) for name in ("params", "macs", "accuracy", "latency")}
         np.savez(kept, facts=json.dumps(facts), **found.outputs)
         return found
 
-    def _measure(self, path: Path) -> Measured:
-        session, size = self._open(path), self._count(path)
-        outputs = run_outputs(session, self.test, batch_size=BATCH_SIZE)
-        timing = compare_speed(self.session, session, self._first)
+    def _read(self, kept: Path) -> Measured:
+        with np.load(kept) as arrays:
+            facts = json.loads(str(arrays["facts"]))
+            outputs = {name: arrays[name] for name in self.session.output_names}
+        latency = None if facts["latency"] is None else tuple(facts.pop("latency"))
+        return Measured(**{**facts, "latency": latency}, outputs=outputs)
+
+    def _run(self, path: Path) -> Measured:
+        size = self._count(path)
+        outputs = run_outputs(self._open(path), self.test, batch_size=BATCH_SIZE)
         return Measured(
             params=size.params / self._size.params,
             macs=size.macs / self._size.macs,
-            latency=(timing.ratio, timing.ratio_low, timing.ratio_high),
             accuracy=100 * self.metric.evaluate(self._outputs, outputs, self.test.labels),
             outputs=outputs,
         )
 
-    def margin(self, ours: Measured, theirs: Measured) -> tuple[float, float, float]:
+    def margin(self, ours: Measured, theirs: Measured) -> Interval:
         """Points of accuracy that we are ahead, with the 95 % interval, paired over the images."""
         drop = self.metric.measure(ours.outputs, theirs.outputs, self.test.labels)
         assert drop.interval is not None
@@ -277,13 +299,15 @@ def compare(scale: Scale, ours: Ours, peers: Sequence[Point]) -> list[Row]:
     """Run ours against each point of the peer's."""
     rows = []
     for point in peers:
-        theirs = point.measured
+        theirs = scale.measure(point.path)
+        assert theirs.latency is not None
+        click.echo(f"{point.mode} {point.sparsity:g}: {_facts(theirs)}")
         made = ours.compress({"params": _floor(theirs.params, 6), "macs": _floor(theirs.macs, 6)})
         at_size = at_latency = None if made is None else scale.measure(made)
         if theirs.latency[0] < 1:
             made = ours.compress({"latency": _floor(theirs.latency[0], 3)})
             at_latency = None if made is None else scale.measure(made)
-        rows.append(Row(point, at_size, at_latency))
+        rows.append(Row(replace(point, measured=theirs), at_size, at_latency))
         for what, found in (("size", at_size), ("latency", at_latency)):
             if found is not None:
                 click.echo(f"{point.mode} {point.sparsity:g}, at equal {what}: {_facts(found)}")
@@ -296,10 +320,8 @@ def _floor(share: float, digits: int) -> float:
 
 
 def _facts(found: Measured) -> str:
-    return (
-        f"accuracy {found.accuracy:.2f}, params {found.params:.3f}, MACs {found.macs:.3f}, "
-        "latency {:.3f} ({:.3f} to {:.3f})".format(*found.latency)
-    )
+    text = f"accuracy {found.accuracy:.2f}, params {found.params:.3f}, MACs {found.macs:.3f}"
+    return text if found.latency is None else f"{text}, latency {_interval(found.latency, 3)}"
 
 
 # --- tables ---
@@ -307,13 +329,13 @@ def _facts(found: Measured) -> str:
 
 def show_modes(points: Sequence[Point]) -> str:
     """Return a Markdown table of all that the peer made."""
-    head = ("mode", "sparsity", "params left", "MACs left", "latency (95 %)", "accuracy")
+    head = ("mode", "sparsity", "params left", "MACs left", "accuracy")
     lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
     for point in sorted(points, key=lambda p: (p.mode, p.sparsity)):
         found = point.measured
         lines.append(
             f"| {point.mode} | {point.sparsity:g} | {found.params:.3f} | {found.macs:.3f} "
-            f"| {_interval(found.latency, 3)} | {found.accuracy:.2f} |"
+            f"| {found.accuracy:.2f} |"
         )
     return "\n".join(lines)
 
@@ -346,7 +368,9 @@ def show_rows(rows: Sequence[Row], scale: Scale) -> str:
     return "\n".join(lines)
 
 
-def _interval(values: tuple[float, float, float], digits: int, *, sign: str = "") -> str:
+def _interval(values: Interval | None, digits: int, *, sign: str = "") -> str:
+    if values is None:
+        return ""
     middle, low, high = (f"{value:{sign}.{digits}f}" for value in values)
     return f"{middle} ({low} to {high})"
 
@@ -381,6 +405,8 @@ def make_arrays(
 @click.option("--max-test", type=int, help="Most test images.")
 @click.option("--seed", default=0)
 @click.option("--threads", default=1)
+@click.option("--clock", type=click.Choice(["wall", "cpu"]), default="wall",
+              help="By what to time: cpu is for a machine that others keep busy.")  # fmt: skip
 def main(
     models: tuple[str, ...],
     folder: Path,
@@ -391,7 +417,10 @@ def main(
     max_test: int | None,
     seed: int,
     threads: int,
+    clock: str,
 ) -> None:
+    if clock == "cpu" and threads != 1:
+        raise click.UsageError("--clock cpu adds up what all threads take: it means something for one only")
     shared = Path(os.environ.get("HAP_ONNX_SHARED", ""))
     folder.mkdir(parents=True, exist_ok=True)
     python = make_environment(folder)
@@ -403,12 +432,12 @@ def main(
         place.mkdir(exist_ok=True)
         wanted = [(mode, share) for mode in modes for share in sparsities]
         run_peer(python, model, calib, place, wanted)
-        with use_threads(threads):
+        with use_threads(threads), use_clock(clock):
             scale = Scale(model, test, threads=threads)
             points = []
             for mode, share in wanted:
                 if (path := _peer_file(place, mode, share)).is_file():
-                    points.append(Point(mode, share, scale.measure(path)))
+                    points.append(Point(mode, share, path, scale.measure(path, timed=False)))
                     click.echo(f"{mode} {share:g}: {_facts(points[-1].measured)}")
             ours = Ours(model, calib, test, place, seed=seed, threads=threads)
             rows = compare(scale, ours, contenders(points))
