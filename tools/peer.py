@@ -33,6 +33,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import click
@@ -260,7 +261,8 @@ class Scale:
             timing = compare_speed(self.session, self._open(path), self._first)
             found = replace(found, latency=(timing.ratio, timing.ratio_low, timing.ratio_high))
         facts = {name: getattr(found, name) for name in ("params", "macs", "accuracy", "latency")}
-        np.savez(kept, facts=json.dumps(facts), **found.outputs)
+        arrays: dict[str, Any] = {"facts": json.dumps(facts), **found.outputs}
+        np.savez(kept, **arrays)
         return found
 
     def _read(self, kept: Path) -> Measured:
