@@ -37,6 +37,7 @@ from hap_onnx.planning.cost import METRICS
 from hap_onnx.runtime.latency import latency_feed, measure_latency
 from hap_onnx.runtime.metrics import choose_metric
 from hap_onnx.runtime.session import make_session, run_outputs
+from tools.peer import use_clock
 
 LATENCY = METRICS.index("latency")
 N_MADE_UP = 15
@@ -72,9 +73,10 @@ def write_candidate(job: Job, candidate: Candidate, path: Path) -> None:
     save_model(proto, path, external_data=False)
 
 
-def time_apart(original: Path, candidate: Path, seconds: float) -> dict[str, float]:
+def time_apart(original: Path, candidate: Path, seconds: float, clock: str) -> dict[str, float]:
     """Time a written model against the original in a fresh process; returns the fields of the comparison."""
-    command = [sys.executable, "-m", "tools.latency", "pair", str(original), str(candidate), str(seconds)]
+    words = [str(original), str(candidate), str(seconds), clock]
+    command = [sys.executable, "-m", "tools.latency", "pair", *words]
     return dict(json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
 
 
@@ -94,6 +96,9 @@ _MODEL = click.argument("model", type=click.Path(exists=True, path_type=Path))
 _DATA = click.option("--data", type=click.Path(exists=True, path_type=Path))
 _SAMPLES = click.option("--max-samples", default=1024, show_default=True)
 _SECONDS = click.option("--seconds", default=6.0, show_default=True, help="How long a pair is timed.")
+_CLOCK = click.option(
+    "--clock", type=click.Choice(["wall", "cpu"]), default="wall", help="cpu: for a machine that is busy."
+)
 
 
 @main.command()
@@ -106,11 +111,13 @@ _SECONDS = click.option("--seconds", default=6.0, show_default=True, help="How l
 @click.option("--macs", "macs", multiple=True, type=float, help="Default: 0.95 to 0.3 in steps of 0.05.")
 @click.option("--recover", default="none", show_default=True)
 @click.option("--seed", default=0, show_default=True)
+@_CLOCK
 def check(
     model: Path,
     data: Path | None,
     max_samples: int,
     seconds: float,
+    clock: str,
     n_plans: int,
     latencies: tuple[float, ...],
     macs: tuple[float, ...],
@@ -120,16 +127,16 @@ def check(
     """Print predicted and measured latency of plans, and what becomes of budgets of time and of MACs."""
     macs = macs or tuple(n / 20 for n in range(19, 5, -1))
     words = {"max_samples": max_samples, "recover": recover}
-    with tempfile.TemporaryDirectory() as name, use_threads(1):
+    with tempfile.TemporaryDirectory() as name, use_threads(1), use_clock(clock):
         folder = Path(name)
         by_time = open_job(model, data, {**words, "objective": "latency"}, folder)
         by_macs = open_job(model, data, {**words, "keep_macs": 0.5}, folder)
         by_macs.rounds[0].losses = by_time.rounds[0].losses  # they are the same
         click.echo(compare_plans(model, by_time, n_plans, np.random.default_rng(seed), seconds))
         wanted = [(f"{ratio:g}", {"latency": ratio}) for ratio in latencies]
-        click.echo(f"\n{make_and_time(model, by_time, wanted, folder, seconds)}")
+        click.echo(f"\n{make_and_time(model, by_time, wanted, folder, seconds, clock)}")
         wanted = [(f"{ratio:.2f}", {"macs": ratio}) for ratio in macs]
-        click.echo(f"\n{make_and_time(model, by_macs, wanted, folder, seconds)}")
+        click.echo(f"\n{make_and_time(model, by_macs, wanted, folder, seconds, clock)}")
 
 
 def compare_plans(model: Path, job: Job, n_plans: int, generator: np.random.Generator, seconds: float) -> str:
@@ -165,7 +172,12 @@ def compare_plans(model: Path, job: Job, n_plans: int, generator: np.random.Gene
 
 
 def make_and_time(
-    model: Path, job: Job, wanted: list[tuple[str, dict[str, float]]], folder: Path, seconds: float
+    model: Path,
+    job: Job,
+    wanted: list[tuple[str, dict[str, float]]],
+    folder: Path,
+    seconds: float,
+    clock: str,
 ) -> str:
     """Make candidates for budgets, fractions by metric, and time each in a process of its own."""
     here, path, rows = job.rounds[0], folder / "candidate.onnx", []
@@ -178,7 +190,7 @@ def make_and_time(
             rows.append([label, "", "", "", f"refused: {error}"])
         else:
             write_candidate(job, candidate, path)
-            found = time_apart(model, path, seconds)
+            found = time_apart(model, path, seconds, clock)
             low, high = found["ratio_low"], found["ratio_high"]
             costs = predicted_costs(here.prepared, here.setting.losses, candidate.compressed.choice)
             macs = costs[METRICS.index("macs")] / full["macs"]
@@ -197,6 +209,7 @@ def make_and_time(
 @_SECONDS
 @click.option("--ratio", "ratios", multiple=True, type=float, default=(0.8, 0.65, 0.5, 0.35))
 @click.option("--seed", default=0, show_default=True)
+@_CLOCK
 def equal(
     model: Path,
     data: Path,
@@ -205,10 +218,11 @@ def equal(
     seconds: float,
     ratios: tuple[float, ...],
     seed: int,
+    clock: str,
 ) -> None:
     """Compare, at equal measured latency, plans for multiply-accumulates with plans for time."""
     rows = []
-    with tempfile.TemporaryDirectory() as name, use_threads(1):
+    with tempfile.TemporaryDirectory() as name, use_threads(1), use_clock(clock):
         folder = Path(name)
         words = {"max_samples": max_samples, "val": test, "seed": seed}
         by_macs = open_job(model, data, {**words, "keep_macs": 0.5}, folder)
@@ -226,7 +240,7 @@ def equal(
                     break
                 path = folder / "candidate.onnx"
                 write_candidate(job, candidate, path)
-                found = time_apart(model, path, seconds)
+                found = time_apart(model, path, seconds, clock)
                 latency = found["ratio"]
                 bounds = f"{found['ratio_low']:.3f} to {found['ratio_high']:.3f}"
                 row += [f"{latency:.3f}", bounds, f"{_accuracy(job, path):.2%}"]
@@ -247,7 +261,8 @@ def _accuracy(job: Job, path: Path) -> float:
 @click.argument("original")
 @click.argument("candidate")
 @click.argument("seconds", type=float)
-def pair(original: str, candidate: str, seconds: float) -> None:
+@click.argument("clock")
+def pair(original: str, candidate: str, seconds: float, clock: str) -> None:
     """Time two models in turn on made-up input and print the comparison as JSON."""
     sessions = [make_session(path, providers="cpu", threads=1) for path in (original, candidate)]
     generator = np.random.default_rng(0)
@@ -255,7 +270,8 @@ def pair(original: str, candidate: str, seconds: float) -> None:
         spec.name: generator.standard_normal(_sizes(spec.shape), np.float32)
         for spec in sessions[0].inputs
     }
-    found = measure_latency(*sessions, feed, seconds=seconds)
+    with use_clock(clock):
+        found = measure_latency(*sessions, feed, seconds=seconds)
     click.echo(json.dumps(vars(found)))
 
 
