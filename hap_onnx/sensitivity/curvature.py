@@ -88,7 +88,8 @@ def to_tensors(inputs: Mapping[str, NDArray[np.generic]], twin: Twin) -> dict[st
     """Turn a batch of arrays into tensors on the twin's device, floats in the type that it computes in."""
     tensors = {}
     for name, values in inputs.items():
-        tensor = torch.from_numpy(np.ascontiguousarray(values)).to(twin.device)
+        whole = np.ascontiguousarray(values).reshape(values.shape)  # the former gives numbers an axis
+        tensor = torch.from_numpy(whole).to(twin.device)
         tensors[name] = tensor.to(twin.dtype) if tensor.is_floating_point() else tensor
     return tensors
 
