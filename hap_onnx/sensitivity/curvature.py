@@ -24,6 +24,7 @@ from torch import Tensor
 
 from hap_onnx.coupling.channels import ChannelGroup, Coupling, Read
 from hap_onnx.data.calibration import Subset
+from hap_onnx.errors import CalibrationError
 from hap_onnx.events import OnEvent, ignore_event, track
 from hap_onnx.ops.linear import LinearForm, linear_form
 from hap_onnx.twin import Step, Twin
@@ -110,6 +111,9 @@ def collect_curvature(
 
     One forward and backward pass per batch; memory does not depend on the number of samples. Contractions
     without a matrix form (transposed convolutions) are left out.
+
+    Raises:
+        CalibrationError: the numbers that a contraction meets are not finite, or too large.
     """
     batch_size = twin.batch_limit or batch_size  # else the hooks below see parts of a batch
     nodes = {node.name: node for node in graph.nodes}
@@ -159,6 +163,7 @@ def collect_curvature(
                     g = form.outputs(gradient, torch.arange(n_positions))
                     g = (g.transpose(1, 2) @ g).double()
                     g_sums[name] = g_sums[name] + g if name in g_sums else g
+    _check_finite(a_sums, g_sums)
     return {
         name: LayerCurvature(
             name,
@@ -215,6 +220,15 @@ def _n_features(x: Tensor, form: LinearForm) -> int:
 def _n_positions(n_positions: int, n_features: int, n_samples: int) -> int:
     """Positions per sample so that there are enough rows in all, but not many more."""
     return min(n_positions, max(1, -(-max(MIN_ROWS, 4 * n_features) // n_samples)))
+
+
+def _check_finite(*sums: Mapping[str, Tensor]) -> None:
+    for name, total in ((name, total) for part in sums for name, total in part.items()):
+        if not torch.isfinite(total).all():
+            raise CalibrationError(
+                f"what node {name!r} reads or passes on is not finite, or so large that its square is not; "
+                "check the data, its preprocessing and the model's number range"
+            )
 
 
 # --- one layer as a consumer of elements ---
