@@ -23,6 +23,7 @@ from hap_onnx.errors import CalibrationError, HapOnnxError, ModelError, SurgeryE
 from hap_onnx.model.input_spec import InputSpec
 from hap_onnx.model.measure import count_params, model_size
 from hap_onnx.model.model_io import SourceModel, normalise, stored_weights
+from hap_onnx.model.protos import n_elements
 from hap_onnx.ops.implant import layer_of
 from hap_onnx.sensitivity.curvature import to_tensors
 from hap_onnx.surgery import kept_positions, masked_reads, remove_channels, shape_after
@@ -33,6 +34,9 @@ _log = logging.getLogger(__name__)
 
 Arrays = Mapping[str, NDArray[np.generic]]
 Shapes = Mapping[str, tuple[int, ...]]
+
+_MAX_PROBE = 2**33
+"""The most numbers that are made up for one input."""
 
 TRIAL_TOLERANCE = 1e-4
 """Largest difference between a cut and a masked model, relative to the largest output: float rounding."""
@@ -64,7 +68,11 @@ class PreparedModel:
 def make_probe(inputs: Sequence[InputSpec], *, sizes: Mapping[str, tuple[int, ...]] | None = None) -> Arrays:
     """Make up two samples for a model without data: noise for floats, zeros for integers.
 
-    ``sizes`` gives whole shapes, batch included, where they are known. Raises UsageError if nobody knows.
+    ``sizes`` gives whole shapes, batch included, where they are known.
+
+    Raises:
+        UsageError: nobody knows the sizes.
+        ModelError: they are beyond all reason.
     """
     generator = np.random.default_rng(0)
     arrays: dict[str, NDArray[np.generic]] = {}
@@ -78,10 +86,16 @@ def make_probe(inputs: Sequence[InputSpec], *, sizes: Mapping[str, tuple[int, ..
                 shape[0] = max(2, shape[0] or 0)
         if None in shape:
             raise UsageError(f"the input {spec} leaves sizes open: give --data, so that they are known")
+        known = [axis or 0 for axis in shape]
+        if n_elements(known) > _MAX_PROBE:
+            raise ModelError(
+                f"the input {spec} has {n_elements(known)} numbers, more than can be made up; "
+                "check the sizes in the model"
+            )
         if spec.dtype.kind == "f":
-            arrays[spec.name] = generator.standard_normal([axis or 0 for axis in shape]).astype(spec.dtype)
+            arrays[spec.name] = generator.standard_normal(known).astype(spec.dtype)
         else:
-            arrays[spec.name] = np.zeros([axis or 0 for axis in shape], spec.dtype)
+            arrays[spec.name] = np.zeros(known, spec.dtype)
     return arrays
 
 
@@ -114,13 +128,13 @@ def prepare(
     graph = fold_batch_norms(original, leave=stored)
     twin = build_twin(graph, device=device)
     n_probe = max(2, _declared_batch(graph))
-    probe = {name: values[:n_probe] for name, values in probe.items()}
+    probe = _take(probe, n_probe)
     tensors = to_tensors(probe, twin)
     shapes = probe_shapes(twin, tensors)
     if twin.batch_limit is not None:  # it runs in parts, and those were the shapes of one
-        probe = {name: values[: twin.batch_limit] for name, values in probe.items()}
+        probe = _take(probe, twin.batch_limit)
         shapes = probe_shapes(twin, to_tensors(probe, twin))
-    first = {name: values[:1] for name, values in probe.items()}
+    first = _take(probe, 1)
     try:
         one = probe_shapes(twin, to_tensors(first, twin))
     except (ModelError, CalibrationError):
@@ -144,6 +158,11 @@ def prepare(
             source, n_params, graph, twin, probe, one, shapes, coupling, untouched, implants_stay, stored
         )
     )
+
+
+def _take(arrays: Arrays, n: int) -> Arrays:
+    """The first n samples; an input without axes is the same for all."""
+    return {name: values[:n] if values.ndim else values for name, values in arrays.items()}
 
 
 def _declared_batch(graph: gs.Graph) -> int:

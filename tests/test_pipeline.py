@@ -1160,3 +1160,18 @@ def test_resnet20_at_half_its_macs(tmp_path: Path) -> None:
         assert {n.domain for n in onnx.load(tmp_path / "again.onnx").graph.node} == {""}
     assert after["implant"] > after["prune"] + 0.01
     assert after["hap"] > max(after["prune"], after["implant"]) - 0.02
+
+
+def test_outputs_that_mix_samples_are_refused(tmp_path: Path) -> None:
+    """A Pad along the batch: one row more than there are samples, whatever their number."""
+    weights = {"w": rand(4, 6), "v": rand(6, 3), "pads": np.array([0, 0, 1, 0])}
+    nodes = [
+        node("MatMul", ["x", "w"], ["h"]),
+        node("MatMul", ["h", "v"], ["s"]),
+        node("Pad", ["s", "pads"], ["y"]),
+    ]
+    model = make_model(nodes, inputs={"x": ["N", 4]}, outputs=["y"], weights=weights)
+    options = {"keep_params": 0.5, "method": "prune", "metric": "r2", "output": tmp_path / "out.onnx"}
+    with pytest.raises(ModelError, match=r"'y' .* sample by sample: the first axis must be the batch"):
+        compress(model, {"x": rand(40, 4)}, **options)
+    assert not list(tmp_path.iterdir())

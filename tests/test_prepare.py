@@ -214,6 +214,26 @@ def test_open_sizes_ask_for_data() -> None:
         make_probe([InputSpec("x", FLOAT, ("N", 3, "H", 4))])
 
 
+@pytest.mark.parametrize("shape", [("N", 2**40), (2**31, 2**31, 2**31), (2**62, 2**62)])
+def test_sizes_beyond_all_reason_are_refused(shape: tuple[int | str, ...]) -> None:
+    with pytest.raises(ModelError, match=r"the input .* numbers, more than can be made up"):
+        make_probe([InputSpec("x", FLOAT, shape)])
+
+
+def test_an_input_without_axes_is_the_same_for_all_samples() -> None:
+    nodes = [
+        node("MatMul", ["x", "w"], ["h"]),
+        node("Mul", ["h", "t"], ["s"]),
+        node("MatMul", ["s", "v"], ["y"]),
+    ]
+    weights = {"w": rand(4, 6), "v": rand(6, 3)}
+    model = make_model(nodes, inputs={"x": ["N", 4], "t": []}, outputs=["y"], weights=weights)
+    probe = {"x": rand(3, 4), "t": np.float32(0.5).reshape(())}
+    prepared = prepare(load_model(model), probe)
+    assert {name: array.shape for name, array in prepared.probe.items()} == {"x": (2, 4), "t": ()}
+    assert [group.size for group in prepared.coupling.groups] == [6]
+
+
 # ---------------------------------------------------------------- proof by trial
 
 

@@ -853,6 +853,24 @@ def branch_through_dropout() -> Topology:
 
 
 @topology
+def branch_read_from_within() -> Topology:
+    """Only the graphs inside an If read the end of the branch."""
+    net = Net()
+    stream = net.conv("x", 3, 8, out="stem")
+    net.conv(net.relu(net.conv(stream, 8, 5, out="a")), 5, 8, out="b")
+    value = [onnx.ValueInfoProto(name=name) for name in ("then", "else")]
+    graphs = [
+        helper.make_graph([helper.make_node(op_type, ["b"], [end.name])], end.name, [], [end])
+        for op_type, end in zip(("Relu", "Tanh"), value, strict=True)
+    ]
+    peak = net.op("ReduceMax", "x", keepdims=0)
+    chosen = net.op("Cast", peak, to=onnx.TensorProto.BOOL)
+    branch = net.op("If", chosen, then_branch=graphs[0], else_branch=graphs[1])
+    net.conv(net.op("Add", stream, branch), 8, 4, out="y")
+    return Topology(net.model("y"), (5,), {"make_b": "a subgraph of If reads them"})
+
+
+@topology
 def one_channel_picked() -> Topology:
     """A product whose weight has one row reads one of the channels: that one is not like the others."""
     net = Net()

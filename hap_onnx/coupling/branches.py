@@ -162,7 +162,10 @@ def _chain_to_add(read: Read, network: Network) -> list[str] | None:
         if name in network.outputs or len(users) != 1 or any(t.name for t in node.outputs[1:]):
             return None
         user = users[0]
-        position = [tensor.name for tensor in user.inputs].index(name)
+        inputs = [tensor.name for tensor in user.inputs]
+        if name not in inputs:  # a graph inside the node reads it
+            return None
+        position = inputs.index(name)
         if takes_branch(user, position):
             other = user.inputs[1 - position]
             whole = not isinstance(other, gs.Constant) and network.shapes.get(other.name) is not None

@@ -240,7 +240,13 @@ class Job:
             other = run_outputs(unfused, [batch], batch_size=self.batch_size)
         for name in self.scales:
             expected = theirs[name].astype(np.float64)
-            error = float(np.abs(ours[name].cpu().numpy() - expected).max())
+            found = ours[name].cpu().numpy()
+            if found.size != expected.size:
+                raise ModelError(
+                    f"output '{name}' has the shape {list(found.shape)} for several samples at once, but "
+                    f"{list(expected.shape)} sample by sample: the first axis must be the batch throughout"
+                )
+            error = float(np.abs(found.reshape(expected.shape) - expected).max())
             allowed = twin_tolerance(theirs[name])
             if other is not None:
                 allowed += step_tolerance(theirs[name], other[name])

@@ -403,6 +403,26 @@ _TYPES: Mapping[str, type] = MappingProxyType(
 _GROUP_TYPES: Mapping[str, type] = MappingProxyType({"name": str, "size": int, "width": int, "keep": str})
 
 
+def _check_words(words: Mapping[str, Any]) -> None:
+    """Raise ValueError unless the options that carrying out a plan reads are what they must be."""
+    shapes = words.get("input_shapes", {})
+    if not isinstance(shapes, dict) or not all(_is_list_of(shape, int) for shape in shapes.values()):
+        raise ValueError("'input_shapes' does not map names to lists of sizes")
+    if any(size < 0 for shape in shapes.values() for size in shape):
+        raise ValueError("a size in 'input_shapes' is negative")
+    for name in ("exclude", "only"):
+        if not _is_list_of(words.get(name, []), str):
+            raise ValueError(f"'{name}' is no list of patterns")
+    if not _is_list_of([words.get("seed", 0)], int):
+        raise ValueError("'seed' is no whole number")
+
+
+def _is_list_of(value: Any, kind: type) -> bool:
+    return isinstance(value, list) and all(
+        isinstance(entry, kind) and not isinstance(entry, bool) for entry in value
+    )
+
+
 def _check_types(document: Any) -> None:
     """Raise ValueError or KeyError unless a round has what it must have."""
     if not isinstance(document, dict):
@@ -410,6 +430,7 @@ def _check_types(document: Any) -> None:
     for name, expected in _TYPES.items():
         if not isinstance(document[name], expected):
             raise ValueError(f"'{name}' is no {expected.__name__}")
+    _check_words(document["config"])
     for entry in document["groups"]:
         if not isinstance(entry, dict):
             raise ValueError("an entry of 'groups' is no object")

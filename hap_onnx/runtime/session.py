@@ -79,7 +79,7 @@ class Session:
         """Pick the model's inputs and cast them to its types; other entries are ignored.
 
         Raises:
-            CalibrationError: an input is missing or cannot be cast.
+            CalibrationError: an input is missing, cannot be cast, or is no single number where one is needed.
         """
         feed = {}
         for spec in self.inputs:
@@ -94,6 +94,11 @@ class Session:
             array = (
                 array.astype(spec.dtype, copy=False) if spec.dtype.kind not in "OUS" else array.astype(object)
             )
+            if spec.shape == () and array.size != 1:
+                raise CalibrationError(
+                    f"the model's input {spec} takes a single number, but the data has "
+                    f"{format_shape(array.shape)} for it"
+                )
             feed[spec.name] = np.ascontiguousarray(array).reshape(() if spec.shape == () else array.shape)
         return feed
 

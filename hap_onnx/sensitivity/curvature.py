@@ -97,7 +97,8 @@ def to_tensors(inputs: Mapping[str, NDArray[np.generic]], twin: Twin) -> dict[st
     """
     tensors = {}
     for name, values in inputs.items():
-        tensor = torch.from_numpy(np.ascontiguousarray(values)).to(twin.device)
+        whole = np.ascontiguousarray(values).reshape(values.shape)  # the former gives numbers an axis
+        tensor = torch.from_numpy(whole).to(twin.device)
         tensors[name] = channels_last(tensor.to(twin.dtype)) if tensor.is_floating_point() else tensor
     return tensors
 
@@ -137,6 +138,9 @@ def collect_curvature(
     One forward and backward pass per batch, of ``batch_size`` at most and fewer where activations are large;
     memory does not depend on the number of samples. Contractions without a matrix form (transposed
     convolutions) are left out.
+
+    Raises:
+        CalibrationError: the numbers that a contraction meets are not finite, or too large.
     """
     batch_size = n_at_once(twin, subset, batch_size)  # else the hooks below see parts of a batch
     nodes = {node.name: node for node in graph.nodes}
@@ -189,6 +193,7 @@ def collect_curvature(
         a_sums[name] = (total if total.ndim == 2 else mirror_gram(total)).div_(n_rows[name])
     for total in g_sums.values():
         mirror_gram(total).div_(n_samples)
+    _check_finite(a_sums, g_sums)
     return {
         name: LayerCurvature(name, form, read, a_sums[name], _gradients_of(name, g_sums, twin, nodes, form))
         for name, (form, read) in forms.items()
@@ -234,6 +239,15 @@ def _n_features(x: Tensor, form: LinearForm) -> int:
 def _n_positions(n_positions: int, n_features: int, n_samples: int) -> int:
     """Positions per sample so that there are enough rows in all, but not many more."""
     return min(n_positions, max(1, -(-max(MIN_ROWS, 4 * n_features) // n_samples)))
+
+
+def _check_finite(*sums: Mapping[str, Tensor]) -> None:
+    for name, total in ((name, total) for part in sums for name, total in part.items()):
+        if not torch.isfinite(total).all():
+            raise CalibrationError(
+                f"what node {name!r} reads or passes on is not finite, or so large that its square is not; "
+                "check the data, its preprocessing and the model's number range"
+            )
 
 
 # --- one layer as a consumer of elements ---

@@ -26,6 +26,7 @@ from hap_onnx.ops.rules import read_ints
 from hap_onnx.ops.shape import resolve_shape
 from hap_onnx.surgery.shape_program import evaluate, find_edits, replace_numbers
 from hap_onnx.twin import Step, build_twin
+from hap_onnx.twin.opaque import captured_names
 
 _log = logging.getLogger(__name__)
 
@@ -278,10 +279,11 @@ def remove_channels(
         edit = find_edit(node.op, domain=node.domain or "")
         if edit is not None and cut.changes(node):
             edit(node, cut)
-    for node in [node for node in result.nodes if node.name in dead]:
-        _replace_by_bias(result, node, all_shapes)
     if dead:
-        _fold_constants(result)
+        inside = {name for node in result.nodes for name in captured_names(node, tensors)}
+        for node in [node for node in result.nodes if node.name in dead]:
+            _replace_by_bias(result, node, all_shapes, inside)
+        _fold_constants(result, inside)
     result = result.cleanup(remove_unused_graph_inputs=False)
     _check_cut(graph, result, cut)
     return result
@@ -321,9 +323,16 @@ def _dead_reads(coupling: Coupling, keep: NDArray[np.bool_]) -> set[str]:
     return {read.node for read in coupling.reads if not len(kept_positions(read.elements, keep))}
 
 
-def _replace_by_bias(graph: gs.Graph, node: gs.Node, shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Replace a contraction without inputs by its bias (or zeros), one number per channel."""
+def _replace_by_bias(
+    graph: gs.Graph, node: gs.Node, shapes: Mapping[str, tuple[int, ...]], inside: set[str]
+) -> None:
+    """Replace a contraction without inputs by its bias (or zeros), one number per channel.
+
+    ``inside`` names the tensors that graphs inside of nodes read: those must stay.
+    """
     out = node.outputs[0]
+    if out.name in inside:
+        raise SurgeryError(f"{node.op} '{node.name}' cannot lose all its inputs: a subgraph reads its output")
     rule = find_bias(node.op, domain=node.domain or "")
     values = rule(node, len(shapes[out.name])) if rule is not None else None
     if values is None:
@@ -339,10 +348,12 @@ def _rewire(old: gs.Tensor, new: gs.Tensor) -> None:
                 consumer.inputs[index] = new
 
 
-def _fold_constants(graph: gs.Graph) -> None:
+def _fold_constants(graph: gs.Graph, inside: set[str]) -> None:
     """Evaluate the normalisations and activations that read nothing but constants since a branch is gone."""
     for node in graph.nodes:
         inputs = [tensor for tensor in node.inputs if tensor.name]
+        if any(tensor.name in inside for tensor in node.outputs):
+            continue
         if not node.outputs or not any(tensor.name.endswith(CONSTANT_SUFFIX) for tensor in inputs):
             continue
         domain = node.domain or ""

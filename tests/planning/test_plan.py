@@ -400,7 +400,8 @@ OPTIONAL = [
     ("implants", 0, "measured"), ("earlier",), ("earlier", 0, "implants"), ("earlier", 1, "training"),
     ("earlier", 0, "implants", 0, "measured"), ("training", "epochs"),
     ("earlier", 1, "training", "start_score"), ("earlier", 1, "training", "best_epoch"),
-    ("earlier", 1, "training", "epochs"),
+    ("earlier", 1, "training", "epochs"), ("config", "input_shapes"), ("config", "exclude"),
+    ("config", "only"), ("config", "seed"),
 ]  # fmt: skip
 
 
@@ -421,6 +422,13 @@ OPTIONAL = [
         (("groups", 0), "a"),
         (("groups",), {}),
         (("config",), []),
+        (("config", "input_shapes"), "x"),
+        (("config", "input_shapes"), {"x": 3}),
+        (("config", "input_shapes"), {"x": [2, -1]}),
+        (("config", "input_shapes"), {"x": [2, True]}),
+        (("config", "exclude"), "head.*"),
+        (("config", "only"), [3]),
+        (("config", "seed"), None),
         (("model_sha256",), None),
         (("groups", 0, "keep"), "0-268435454"),
         (("groups", 0, "predicted_loss"), 10**400),

@@ -109,6 +109,16 @@ def test_missing_inputs_and_samples_are_named() -> None:
         run_outputs(session, [Batch({"x": np.ones((2, 5))})])
 
 
+def test_an_input_without_axes_takes_a_single_number() -> None:
+    values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, []) for name in ("x", "y")]
+    graph = helper.make_graph([helper.make_node("Neg", ["x"], ["y"])], "test", values[:1], values[1:])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    loaded = make_session(model, providers="cpu")
+    assert run_outputs(loaded, [Batch({"x": np.array([1.0, 2.0])})])["y"].tolist() == [-1.0, -2.0]
+    with pytest.raises(CalibrationError, match=r"takes a single number, but the data has \[1, 5\]"):
+        run_outputs(loaded, [Batch({"x": np.ones((2, 5))})])
+
+
 def test_entries_that_are_no_inputs_are_ignored() -> None:
     session = make_session(matmul_model(2), providers="cpu")
     batch = Batch({"x": np.ones((3, 3)), "extra": np.ones((3, 7))})

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from hap_onnx.coupling.channels import Coupling, find_groups
 from hap_onnx.data.calibration import InputSpec, Subset, open_dataset
+from hap_onnx.errors import CalibrationError
 from hap_onnx.model.model_io import load_model, normalise
 from hap_onnx.sensitivity import curvature as module
 from hap_onnx.sensitivity.curvature import (
@@ -87,6 +88,14 @@ def conv_net(*, group: int = 1, width: int | None = None) -> onnx.ModelProto:
         node("Gemm", ["p", "w3", "b3"], ["y"], transB=1),
     ]
     return make_model(nodes, inputs={"x": ["N", 2, 5, 4]}, outputs=["y"], weights=weights)
+
+
+def test_numbers_without_a_finite_square_are_refused() -> None:
+    case = make_case(conv_net())
+    case.x[3, 1, 0, 0] = 1e30
+    with pytest.raises(CalibrationError, match="reads or passes on is not finite, or so large"):
+        case.collect()
+
 
 
 # ---------------------------------------------------------------- statistics
