@@ -385,7 +385,7 @@ MOMENTS: dict[str, tuple[dict[str, Any], Stop, set[str]]] = {
     "second epoch": (ONE, at_event("distill", 6), {"sensitivity", "compress"}),
     "last update": (ONE, at_event("distill", 10), {"sensitivity", "compress"}),
     "after training": (ONE, at_call(rounds, "distill", after=True), {"sensitivity", "compress"}),
-    "validate": (ONE, at_call(job, "check_model"), {"sensitivity", "compress", "distill"}),
+    "validate": (ONE, at_call(job, "check_result"), {"sensitivity", "compress", "distill"}),
     "write": (ONE, at_call(job, "save_model"), {"sensitivity", "compress", "distill"}),
     "round 1": (TWO, at_event("distill", 4), set()),
     "between rounds": (TWO, at_call(job.Job, "_next_round"), set()),

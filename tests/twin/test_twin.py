@@ -335,11 +335,10 @@ def test_wrong_inputs_are_refused_by_name() -> None:
 def test_a_tensor_that_no_memory_holds_is_refused_before_anything_computes_with_it() -> None:
     """torch repeats a number without storing it, so that nothing else ends this in time."""
     nodes = [node("Expand", ["x", "shape"], ["big"]), node("ReduceMax", ["big"], ["y"], keepdims=0)]
-    model = make_model(
-        nodes, inputs={"x": [1]}, outputs=["y"], weights={"shape": np.array([2**40, 2**10], np.int64)}
-    )
+    shape = np.array([2**40, 2**10], np.int64)  # an input, or the model would be refused as it is loaded
+    model = make_model(nodes, inputs={"x": np.ones(1, np.float32), "shape": shape}, outputs=["y"])
     with pytest.raises(ModelError, match=r"'make_big' \(Expand\) .* shape \[1099511627776, 1024\]"):
-        make_twin(model)({"x": torch.ones(1)})
+        make_twin(model)({"x": torch.ones(1), "shape": torch.from_numpy(shape)})
 
 
 def test_a_node_that_fails_is_named() -> None:
