@@ -13,7 +13,7 @@ import math
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import Field, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -44,6 +44,8 @@ SWEEP_RATIOS = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)
 """The fractions that a sweep keeps when none are named."""
 SWEEP_INDEX = "sweep.json"
 """The file in a sweep's folder that lists its points."""
+SWEEP_VIEWS = ("sweep.md", "sweep.svg")
+"""What shows them; the index is written last."""
 
 DEFAULT_MAX_DROP = 0.01
 DEFAULT_EPOCHS = 20
@@ -679,12 +681,20 @@ def check_folder(folder: Path) -> None:
     _check_possible("--output", folder)
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"--output {folder} is a file: a sweep needs the name of a folder")
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / SWEEP_INDEX).is_file():
+    if folder.is_dir() and not (folder / SWEEP_INDEX).is_file() and any(_others_in(folder)):
         raise UsageError(f"--output {folder} holds other files: give a sweep a folder of its own")
     if not folder.parent.is_dir():
         raise ValidationError(f"--output {folder} cannot be made: there is no folder {folder.parent}")
     if not os.access(folder if folder.is_dir() else folder.parent, os.W_OK):
         raise ValidationError(f"--output {folder} cannot be written: no permission")
+
+
+def _others_in(folder: Path) -> Iterator[Path]:
+    """Yield what is in a folder apart from what a sweep that was killed at its first point has left."""
+    for path in folder.iterdir():
+        is_temporary = any(path.name.startswith(f".{name}.") for name in (SWEEP_INDEX, *SWEEP_VIEWS))
+        if not is_temporary and path.name not in SWEEP_VIEWS:
+            yield path
 
 
 def _same_file(first: Path, second: Path) -> bool:

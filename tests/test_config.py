@@ -300,6 +300,12 @@ def test_a_sweep_has_a_folder_of_its_own(tmp_path):
     check_folder(tmp_path / "empty")
     with pytest.raises(UsageError, match="holds other files"):
         check_folder(tmp_path)
+    for name in ("sweep.svg", ".sweep.md.4711.tmp"):  # after a kill before the index was there
+        (tmp_path / "empty" / name).write_text("unfinished")
+    check_folder(tmp_path / "empty")
+    (tmp_path / "empty" / "sweep.txt").write_text("of the user")
+    with pytest.raises(UsageError, match="holds other files"):
+        check_folder(tmp_path / "empty")
     (tmp_path / "empty" / "sweep.json").write_text("{}")
     (tmp_path / "empty" / "small.onnx").write_text("that was written from a plan")
     check_folder(tmp_path / "empty")

@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from hap_onnx import report as reports
-from hap_onnx.config import SWEEP_INDEX, CompressConfig, plan_weights_path, point_name
+from hap_onnx.config import SWEEP_INDEX, SWEEP_VIEWS, CompressConfig, plan_weights_path, point_name
 from hap_onnx.errors import BudgetError, TargetError, ValidationError
 from hap_onnx.events import track
 from hap_onnx.jobs.job import Job
@@ -102,8 +102,9 @@ class SweepFolder:
         """Write the report of the points so far, with table and plot; raises ValidationError."""
         from hap_onnx.report.plot import draw_sweep  # matplotlib is slow to import
 
-        write_text(self.path / "sweep.svg", draw_sweep(report), what="the plot")
-        write_text(self.path / "sweep.md", render_sweep_markdown(report), what="the table")
+        table, plot = (self.path / name for name in SWEEP_VIEWS)
+        write_text(plot, draw_sweep(report), what="the plot")
+        write_text(table, render_sweep_markdown(report), what="the table")
         write_text(self.path / SWEEP_INDEX, render_json(report), what="the index")
 
 
