@@ -37,7 +37,7 @@ from hap_onnx.config import (
 from hap_onnx.errors import GateError, HapOnnxError, TargetError
 
 if TYPE_CHECKING:
-    from hap_onnx.events import OnEvent
+    from hap_onnx.events import Event, OnEvent
     from hap_onnx.report import Report, ValidateReport
 
 PROGRAM = "hap-onnx"
@@ -63,6 +63,7 @@ class Signals:
     def __init__(self) -> None:
         self._previous: dict[int, Any] = {}
         self._held = False
+        self._over = False
         self._pending: int | None = None
 
     def __enter__(self) -> Signals:
@@ -81,8 +82,12 @@ class Signals:
         signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_IGN)
         if self._held:
             self._pending = number
-        else:
+        elif not self._over:
             raise Stop(number)
+
+    def end(self) -> None:
+        """Ignore signals from now on: the results are being named, in less time than it takes to stop."""
+        self._over = True
 
     @contextmanager
     def hold(self) -> Iterator[None]:
@@ -120,8 +125,14 @@ class Session:
         from hap_onnx.report.render import EventPrinter
 
         with EventPrinter(sys.stderr, quiet=self.quiet) as printer:
+
+            def on_event(event: Event) -> None:
+                if event.kind == "commit":
+                    self.signals.end()
+                printer(event)
+
             with _logging(self.verbose, printer.log_handler()):
-                yield printer
+                yield on_event
 
     def show(self, report: Report, *, as_json: bool) -> None:
         """Print a report on stdout."""

@@ -118,7 +118,7 @@ def inspect(
     """
     words = check_options(options, command="inspect")
     source = load_model(model)
-    session = make_session(source.proto, providers="cpu")
+    session = make_session(source.model, providers="cpu")
     if data is None:
         probe = make_probe(session.inputs)
     else:
@@ -135,6 +135,7 @@ def inspect(
     report = inspect_report(
         str(model) if isinstance(model, (str, Path)) else "model in memory", prepared, words["align"]
     )
+    on_event(Event("inspect", "commit"))
     if words["report"] is not None:
         write_report(words["report"], report)
     return report
@@ -172,8 +173,7 @@ def apply_plan(
         proto = write_proto(candidate.finished(), part, saved if round_plan is saved else None)
         part = part if round_plan is saved else load_model(proto)
     prepared = rounds[0]
-    check_model(proto, reference=source.proto)
-    save_model(proto, target, external_data=source.external_data, check=lambda path: check_loads(path, None))
+    check_model(proto, reference=source.model)
     before = facts_before(prepared)
     n_bytes = count_saved_bytes(proto, target, external_data=source.external_data)
     after = facts_after(candidate.finished(), prepared, n_bytes=n_bytes)
@@ -192,8 +192,14 @@ def apply_plan(
         versions=installed_versions(),
         recovery=recovery_summary(saved),
     )
-    if report is not None:
-        write_report(Path(report), result)
+
+    def finish(path: Path) -> None:
+        check_loads(path, None)
+        on_event(Event("apply", "commit"))
+        if report is not None:
+            write_report(Path(report), result)
+
+    save_model(proto, target, external_data=source.external_data, check=finish)
     return result
 
 
@@ -202,7 +208,7 @@ def _carry_out(
 ) -> tuple[PreparedModel, Compressed]:
     """Carry out one round of a plan on the model that it was made for; raises ModelError for any other."""
     plan.check_model(source.sha256)
-    session = make_session(source.proto, providers="cpu")
+    session = make_session(source.model, providers="cpu")
     words = plan.config
     sizes = {name: tuple(shape) for name, shape in dict(words.get("input_shapes", {})).items()}
     prepared = prepare(
@@ -234,7 +240,7 @@ def validate(
     start = time.perf_counter()
     sources = [load_model(reference), load_model(candidate)]
     sessions = [
-        make_session(source.proto, providers=words["providers"] or "cpu", threads=words["threads"] or 1)
+        make_session(source.model, providers=words["providers"] or "cpu", threads=words["threads"] or 1)
         for source in sources
     ]
     _check_same_interface(*sessions)
@@ -262,7 +268,7 @@ def validate(
         sources, (timing.before_ms, timing.after_ms), (quality.before, quality.after), strict=True
     ):
         graph = normalise(source)
-        twin = build_twin(graph)
+        twin = build_twin(graph, share_weights=True)
         shapes = probe_shapes(twin, to_tensors(first, twin))
         size = model_size(graph, shapes)
         macs = size.macs // (sessions[0].fixed_batch or 1)  # of one sample
@@ -281,6 +287,7 @@ def validate(
         seed=words["seed"],
         versions=installed_versions(),
     )
+    on_event(Event("validate", "commit"))
     if words["report"] is not None:
         write_report(words["report"], report)
     return report

@@ -109,7 +109,7 @@ def prepare(
     # Tables that normalise computes beforehand, such as the masks of shifted windows, are not the model's.
     n_params = min(model_size(original, {}).params, count_params(source.proto))
     graph = fold_batch_norms(original)
-    twin = build_twin(graph, device=device)
+    twin = build_twin(graph, device=device, share_weights=True)
     n_probe = max(2, _declared_batch(graph))
     probe = {name: values[:n_probe] for name, values in probe.items()}
     tensors = to_tensors(probe, twin)
@@ -249,7 +249,7 @@ def try_cut(prepared: PreparedModel, keep: NDArray[np.bool_]) -> str | None:
     coupling, twin = prepared.coupling, prepared.twin
     try:
         graph = remove_channels(prepared.graph, coupling, keep, shapes=prepared.probe_shapes)
-        cut = build_twin(graph, device=str(twin.device or "cpu"))
+        cut = build_twin(graph, device=str(twin.device or "cpu"), share_weights=True)
         tensors = to_tensors(prepared.probe, twin)
         first = {
             name: values[: prepared.shapes[name][0]] if values.ndim else values
@@ -269,7 +269,7 @@ def try_cut(prepared: PreparedModel, keep: NDArray[np.bool_]) -> str | None:
             outputs = cut(tensors)
         found_wrong = _difference(outputs, expected_outputs)
         if found_wrong is not None:  # it may be that floats cannot tell: deep models amplify rounding
-            found_wrong = _difference(*_outputs_in_double(prepared, graph, keep))
+            found_wrong = _difference(*_outputs_in_double(prepared, cut, keep))
     except (HapOnnxError, AssertionError) as error:
         _log.info("trial cut failed", exc_info=True)
         return " ".join(str(error).split())[:300]
@@ -277,12 +277,11 @@ def try_cut(prepared: PreparedModel, keep: NDArray[np.bool_]) -> str | None:
 
 
 def _outputs_in_double(
-    prepared: PreparedModel, graph: gs.Graph, keep: NDArray[np.bool_]
+    prepared: PreparedModel, cut: Twin, keep: NDArray[np.bool_]
 ) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]]:
-    """Outputs of the cut graph and of the masked original at the probe, computed in double precision."""
+    """Outputs of the cut model and of the masked original at the probe, computed in double precision."""
     twin = prepared.twin
-    cut = build_twin(graph, device=str(twin.device or "cpu")).double()
-    with in_double(twin), torch.no_grad():
+    with in_double(twin), in_double(cut), torch.no_grad():
         tensors = to_tensors(prepared.probe, twin)
         return cut(tensors), twin(tensors, on_read=masked_reads(prepared.coupling, keep))
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import shutil
-import tempfile
 import weakref
 import zipfile
 import zlib
@@ -23,6 +22,7 @@ from numpy.lib import format as npy_format
 from hap_onnx.data.preprocess import nearest_word
 from hap_onnx.errors import CalibrationError
 from hap_onnx.model.input_spec import InputSpec, format_shape, is_float, type_name
+from hap_onnx.model.temporary import make_temporary_folder
 
 LABELS = "labels"
 _CHUNK_BYTES = 1 << 24
@@ -56,7 +56,7 @@ class SpillFolder:
         """A fresh path inside the folder, which is made when first needed."""
         if self._path is None:
             try:
-                self._path = Path(tempfile.mkdtemp(prefix="hap-onnx-data-", dir=self._parent))
+                self._path = make_temporary_folder("data", self._parent)
             except OSError as error:
                 raise CalibrationError(f"Cannot make a temporary folder for the data: {error}.") from error
             weakref.finalize(self, shutil.rmtree, self._path, ignore_errors=True)

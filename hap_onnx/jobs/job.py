@@ -37,6 +37,8 @@ from hap_onnx.jobs.targets import SPARE_BYTES, params_within, search_smallest
 from hap_onnx.jobs.work_folder import WorkFolder, job_key
 from hap_onnx.model.model_io import load_model, save_model
 from hap_onnx.model.saving import count_saved_bytes, make_folder
+from hap_onnx.model.temporary import remove_all_leftovers
+from hap_onnx.model.weights import AnyModel
 from hap_onnx.planning.plan import CompressionPlan, save_plan
 from hap_onnx.prepare import PreparedModel, prepare
 from hap_onnx.report.summary import (
@@ -85,7 +87,8 @@ class Job:
             protect_weights(self.source, files_of(config, output=output))
             if config.work_dir is not None:
                 make_folder(config.work_dir)
-            self.session = open_session(self.source.proto, config)
+                remove_all_leftovers(config.work_dir)
+            self.session = open_session(self.source.model, config)
             self.splits = self._open_data(data)
             self.batch_size = whole_batch_size(config.batch_size, self.session)
         with self.clock.stage("prepare"):
@@ -119,6 +122,10 @@ class Job:
 
     def note(self, text: str, *, kind: str = "note") -> None:
         self.on_event(Event("compress", "warning" if kind == "warning" else "note", text))
+
+    def _commit(self) -> None:
+        """Say that results get their names from now on."""
+        self.on_event(Event("write", "commit"))
 
     # --- data and the original ---
 
@@ -306,7 +313,7 @@ class Job:
                 budgets = {**budgets, "params": max((budgets["params"] or 0.0) - excess, 1.0)}
         return budgets
 
-    def _count_bytes(self, proto: ModelProto) -> int:
+    def _count_bytes(self, proto: AnyModel) -> int:
         return count_saved_bytes(proto, self.output, external_data=self.source.external_data)
 
     def _search(self) -> Candidate:
@@ -335,7 +342,7 @@ class Job:
 
     # --- the result ---
 
-    def _to_proto(self, candidate: Candidate, *, plan: CompressionPlan | None = None) -> ModelProto:
+    def _to_proto(self, candidate: Candidate, *, plan: CompressionPlan | None = None) -> AnyModel:
         return write_proto(candidate.compressed.finished(), self.rounds[-1].prepared.source, plan)
 
     def _time(self, candidate: Compressed, prepared: PreparedModel) -> LatencyComparison:
@@ -352,10 +359,11 @@ class Job:
         proto = self._to_proto(candidate, plan=plan)
         if config.dry_run:
             report = self._report(candidate, proto)
+            self._commit()
             self._save_side_files(plan, report)
             return report
         with self.clock.stage("validate"):
-            remark = check_model(proto, reference=self.source.proto)
+            remark = check_model(proto, reference=self.source.model)
             if remark:
                 self.note(remark, kind="warning")
             session = open_session(proto, config)
@@ -371,14 +379,16 @@ class Job:
         report = self._report(candidate, proto, quality=quality, fidelity=fidelity, timing=timing)
         self._gate(report, proto, timing)
         with self.clock.stage("write"):
-            save_model(
-                proto,
-                self.output,
-                external_data=self.source.external_data,
-                check=lambda path: check_loads(path, config),
-            )
-        report = replace(report, output=str(self.output), seconds=dict(self.clock.seconds))
-        self._save_side_files(plan, report)
+            report = replace(report, output=str(self.output), seconds=dict(self.clock.seconds))
+
+            def finish(path: Path) -> None:
+                """Plan and report come before the model: where it is, the rest is."""
+                check_loads(path, config)
+                self._commit()
+                self._save_side_files(plan, report)
+
+            save_model(proto, self.output, external_data=self.source.external_data, check=finish)
+        report = replace(report, seconds=dict(self.clock.seconds))
         if config.drop_limit is None and quality.drop > LARGE_DROP:
             self.note(
                 f"{quality.metric} fell by {quality.drop:.4f}: keep more, or give --max-drop "
@@ -391,7 +401,7 @@ class Job:
         """The metric of the report part: ``--val`` may have labels where the data has none."""
         return choose_metric(self.config.metric, outputs=outputs, labels=part.labels)
 
-    def _gate(self, report: reports.CompressReport, proto: ModelProto, timing: LatencyComparison) -> None:
+    def _gate(self, report: reports.CompressReport, proto: AnyModel, timing: LatencyComparison) -> None:
         """Raise unless all that was asked for is met; keep the rejected model if asked to."""
         config, quality = self.config, report.quality
         failures: list[TargetError] = []
@@ -420,11 +430,16 @@ class Job:
         self._refuse(failures[0], proto, report)
         raise failures[0]
 
-    def _refuse(self, error: TargetError, proto: ModelProto, report: reports.CompressReport) -> None:
+    def _refuse(self, error: TargetError, proto: AnyModel, report: reports.CompressReport) -> None:
         """Attach the numbers to a refusal, and keep what was refused if asked to."""
         config = self.config
         if config.keep_rejected and not config.dry_run:
-            save_model(proto, rejected_path(self.output), external_data=self.source.external_data)
+            save_model(
+                proto,
+                rejected_path(self.output),
+                external_data=self.source.external_data,
+                check=lambda path: self._commit(),
+            )
         error.report = replace(report, output=None)
         if config.report is not None:
             write_report(config.report, error.report)
@@ -432,7 +447,7 @@ class Job:
     def _report(
         self,
         candidate: Candidate,
-        proto: ModelProto,
+        proto: AnyModel,
         *,
         quality: reports.Quality | None = None,
         fidelity: reports.Fidelity | None = None,

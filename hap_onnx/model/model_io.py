@@ -35,6 +35,15 @@ from hap_onnx.model.protos import (
     sort_nodes,
 )
 from hap_onnx.model.saving import save_model
+from hap_onnx.model.weights import (
+    MIN_BYTES,
+    AnyModel,
+    LargeModel,
+    is_large,
+    outside_header,
+    put_inside,
+    to_read_only,
+)
 
 __all__ = ["SourceModel", "load_model", "normalise", "save_model", "to_proto"]
 
@@ -64,7 +73,7 @@ def normalise(source: SourceModel) -> gs.Graph:
         raise ModelError(
             f"{_label(source)} cannot be turned into a graph ({error}); export it again"
         ) from error
-    arrays: dict[str, np.ndarray] = {}
+    arrays: dict[str, np.ndarray] = dict(source.weights)
 
     def load(tensor: gs.Tensor) -> None:
         if (
@@ -215,8 +224,8 @@ def _to_dense(sparse: onnx.SparseTensorProto) -> TensorProto:
 
 def to_proto(
     graph: gs.Graph, source: SourceModel, *, metadata: Mapping[str, str] | None = None
-) -> ModelProto:
-    """Graft an edited graph into a copy of the input model.
+) -> AnyModel:
+    """Graft an edited graph into a copy of the input model; that of a model in two parts has two.
 
     Inputs and outputs, versions, domain, doc strings and metadata (of the model, the graph, and of nodes and
     initializers by name) are the input model's; ``metadata`` is added to the model's.
@@ -241,9 +250,10 @@ def to_proto(
         nodes = sort_nodes(nodes)
     except ModelError as error:
         raise SurgeryError(f"the edited graph has a circle: {error}") from error
-    initializers = _export_constants(graph, nodes, prepared, source.proto)
+    weights: dict[str, np.ndarray] | None = {} if source.weights else None
+    initializers = _export_constants(graph, nodes, prepared, source.proto, weights)
     _check_complete(nodes, initializers, prepared)
-    _write_weights(model, initializers, source.proto)
+    _write_weights(model, initializers, source.proto, weights)
     model.graph.node.extend(nodes)
     model.graph.output.extend(prepared.graph.output)
     kept = {tensor.name for tensor in initializers} | {name for node in nodes for name in node.output}
@@ -254,7 +264,7 @@ def to_proto(
         for entry in [entry for entry in model.metadata_props if entry.key == key]:
             model.metadata_props.remove(entry)
         model.metadata_props.add(key=key, value=value)
-    return model
+    return LargeModel(model, weights) if weights is not None else model
 
 
 def _check_interface(graph: gs.Graph, prepared: ModelProto) -> None:
@@ -280,9 +290,16 @@ def _check_unique(names: Iterator[str], what: str) -> None:
 
 
 def _export_constants(
-    graph: gs.Graph, nodes: list[NodeProto], prepared: ModelProto, original: ModelProto
+    graph: gs.Graph,
+    nodes: list[NodeProto],
+    prepared: ModelProto,
+    original: ModelProto,
+    weights: dict[str, np.ndarray] | None,
 ) -> list[TensorProto]:
-    """Write the constants that are read, in the order of the input model, then of first use."""
+    """Write the constants that are read, in the order of the input model, then of first use.
+
+    With ``weights``, large ones are put there, and the tensors are headers.
+    """
     found: dict[str, gs.Constant] = {}
     tensors = [tensor for node in _walk_nodes(graph) for tensor in node.inputs] + list(graph.outputs)
     for tensor in tensors:
@@ -296,7 +313,22 @@ def _export_constants(
     headers = {tensor.name: tensor for tensor in original.graph.initializer}
     rank = {tensor.name: index for index, tensor in enumerate(prepared.graph.initializer)}
     order = sorted((name for name in found if name in used), key=lambda name: rank.get(name, len(rank)))
-    return [export_constant(found[name], header=headers.get(name)) for name in order]
+    return [_export_constant(found[name], headers.get(name), weights) for name in order]
+
+
+def _export_constant(
+    constant: gs.Constant, header: TensorProto | None, weights: dict[str, np.ndarray] | None
+) -> TensorProto:
+    values = constant._values
+    if weights is not None and isinstance(values, np.ndarray) and values.nbytes >= MIN_BYTES:
+        sample = gs.Constant(constant.name, np.zeros(0, values.dtype))
+        tensor = export_constant(sample, header=header)
+        if is_large(tensor, values.nbytes):
+            tensor.ClearField("dims")
+            tensor.dims.extend(values.shape)
+            weights[constant.name] = to_read_only(values)
+            return outside_header(tensor)
+    return export_constant(constant, header=header)
 
 
 def _check_complete(
@@ -317,7 +349,12 @@ def _check_complete(
             raise SurgeryError(f"nothing in the edited graph writes the output {value.name!r}")
 
 
-def _write_weights(model: ModelProto, initializers: list[TensorProto], original: ModelProto) -> None:
+def _write_weights(
+    model: ModelProto,
+    initializers: list[TensorProto],
+    original: ModelProto,
+    weights: dict[str, np.ndarray] | None,
+) -> None:
     """Add initializers and graph inputs. Up to IR 3 an initializer must be an input too."""
     own = {tensor.name for tensor in original.graph.initializer}
     if model.ir_version > 3:
@@ -338,6 +375,8 @@ def _write_weights(model: ModelProto, initializers: list[TensorProto], original:
         if tensor.name in listed_names:
             model.graph.initializer.append(tensor)
         else:  # a new input would change the model's interface; a Constant node does not
+            if weights is not None and tensor.name in weights:
+                put_inside(tensor, weights.pop(tensor.name))
             node = onnx.helper.make_node(
                 "Constant", [], [tensor.name], name=f"Constant_{tensor.name}", value=tensor
             )

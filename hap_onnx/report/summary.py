@@ -6,6 +6,7 @@ import json
 import os
 import platform
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from hap_onnx.config import CompressConfig
 from hap_onnx.errors import ValidationError
 from hap_onnx.implants.loss import ImplantLosses, explain_refusals
 from hap_onnx.model.measure import model_size, node_macs
+from hap_onnx.model.temporary import beside, remove_leftovers
 from hap_onnx.ops.linear import linear_form
 from hap_onnx.planning.choose import Choice
 from hap_onnx.planning.decide import LossModel
@@ -41,7 +43,7 @@ def facts_before(prepared: PreparedModel) -> reports.ModelFacts:
 
 def facts_after(graph: gs.Graph, prepared: PreparedModel, *, n_bytes: int) -> reports.ModelFacts:
     """Size of a compressed graph of the same model, counted anew on the graph itself."""
-    twin = build_twin(graph)
+    twin = build_twin(graph, share_weights=True)
     first = {
         name: values[: prepared.shapes[name][0]] if values.ndim else values
         for name, values in prepared.probe.items()
@@ -276,10 +278,13 @@ def installed_versions() -> dict[str, str]:
 def write_report(path: Path, report: reports.Report) -> None:
     """Write a report as JSON, complete or not at all; raises ValidationError."""
     text = json.dumps(report.to_dict(), indent=1, allow_nan=False) + "\n"
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = beside(path)
+    remove_leftovers(path)
     try:
         temporary.write_text(text, encoding="utf-8")
         os.replace(temporary, path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise ValidationError(f"the report {path} cannot be written: {error.strerror or error}") from error
+    finally:
+        with suppress(OSError):
+            temporary.unlink()

@@ -9,10 +9,8 @@ from __future__ import annotations
 import functools
 import logging
 import re
-import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -24,10 +22,10 @@ from onnxruntime.capi import onnxruntime_pybind11_state as _ort
 
 from hap_onnx.errors import CalibrationError, ModelError, UsageError, ValidationError
 from hap_onnx.model.input_spec import InputSpec, format_shape
-from hap_onnx.model.model_io import save_model
 from hap_onnx.model.protos import MAX_PROTO_BYTES, count_bytes
+from hap_onnx.model.weights import AnyModel, LargeModel, split_model
 
-Model = ModelProto | bytes | str | Path
+Model = AnyModel | bytes | str | Path
 
 _log = logging.getLogger(__name__)
 
@@ -74,6 +72,7 @@ class Session:
     threads: int | None
     session: ort.InferenceSession
     label: str
+    weights: Mapping[str, np.ndarray] = field(default_factory=dict)  # onnxruntime may use them where they are
 
     def prepare(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Pick the model's inputs and cast them to its types; other entries are ignored.
@@ -130,7 +129,7 @@ def make_session(
     """Load a model in onnxruntime, as its users would but silently.
 
     Args:
-        model: protobuf, its bytes, or a path (for weights in other files).
+        model: protobuf in one piece or two, its bytes, or a path.
         providers: ``auto`` (CUDA where it works, else the CPU), or names of execution providers; ``cpu``,
             ``cuda`` and ``tensorrt`` are short for their full names.
         threads: of one operator; None leaves the number to onnxruntime.
@@ -157,6 +156,7 @@ def make_session(
         threads=threads,
         session=session,
         label=label,
+        weights=model.weights if isinstance(model, LargeModel) else {},
     )
 
 
@@ -170,25 +170,34 @@ def load(
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
     settings = [(name, _PROVIDER_OPTIONS.get(name, {})) for name in providers]
-    with loadable(model) as source:
-        try:
-            return ort.InferenceSession(source, options, providers=settings)
-        except ORT_ERRORS as error:
-            raise ModelError(f"{label} does not load in onnxruntime: {explain(error)}") from error
-
-
-@contextmanager
-def loadable(model: Model) -> Iterator[bytes | str]:
-    """Yield what onnxruntime loads: a path, or bytes if the model fits into one message."""
-    if isinstance(model, (bytes, str, Path)):
-        yield model if isinstance(model, bytes) else str(model)
-    elif count_bytes(model) <= MAX_PROTO_BYTES:
-        yield model.SerializeToString()
+    if isinstance(model, ModelProto) and count_bytes(model) > MAX_PROTO_BYTES:
+        model = split_model(model)
+    if isinstance(model, LargeModel):
+        source: bytes | str = _give_weights(model, options)
+    elif isinstance(model, ModelProto):
+        source = model.SerializeToString()
     else:
-        with tempfile.TemporaryDirectory(prefix="hap-onnx-") as folder:
-            path = Path(folder) / "model.onnx"
-            save_model(model, path, external_data=True)
-            yield str(path)
+        source = model if isinstance(model, bytes) else str(model)
+    try:
+        return ort.InferenceSession(source, options, providers=settings)
+    except ORT_ERRORS as error:
+        raise ModelError(f"{label} does not load in onnxruntime: {explain(error)}") from error
+
+
+def _give_weights(model: LargeModel, options: ort.SessionOptions) -> bytes:
+    """Hand arrays over as they are, without a file; return the rest of the model as bytes."""
+    values = {}
+    for tensor in model.proto.graph.initializer:
+        array = model.weights.get(tensor.name)
+        if array is None:
+            continue
+        if array.dtype.isbuiltin == 1:
+            values[tensor.name] = ort.OrtValue.ortvalue_from_numpy(array)
+        else:  # such as bfloat16, which is no type of numpy's own
+            bits = array.view(f"u{array.dtype.itemsize}")
+            values[tensor.name] = ort.OrtValue.ortvalue_from_numpy_with_onnx_type(bits, tensor.data_type)
+    options.add_external_initializers(list(values), list(values.values()))
+    return bytes(model.proto.SerializeToString())
 
 
 def _choose_providers(providers: str | Sequence[str]) -> list[str]:

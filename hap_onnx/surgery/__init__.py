@@ -375,5 +375,5 @@ def with_weights(graph: gs.Graph, weights: Mapping[str, np.ndarray]) -> gs.Graph
         constant = tensors.get(name)
         if not isinstance(constant, gs.Constant) or tuple(constant.shape) != values.shape:
             raise SurgeryError(f"'{name}' {list(values.shape)} is not an initializer of the compressed graph")
-        constant.values = np.ascontiguousarray(values.astype(constant.values.dtype))
+        constant.values = np.ascontiguousarray(values.astype(constant.values.dtype, copy=False))
     return result

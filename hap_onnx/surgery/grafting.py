@@ -252,7 +252,7 @@ def _is_same_function(prepared: PreparedModel, order: Ints) -> bool:
         graph = permute_channels(prepared.graph, prepared.coupling, order)
         with torch.no_grad():
             expected = twin(tensors)
-            found = build_twin(graph, device=str(twin.device or "cpu"))(tensors)
+            found = build_twin(graph, device=str(twin.device or "cpu"), share_weights=True)(tensors)
     except (SurgeryError, ModelError):
         _log.info("channels cannot be permuted", exc_info=True)
         return False
