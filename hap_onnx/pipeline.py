@@ -5,8 +5,10 @@ load -> normalise -> couple -> twin -> statistics -> curves -> plan -> surgery -
 
 from __future__ import annotations
 
+import gc
 import logging
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +35,7 @@ from hap_onnx.jobs.carry_out import Compressed, from_plan_weights
 from hap_onnx.jobs.inspection import inspect_report
 from hap_onnx.jobs.job import Job
 from hap_onnx.jobs.machine import check_loads, compare_speed, protect_weights, use_threads, write_proto
+from hap_onnx.model.input_spec import InputSpec
 from hap_onnx.model.measure import model_size
 from hap_onnx.model.model_io import SourceModel, load_model, normalise, save_model
 from hap_onnx.model.saving import count_saved_bytes
@@ -118,7 +121,7 @@ def inspect(
     """
     words = check_options(options, command="inspect")
     source = load_model(model)
-    session = make_session(source.model, providers="cpu")
+    session = make_session(source.model, providers="cpu", is_timed=False)
     if data is None:
         probe = make_probe(session.inputs)
     else:
@@ -131,6 +134,7 @@ def inspect(
         )
         n_probe = min(max(2, session.fixed_batch or 2), dataset.n_samples)
         probe = next(iter(dataset.batches(np.arange(n_probe), n_probe))).inputs
+    del session  # it has weights of its own
     prepared = prepare(source, probe, exclude=words["exclude"], only=words["only"])
     report = inspect_report(
         str(model) if isinstance(model, (str, Path)) else "model in memory", prepared, words["align"]
@@ -164,19 +168,25 @@ def apply_plan(
     check_outputs(files, inputs={"MODEL": model, **plan_files})
     source = load_model(model)
     protect_weights(source, files)
+    inputs = _inputs_of(source)  # before the plan: onnxruntime takes as much memory as the model
     saved = load_plan(plan)
     rounds: list[PreparedModel] = []
     part = source
     for round_plan in (*saved.earlier, saved):
-        prepared, candidate = _carry_out(part, round_plan, is_first=not rounds)
+        prepared, candidate = _carry_out(part, round_plan, inputs, is_first=not rounds)
         rounds.append(prepared)
-        proto = write_proto(candidate.finished(), part, saved if round_plan is saved else None)
-        part = part if round_plan is saved else load_model(proto)
+        graph = candidate.finished()
+        del candidate
+        gc.collect()  # its graph has nodes and weights that are replaced by now, and refers to itself
+        proto = write_proto(graph, part, saved if round_plan is saved else None)
+        if round_plan is not saved:
+            part = load_model(proto)
+            inputs = _inputs_of(part)
     prepared = rounds[0]
     check_model(proto, reference=source.model)
     before = facts_before(prepared)
     n_bytes = count_saved_bytes(proto, target, external_data=source.external_data)
-    after = facts_after(candidate.finished(), prepared, n_bytes=n_bytes)
+    after = facts_after(graph, prepared, n_bytes=n_bytes)
     result = reports.CompressReport(
         model=str(model) if isinstance(model, (str, Path)) else "model in memory",
         output=str(target),
@@ -203,17 +213,22 @@ def apply_plan(
     return result
 
 
+def _inputs_of(source: SourceModel) -> tuple[InputSpec, ...]:
+    """Load a model in onnxruntime, which proves that it can be, and let go of it again."""
+    return make_session(source.model, providers="cpu", is_timed=False).inputs
+
+
 def _carry_out(
-    source: SourceModel, plan: CompressionPlan, *, is_first: bool
+    source: SourceModel, plan: CompressionPlan, inputs: Sequence[InputSpec], *, is_first: bool
 ) -> tuple[PreparedModel, Compressed]:
     """Carry out one round of a plan on the model that it was made for; raises ModelError for any other."""
     plan.check_model(source.sha256)
-    session = make_session(source.model, providers="cpu")
     words = plan.config
     sizes = {name: tuple(shape) for name, shape in dict(words.get("input_shapes", {})).items()}
+    probe = make_probe(inputs, sizes=sizes)
     prepared = prepare(
         source,
-        make_probe(session.inputs, sizes=sizes),
+        probe,
         exclude=tuple(words.get("exclude", ())),
         only=tuple(words.get("only", ())),
         must_match=is_first,

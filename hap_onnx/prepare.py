@@ -25,7 +25,7 @@ from hap_onnx.model.measure import count_params, model_size
 from hap_onnx.model.model_io import SourceModel, normalise
 from hap_onnx.ops.implant import layer_of
 from hap_onnx.sensitivity.curvature import to_tensors
-from hap_onnx.surgery import masked_reads, remove_channels, shape_after
+from hap_onnx.surgery import discard, masked_reads, remove_channels, shape_after
 from hap_onnx.surgery.fusion import fold_batch_norms
 from hap_onnx.twin import Twin, build_twin, in_double, probe_shapes
 
@@ -270,6 +270,7 @@ def try_cut(prepared: PreparedModel, keep: NDArray[np.bool_]) -> str | None:
         found_wrong = _difference(outputs, expected_outputs)
         if found_wrong is not None:  # it may be that floats cannot tell: deep models amplify rounding
             found_wrong = _difference(*_outputs_in_double(prepared, cut, keep))
+        discard(graph)
     except (HapOnnxError, AssertionError) as error:
         _log.info("trial cut failed", exc_info=True)
         return " ".join(str(error).split())[:300]

@@ -125,6 +125,7 @@ def make_session(
     providers: str | Sequence[str] = "auto",
     threads: int | None = None,
     label: str | None = None,
+    is_timed: bool = True,
 ) -> Session:
     """Load a model in onnxruntime, as its users would but silently.
 
@@ -134,6 +135,7 @@ def make_session(
             ``cuda`` and ``tensorrt`` are short for their full names.
         threads: of one operator; None leaves the number to onnxruntime.
         label: how messages call the model.
+        is_timed: False where speed does not count: weights are then not laid out anew, which takes memory.
 
     Raises:
         ModelError: onnxruntime cannot load the model.
@@ -141,7 +143,7 @@ def make_session(
     """
     label = label or (str(model) if isinstance(model, (str, Path)) else "the model")
     names = _choose_providers(providers)
-    session = load(model, names, threads=threads, severity=4, label=label)
+    session = load(model, names, threads=threads, severity=4, label=label, is_timed=is_timed)
     if session.get_providers()[0] != names[0]:
         raise UsageError(
             f"{names[0]} is installed but does not work on this machine (onnxruntime fell back to "
@@ -161,9 +163,18 @@ def make_session(
 
 
 def load(
-    model: Model, providers: Sequence[str], *, threads: int | None, severity: int, label: str
+    model: Model,
+    providers: Sequence[str],
+    *,
+    threads: int | None,
+    severity: int,
+    label: str,
+    is_timed: bool = True,
 ) -> ort.InferenceSession:
     options = ort.SessionOptions()
+    if not is_timed:
+        options.add_session_config_entry("session.disable_prepacking", "1")
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
     options.log_severity_level = severity
     options.use_deterministic_compute = True
     if threads is not None:

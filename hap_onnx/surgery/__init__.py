@@ -29,6 +29,8 @@ from hap_onnx.twin import Step, build_twin
 
 _log = logging.getLogger(__name__)
 
+_NOTHING = np.zeros(0, np.float32)
+
 CONSTANT_SUFFIX = "_hap_constant"
 """How the names of constants end that took the place of removed branches."""
 
@@ -359,6 +361,16 @@ def _fold_constants(graph: gs.Graph) -> None:
             dtype = output.dtype or np.float32
             _rewire(output, gs.Constant(output.name + CONSTANT_SUFFIX, values[output.name].astype(dtype)))
         node.outputs.clear()
+
+
+def discard(graph: gs.Graph) -> None:
+    """Let go of the weights of a graph that is not needed any more, such as a trial cut.
+
+    Nodes and tensors refer to each other, so it would live on until Python looks for circles.
+    """
+    for tensor in graph.tensors().values():
+        if isinstance(tensor, gs.Constant):
+            tensor.values = _NOTHING
 
 
 def with_weights(graph: gs.Graph, weights: Mapping[str, np.ndarray]) -> gs.Graph:
