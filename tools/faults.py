@@ -7,7 +7,7 @@ random time, or just before one of its file operations (to open, sync, rename or
 folder), so that the short windows in which files are written are met as often as the long ones in which it
 computes. Some jobs are killed again when they go on. After each kill:
 
-- the exit code is that of the contract, and stderr holds one line and no traceback;
+- the exit code is that of the contract, and stderr ends with one line that says so, without a traceback;
 - the output is not there, or is there whole: the bytes of a run that nobody disturbed, with its data;
 - after SIGTERM and Ctrl-C, nothing that the run has made is left outside the work folder.
 
@@ -53,8 +53,8 @@ TIMEOUT = 300.0
 # Variants of the job: options, and whether the model keeps its weights in a file beside it.
 JOBS: Mapping[str, tuple[tuple[str, ...], bool]] = {
     "epochs": (("--keep-macs", "0.5", "--epochs", "3"), False),
-    "rounds": (("--keep-params", "0.4", "--rounds", "2", "--epochs", "2"), True),
-    "search": (("--max-drop", "0.1", "--metric", "agreement"), True),
+    "rounds": (("--keep-params", "0.4", "--rounds", "2", "--epochs", "1", "--method", "prune"), True),
+    "search": (("--max-drop", "0.3", "--metric", "agreement", "--method", "prune"), True),
 }
 
 # ---------------------------------------------------------------- the job
@@ -115,7 +115,7 @@ class Place:
         for name in ("in", "out", "tmp", "work"):
             (path / name).mkdir(parents=True)
         generator = np.random.default_rng(1)
-        data = generator.standard_normal((160, 3, 8, 8)) + 1.5 * generator.standard_normal((160, 3, 1, 1))
+        data = generator.standard_normal((80, 3, 8, 8)) + 1.5 * generator.standard_normal((80, 3, 1, 1))
         # What is compressed is unpacked into the work folder.
         np.savez_compressed(path / "in" / "calib.npz", x=data.astype(np.float32))
         options: dict[str, Any] = {}
@@ -300,7 +300,8 @@ def check_kill(
         yield f"exit code {ended.code} after {number.name}: {ended.stderr[-300:]}"
     elif ended.code == CODES[number]:
         lines = ended.stderr.splitlines()
-        if len(lines) != 1 or "nothing was written" not in lines[0]:
+        is_said = bool(lines) and "nothing was written" in lines[-1]
+        if not is_said or any(not line.startswith("warning: ") for line in lines[:-1]):
             yield f"stderr after {number.name}: {ended.stderr[-300:]!r}"
         if output != {name: digest for name, digest in before.items() if name.startswith("out")}:
             yield f"something was written, though stopped by {number.name}: {sorted(output)}"
@@ -393,7 +394,7 @@ def kill_jobs(n_kills: int, *, seed: int, fresh: float, folder: Path, say: Calla
             tally.left[kind] += ended.was_hit and bool(_temporaries(place))
             problems += check_kill(place, ended, stop, before, reference.digests)
             problems = [f"trial {n_trials} ({job}), {stop}, {how}: {problem}" for problem in problems]
-            if ended.code == 0 or draw.random() < 0.5:
+            if ended.code == 0 or draw.random() < 0.25:
                 break
         if not problems:
             problems = list(check_end(place, run_fork(place, None), reference.digests))
