@@ -34,7 +34,7 @@ from hap_onnx.config import (
     plan_weights_path,
     read_config,
 )
-from hap_onnx.errors import GateError, HapOnnxError, TargetError
+from hap_onnx.errors import GateError, HapOnnxError, TargetError, ValidationError, is_out_of_memory
 
 if TYPE_CHECKING:
     from hap_onnx.events import Event, OnEvent
@@ -138,7 +138,17 @@ class Session:
         """Print a report on stdout."""
         from hap_onnx.report.render import render_json, render_report
 
-        click.echo(render_json(report) if as_json else render_report(report, sys.stdout), nl=False)
+        text = render_json(report) if as_json else render_report(report, sys.stdout)
+        try:
+            click.echo(text, nl=False)
+            sys.stdout.flush()
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            raise ValidationError(
+                f"the report cannot be printed ({error.strerror or error}); what was to be written is "
+                "written; check where stdout goes"
+            ) from error
 
 
 @contextmanager
@@ -159,6 +169,7 @@ def _logging(verbose: int, handler: logging.Handler) -> Iterator[None]:
 
 def main(args: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code; ``args`` defaults to those of the process."""
+    _open_streams()
     session = Session()
     try:
         with session.signals:
@@ -169,6 +180,23 @@ def main(args: Sequence[str] | None = None) -> int:
                 return stop.exit_code
     except KeyboardInterrupt:
         return 130
+
+
+def _open_streams() -> None:
+    """Open the standard streams that the caller has closed, to nowhere.
+
+    Else the next files to be opened get their numbers, and what native code prints ends up in a model.
+    """
+    for descriptor, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            nowhere = os.open(os.devnull, os.O_RDWR)
+            if nowhere != descriptor:
+                os.dup2(nowhere, descriptor)
+                os.close(nowhere)
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "r+", encoding="utf-8"))  # noqa: SIM115  (open to the end)
 
 
 def _run(args: Sequence[str] | None, session: Session) -> int:
@@ -186,10 +214,13 @@ def _run(args: Sequence[str] | None, session: Session) -> int:
     except BrokenPipeError:  # such as `hap-onnx inspect ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except MemoryError:
-        _complain(session, "error: out of memory; try a smaller --batch-size or --max-samples")
-        return 1
-    except Exception as error:  # a bug: one line for the user, the rest for whoever asks
+    except Exception as error:
+        if is_out_of_memory(error):
+            where = f" {error}" if isinstance(error, MemoryError) and str(error).startswith("at ") else ""
+            advice = "try a smaller --batch-size or --max-samples, or a machine with more memory"
+            _complain(session, f"error: out of memory{where}; {advice}")
+            return 1
+        # A bug: one line for the user, the rest for whoever asks.
         what = f"{type(error).__name__}: {' '.join(str(error).split())}"
         _complain(session, f"error: unexpected {what} (run with -v for the traceback)")
         return 1

@@ -30,7 +30,7 @@ def read_external_data(proto: ModelProto, path: Path) -> tuple[LargeModel, int, 
     """
     folder = path.parent.resolve()
     n_bytes = 0
-    files: dict[Path, None] = {}
+    files: dict[Path, tuple[int, ...] | None] = {}
     weights: dict[str, np.ndarray] = {}
     n_initializers = len(proto.graph.initializer)
     for index, (where, tensor) in enumerate(walk_tensors(proto)):
@@ -38,7 +38,7 @@ def read_external_data(proto: ModelProto, path: Path) -> tuple[LargeModel, int, 
         if tensor.data_location == TensorProto.EXTERNAL:
             check_tensor(tensor, where=where)
             file = _find_file(_entries(tensor).get("location", ""), folder, where=where)
-            files[file] = None
+            files.setdefault(file, stamp_of(file))
             array = _read(tensor, file, where=where)
             n_bytes += array.nbytes
             if index < n_initializers and is_large(tensor, array.nbytes):
@@ -46,7 +46,19 @@ def read_external_data(proto: ModelProto, path: Path) -> tuple[LargeModel, int, 
                 tensor.CopyFrom(outside_header(tensor))
             else:
                 put_inside(tensor, array)
+    for file, stamp in files.items():
+        if stamp_of(file) != stamp:
+            raise ModelError(f"{file} was changed while it was read; start again when it is complete")
     return LargeModel(proto, weights), n_bytes, tuple(files)
+
+
+def stamp_of(path: Path) -> tuple[int, ...] | None:
+    """Return what changes with a file; None where it is not there."""
+    try:
+        status = path.stat()
+    except (OSError, ValueError):
+        return None
+    return status.st_size, status.st_mtime_ns, status.st_ino
 
 
 def _typed(tensor: TensorProto, array: np.ndarray) -> np.ndarray:

@@ -19,7 +19,7 @@ from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 from onnx import GraphProto, ModelProto, TensorProto
 
 from hap_onnx.errors import ModelError
-from hap_onnx.model.external_data import read_external_data
+from hap_onnx.model.external_data import read_external_data, stamp_of
 from hap_onnx.model.protos import (
     DEFAULT_DOMAINS,
     MAX_PROTO_BYTES,
@@ -91,12 +91,15 @@ def load_model(model: str | Path | AnyModel) -> SourceModel:
         proto.CopyFrom(proto_of(model))
     else:
         path = Path(model)
+        before = stamp_of(path)
         proto, proto_bytes = _parse(path)
         label = str(path)
         _check_header(proto, label)
         found, n_external, files = read_external_data(proto, path)
         weights = found.weights
         n_bytes, external = proto_bytes + n_external, n_external > 0
+        if stamp_of(path) != before:
+            raise ModelError(f"{path} was changed while it was read; start again when it is complete")
     _check_header(proto, label)
     for where, tensor in walk_tensors(proto):
         check_tensor(tensor, where=f"{where} of {label}")

@@ -20,7 +20,13 @@ import onnxruntime as ort
 from onnx import ModelProto, TensorProto
 from onnxruntime.capi import onnxruntime_pybind11_state as _ort
 
-from hap_onnx.errors import CalibrationError, ModelError, UsageError, ValidationError
+from hap_onnx.errors import (
+    CalibrationError,
+    ModelError,
+    UsageError,
+    ValidationError,
+    refuse_out_of_memory,
+)
 from hap_onnx.model.input_spec import InputSpec, format_shape
 from hap_onnx.model.protos import MAX_PROTO_BYTES, count_bytes
 from hap_onnx.model.weights import AnyModel, LargeModel, split_model
@@ -105,6 +111,7 @@ class Session:
         try:
             values = self.session.run(list(self.output_names), dict(feed))
         except ORT_ERRORS as error:
+            refuse_out_of_memory(error, f"running {self.label} in onnxruntime")
             shapes = ", ".join(f"{name} {list(array.shape)}" for name, array in feed.items())
             raise ModelError(
                 f"{self.label} does not run in onnxruntime on {shapes}: {explain(error)}"
@@ -192,6 +199,7 @@ def load(
     try:
         return ort.InferenceSession(source, options, providers=settings)
     except ORT_ERRORS as error:
+        refuse_out_of_memory(error, f"loading {label} in onnxruntime")
         raise ModelError(f"{label} does not load in onnxruntime: {explain(error)}") from error
 
 

@@ -31,7 +31,7 @@ import torch
 from torch import Tensor, nn
 
 from hap_onnx import ops  # noqa: F401  (registers the operators)
-from hap_onnx.errors import CalibrationError, ModelError
+from hap_onnx.errors import CalibrationError, ModelError, refuse_out_of_memory
 from hap_onnx.ops.arguments import UnitShapes
 from hap_onnx.twin.calls import BodyCall, TorchCall, find_call, is_float_array
 from hap_onnx.twin.opaque import OpaqueNode, captured_names, is_known, write_node
@@ -254,6 +254,7 @@ class Twin(nn.Module):
         except torch.cuda.OutOfMemoryError:
             raise
         except (RuntimeError, TypeError, ValueError, IndexError) as error:
+            refuse_out_of_memory(error, f"node {step.name!r} ({step.op_type})")
             shapes = [tuple(tensor.shape) if isinstance(tensor, Tensor) else None for tensor in inputs]
             raise ModelError(
                 f"node {step.name!r} ({step.op_type}) cannot be computed on inputs of shapes {shapes}; "
