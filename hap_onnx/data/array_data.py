@@ -83,10 +83,7 @@ class SpillFolder:
     def new_file(self) -> Path:
         """A fresh path inside the folder, which is made when first needed."""
         if self._path is None:
-            try:
-                self._path = make_temporary_folder("data", self._parent)
-            except OSError as error:
-                raise CalibrationError(f"Cannot make a temporary folder for the data: {error}.") from error
+            self._path = make_temporary_folder("data", self._parent)
             weakref.finalize(self, shutil.rmtree, self._path, ignore_errors=True)
         self._n_files += 1
         return self._path / f"{self._n_files}.bin"

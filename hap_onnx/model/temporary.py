@@ -16,6 +16,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from hap_onnx.errors import ValidationError
+
 _PREFIX = "hap-onnx-"
 _TAG = r"(?P<host>[0-9a-f]{6})-(?P<pid>\d+)"
 _FILE = re.compile(rf"\.(?P<target>.+)\.{_TAG}(\.(?P<digest>[0-9a-f]{{12}}))?\.tmp(\.\w+)?")
@@ -100,12 +102,22 @@ def _remove_file(file: Path, target: Path, digest: str | None) -> None:
 
 
 def make_temporary_folder(kind: str, parent: Path | None = None) -> Path:
-    """Make a temporary folder in ``parent`` (default: the system's place), and remove dead ones there."""
+    """Make a temporary folder in ``parent`` (default: the system's place), and remove dead ones there.
+
+    Raises:
+        ValidationError: there cannot be one.
+    """
     place = Path(tempfile.gettempdir()) if parent is None else parent
     for folder, found in _find(place, _FOLDER):
         if found["pid"] != str(os.getpid()) and _is_gone(found):
             shutil.rmtree(folder, ignore_errors=True)
-    return Path(tempfile.mkdtemp(prefix=f"{_PREFIX}{kind}-{_host()}-{os.getpid()}-", dir=place))
+    try:
+        return Path(tempfile.mkdtemp(prefix=f"{_PREFIX}{kind}-{_host()}-{os.getpid()}-", dir=place))
+    except OSError as error:
+        raise ValidationError(
+            f"a temporary folder cannot be made in {place} ({error.strerror or error}); check --work-dir, or "
+            "point TMPDIR elsewhere"
+        ) from error
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import tempfile
 import time
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import onnx
 import pytest
 
 from hap_onnx.errors import ValidationError
+from hap_onnx.jobs.work_folder import WorkFolder
 from hap_onnx.model import saving
 from hap_onnx.model.loading import load_model
 from hap_onnx.model.saving import save_model
@@ -247,6 +249,23 @@ def test_temporary_folders_of_the_dead_go_when_the_next_is_made(tmp_path: Path) 
     assert run_fork(leave).code == KILLED
     remove_all_leftovers(tmp_path)
     assert names(tmp_path) == sorted(["hap-onnx-data-mine", first.name, second.name])
+
+
+def test_a_work_folder_that_takes_no_files_is_said() -> None:
+    def work(folder: Path) -> None:
+        if os.geteuid() == 0:
+            os.setuid(65534)
+        with pytest.raises(ValidationError, match=r"made in .* \(Permission denied\); check --work-dir"):
+            make_temporary_folder("data", folder)
+        with pytest.raises(ValidationError, match=r"cannot be made \(Permission denied\); check --work-dir"):
+            with WorkFolder(folder, "key").lock():
+                raise AssertionError("it is locked")
+
+    with tempfile.TemporaryDirectory() as name:  # that of pytest is closed to others
+        Path(name).chmod(0o555)
+        ended = run_fork(lambda: work(Path(name)))
+        assert ended.code == 0, ended.err
+        Path(name).chmod(0o755)
 
 
 def test_nothing_is_removed_where_nothing_can_be_listed(tmp_path: Path) -> None:
