@@ -207,8 +207,8 @@ def _run_here(place: Place, stop: Stop | None, counter: Any) -> None:
     tempfile.tempdir = None
     for stream, name in ((1, "stdout"), (2, "stderr")):
         os.dup2(os.open(place.path / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
-    for number, handler in ((signal.SIGTERM, signal.SIG_DFL), (signal.SIGINT, signal.default_int_handler)):
-        signal.signal(number, handler)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_DFL)
 
     def act(n_seen: int) -> None:
         counter.value = n_seen
@@ -439,7 +439,7 @@ def kills(n_kills: int, seed: int, fresh: float, keep: Path | None) -> None:
     import torch
 
     torch.set_num_threads(1)
-    from hap_onnx import pipeline  # noqa: F401
+    from hap_onnx import cli, pipeline  # noqa: F401
 
     console = Console(width=100)
     start = time.monotonic()
