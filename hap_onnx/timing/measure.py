@@ -15,9 +15,9 @@ from math import prod
 
 import numpy as np
 import onnx_graphsurgeon as gs
-from onnx import ModelProto
 
 from hap_onnx.events import OnEvent, ignore_event, track
+from hap_onnx.model.weights import AnyModel
 from hap_onnx.ops.implant import implant_forms
 from hap_onnx.planning.align import Blocks, allowed_widths
 from hap_onnx.planning.times import ImplantTimes, Ints, NodeTimes
@@ -49,7 +49,7 @@ SCALE_BOUNDS = (0.5, 2.0)
 
 def measure_times(
     prepared: PreparedModel,
-    model: ModelProto,
+    model: AnyModel,
     feed: Mapping[str, np.ndarray],
     kinds: Mapping[str, Collection[str]],
     table: LatencyTable,
