@@ -636,8 +636,9 @@ def check_outputs(outputs: Mapping[str, Path], *, inputs: Mapping[str, Any]) -> 
     """Refuse, before any work is done, what could not be written or would overwrite an input.
 
     Both map what the user calls a file to its path; inputs that are not paths are passed over. Links
-    of both kinds are seen through. Raises UsageError for a collision, ValidationError for a folder that
-    is missing or not writable.
+    of both kinds are seen through. (A link at an output's place is replaced by the file.) Raises UsageError
+    for a collision and for what is no regular file, ValidationError for a folder that is missing and for
+    what is not writable.
     """
     taken = {name: Path(path) for name, path in inputs.items() if isinstance(path, (str, Path))}
     for name, path in (*taken.items(), *outputs.items()):
@@ -652,12 +653,18 @@ def check_outputs(outputs: Mapping[str, Path], *, inputs: Mapping[str, Any]) -> 
                 )
         if path.is_dir():
             raise UsageError(f"{option} {path} is a folder: give the name of a file")
-        if path.exists() and not path.is_file():  # a rename would take the place of a device
-            raise UsageError(f"{option} {path} is not a regular file: choose another name")
+        if (path.exists() and not path.is_file()) or os.path.realpath(path.parent) == "/dev":
+            raise UsageError(
+                f"{option} {path} is a device or a pipe, which a file would replace: give the name of a file"
+            )
         if not path.parent.is_dir():
             raise ValidationError(f"{option} {path} cannot be written: there is no folder {path.parent}")
         if not os.access(path.parent, os.W_OK):
             raise ValidationError(f"{option} {path} cannot be written: no permission in {path.parent}")
+        if path.exists() and not os.access(path, os.W_OK):
+            raise ValidationError(
+                f"{option} {path} cannot be written: the file that is there is protected; give another name"
+            )
         taken[option] = path
 
 
