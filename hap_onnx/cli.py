@@ -38,7 +38,7 @@ from hap_onnx.config import (
     read_config,
 )
 from hap_onnx.crashes import speak_of_crashes
-from hap_onnx.errors import GateError, HapOnnxError, TargetError
+from hap_onnx.errors import GateError, HapOnnxError, TargetError, ValidationError, is_out_of_memory
 from hap_onnx.report.printable import one_line, printable
 
 if TYPE_CHECKING:
@@ -68,6 +68,7 @@ class Signals:
     def __init__(self) -> None:
         self._previous: dict[int, Any] = {}
         self._held = False
+        self._over = False
         self._pending: int | None = None
 
     def __enter__(self) -> Signals:
@@ -86,8 +87,12 @@ class Signals:
         signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_IGN)
         if self._held:
             self._pending = number
-        else:
+        elif not self._over:
             raise Stop(number)
+
+    def end(self) -> None:
+        """Ignore signals from now on: the results are being named, in less time than it takes to stop."""
+        self._over = True
 
     @contextmanager
     def hold(self) -> Iterator[None]:
@@ -131,14 +136,30 @@ class Session:
         from hap_onnx.report.render import EventPrinter
 
         with EventPrinter(sys.stderr, quiet=self.quiet) as printer:
+
+            def on_event(event: Event) -> None:
+                if event.kind == "commit":
+                    self.signals.end()
+                printer(event)
+
             with _logging(self.verbose, printer.log_handler()):
-                yield printer
+                yield on_event
 
     def show(self, report: Report, *, as_json: bool) -> None:
         """Print a report on stdout."""
         from hap_onnx.report.render import render_json, render_report
 
-        click.echo(render_json(report) if as_json else render_report(report, sys.stdout), nl=False)
+        text = render_json(report) if as_json else render_report(report, sys.stdout)
+        try:
+            click.echo(text, nl=False)
+            sys.stdout.flush()
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            raise ValidationError(
+                f"the report cannot be printed ({error.strerror or error}); what was to be written is "
+                "written; check where stdout goes"
+            ) from error
 
 
 @contextmanager
@@ -159,6 +180,7 @@ def _logging(verbose: int, handler: logging.Handler) -> Iterator[None]:
 
 def main(args: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code; ``args`` defaults to those of the process."""
+    _open_streams()
     # From 1.31 on onnxruntime keeps records of its use in the home folder and in that of temporary files.
     os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     if args is None:  # the process is ours
@@ -173,6 +195,23 @@ def main(args: Sequence[str] | None = None) -> int:
                 return stop.exit_code
     except KeyboardInterrupt:
         return 130
+
+
+def _open_streams() -> None:
+    """Open the standard streams that the caller has closed, to nowhere.
+
+    Else the next files to be opened get their numbers, and what native code prints ends up in a model.
+    """
+    for descriptor, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            nowhere = os.open(os.devnull, os.O_RDWR)
+            if nowhere != descriptor:
+                os.dup2(nowhere, descriptor)
+                os.close(nowhere)
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "r+", encoding="utf-8"))  # noqa: SIM115  (open to the end)
 
 
 def _run(args: Sequence[str] | None, session: Session) -> int:
@@ -190,10 +229,13 @@ def _run(args: Sequence[str] | None, session: Session) -> int:
     except BrokenPipeError:  # such as `hap-onnx inspect ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except MemoryError:
-        _complain(session, "error: out of memory; try a smaller --batch-size or --max-samples")
-        return 1
-    except Exception as error:  # a bug: one line for the user, the rest for whoever asks
+    except Exception as error:
+        if is_out_of_memory(error):
+            where = f" {error}" if isinstance(error, MemoryError) and str(error).startswith("at ") else ""
+            advice = "try a smaller --batch-size or --max-samples, or a machine with more memory"
+            _complain(session, f"error: out of memory{where}; {advice}")
+            return 1
+        # A bug: one line for the user, the rest for whoever asks.
         what = f"{type(error).__name__}: {' '.join(str(error).split())}"
         _complain(session, f"error: unexpected {what} (run with -v for the traceback)")
         return 1

@@ -13,7 +13,7 @@ import math
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import Field, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -44,6 +44,8 @@ SWEEP_RATIOS = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)
 """The fractions that a sweep keeps when none are named."""
 SWEEP_INDEX = "sweep.json"
 """The file in a sweep's folder that lists its points."""
+SWEEP_VIEWS = ("sweep.md", "sweep.svg")
+"""What shows them; the index is written last."""
 
 DEFAULT_MAX_DROP = 0.01
 DEFAULT_EPOCHS = 20
@@ -634,8 +636,9 @@ def check_outputs(outputs: Mapping[str, Path], *, inputs: Mapping[str, Any]) -> 
     """Refuse, before any work is done, what could not be written or would overwrite an input.
 
     Both map what the user calls a file to its path; inputs that are not paths are passed over. Links
-    of both kinds are seen through. Raises UsageError for a collision, ValidationError for a folder that
-    is missing or not writable.
+    of both kinds are seen through. (A link at an output's place is replaced by the file.) Raises UsageError
+    for a collision and for what is no regular file, ValidationError for a folder that is missing and for
+    what is not writable.
     """
     taken = {name: Path(path) for name, path in inputs.items() if isinstance(path, (str, Path))}
     for name, path in (*taken.items(), *outputs.items()):
@@ -650,12 +653,18 @@ def check_outputs(outputs: Mapping[str, Path], *, inputs: Mapping[str, Any]) -> 
                 )
         if path.is_dir():
             raise UsageError(f"{option} {path} is a folder: give the name of a file")
-        if path.exists() and not path.is_file():  # a rename would take the place of a device
-            raise UsageError(f"{option} {path} is not a regular file: choose another name")
+        if (path.exists() and not path.is_file()) or os.path.realpath(path.parent) == "/dev":
+            raise UsageError(
+                f"{option} {path} is a device or a pipe, which a file would replace: give the name of a file"
+            )
         if not path.parent.is_dir():
             raise ValidationError(f"{option} {path} cannot be written: there is no folder {path.parent}")
         if not os.access(path.parent, os.W_OK):
             raise ValidationError(f"{option} {path} cannot be written: no permission in {path.parent}")
+        if path.exists() and not os.access(path, os.W_OK):
+            raise ValidationError(
+                f"{option} {path} cannot be written: the file that is there is protected; give another name"
+            )
         taken[option] = path
 
 
@@ -679,12 +688,20 @@ def check_folder(folder: Path) -> None:
     _check_possible("--output", folder)
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"--output {folder} is a file: a sweep needs the name of a folder")
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / SWEEP_INDEX).is_file():
+    if folder.is_dir() and not (folder / SWEEP_INDEX).is_file() and any(_others_in(folder)):
         raise UsageError(f"--output {folder} holds other files: give a sweep a folder of its own")
     if not folder.parent.is_dir():
         raise ValidationError(f"--output {folder} cannot be made: there is no folder {folder.parent}")
     if not os.access(folder if folder.is_dir() else folder.parent, os.W_OK):
         raise ValidationError(f"--output {folder} cannot be written: no permission")
+
+
+def _others_in(folder: Path) -> Iterator[Path]:
+    """Yield what is in a folder apart from what a sweep that was killed at its first point has left."""
+    for path in folder.iterdir():
+        is_temporary = any(path.name.startswith(f".{name}.") for name in (SWEEP_INDEX, *SWEEP_VIEWS))
+        if not is_temporary and path.name not in SWEEP_VIEWS:
+            yield path
 
 
 def _same_file(first: Path, second: Path) -> bool:

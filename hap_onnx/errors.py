@@ -11,11 +11,14 @@ HapOnnxError                     exit code 1: the model or the data cannot be pr
     ├── BudgetError              the budget cannot be reached
     └── GateError                the quality or the speed gate is not met
 
-Each message is one sentence that says what is wrong, where, what was expected and what to do.
+Each message is one sentence that says what is wrong, where, what was expected and what to do. Memory that
+does not suffice is a MemoryError, whoever noticed it: no stage may take it for a property of the model.
 """
 
 from __future__ import annotations
 
+import errno
+import re
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -67,3 +70,22 @@ class BudgetError(TargetError):
 
 class GateError(TargetError):
     """The quality or the speed gate is not met."""
+
+
+_NO_MEMORY = re.compile(
+    r"DefaultCPUAllocator|out of memory|bad_?alloc|[Ff]ailed to allocate|[Cc]annot allocate memory"
+    r"|can't allocate memory|can't start new thread|[Uu]nable to allocate|not enough memory"
+)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Tell whether an error means that memory did not suffice; torch and others have their own types."""
+    if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
+        return True
+    return isinstance(error, Exception) and _NO_MEMORY.search(str(error)) is not None
+
+
+def refuse_out_of_memory(error: Exception, where: str) -> None:
+    """Raise MemoryError if an error that was met at ``where`` means that memory did not suffice."""
+    if is_out_of_memory(error):
+        raise MemoryError(f"at {where}") from error

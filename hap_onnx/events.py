@@ -17,11 +17,12 @@ class Event:
     """One step of a stage.
 
     ``kind`` is ``start`` (``total`` may be known), ``advance`` (by ``amount``; a ``message`` says how things
-    stand), ``end``, or ``note`` and ``warning`` (``message`` is for the user).
+    stand), ``end``, ``note`` and ``warning`` (``message`` is for the user), or ``commit``: the results are
+    complete beside their places and get their names now. Whoever stops a job should not do it from then on.
     """
 
     stage: str
-    kind: Literal["start", "advance", "end", "note", "warning"]
+    kind: Literal["start", "advance", "end", "note", "warning", "commit"]
     message: str = ""
     total: int | None = None
     amount: int = 1

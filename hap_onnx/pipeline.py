@@ -5,9 +5,10 @@ load -> normalise -> couple -> twin -> statistics -> curves -> plan -> surgery -
 
 from __future__ import annotations
 
+import gc
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -41,10 +42,12 @@ from hap_onnx.jobs.machine import check_loads, compare_speed, protect_weights, u
 from hap_onnx.jobs.self_check import Result, check_result
 from hap_onnx.jobs.sweep import run_sweep
 from hap_onnx.model.bounds import MAX_TENSOR_BYTES
+from hap_onnx.model.input_spec import InputSpec
 from hap_onnx.model.measure import model_size
 from hap_onnx.model.model_io import SourceModel, load_model, normalise, save_model
-from hap_onnx.model.protos import count_bytes, n_elements
+from hap_onnx.model.protos import n_elements
 from hap_onnx.model.saving import count_saved_bytes
+from hap_onnx.model.weights import count_model_bytes
 from hap_onnx.planning.choose import Choice
 from hap_onnx.planning.plan import CompressionPlan, load_plan
 from hap_onnx.prepare import PreparedModel, make_probe, prepare
@@ -157,7 +160,7 @@ def inspect(
     """
     words = check_options(options, command="inspect")
     source = load_model(model)
-    session = make_session(source.proto, providers="cpu")
+    session = make_session(source.model, providers="cpu", is_timed=False)
     if data is None:
         probe = make_probe(session.inputs)
     else:
@@ -170,10 +173,12 @@ def inspect(
         )
         n_probe = min(max(2, session.fixed_batch or 2), dataset.n_samples)
         probe = next(iter(dataset.batches(np.arange(n_probe), n_probe))).inputs
+    del session  # it has weights of its own
     prepared = prepare(source, probe, exclude=words["exclude"], only=words["only"])
     report = inspect_report(
         str(model) if isinstance(model, (str, Path)) else "model in memory", prepared, words["align"]
     )
+    on_event(Event("inspect", "commit"))
     if words["report"] is not None:
         write_report(words["report"], report)
     return report
@@ -202,25 +207,30 @@ def apply_plan(
     check_outputs(files, inputs={"MODEL": model, **plan_files})
     source = load_model(model)
     protect_weights(source, files)
+    inputs = _inputs_of(source)  # before the plan: onnxruntime takes as much memory as the model
     saved = load_plan(plan)
     rounds: list[PreparedModel] = []
     part = source
     for round_plan in (*saved.earlier, saved):
-        prepared, candidate = _carry_out(part, round_plan, is_first=not rounds)
+        prepared, candidate = _carry_out(part, round_plan, inputs, is_first=not rounds)
         rounds.append(prepared)
-        proto = write_proto(candidate.finished(), part, saved if round_plan is saved else None)
-        part = part if round_plan is saved else load_model(proto)
-    prepared, compressed = rounds[0], proto
-    _check_applied(Result(proto, candidate.finished(), saved, rounds, prepared.probe))
+        graph = candidate.finished()
+        del candidate
+        gc.collect()  # its graph has nodes and weights that are replaced by now, and refers to itself
+        compressed = write_proto(graph, part, saved if round_plan is saved else None)
+        if round_plan is not saved:
+            part = load_model(compressed)
+            inputs = _inputs_of(part)
+    prepared = rounds[0]
+    _check_applied(Result(compressed, graph, saved, rounds, prepared.probe))
     proto = hand_off.finish(compressed, saved)
     if saved.then:
-        check_model(proto, reference=source.proto)
-    save_model(proto, target, external_data=source.external_data, check=lambda path: check_loads(path, None))
+        check_model(proto, reference=source.model)
     before = facts_before(prepared)
     n_bytes, n_between = (
         count_saved_bytes(model, target, external_data=source.external_data) for model in (proto, compressed)
     )
-    after = facts_after(candidate.finished(), prepared, n_bytes=n_bytes)
+    after = facts_after(graph, prepared, n_bytes=n_bytes)
     then = None
     if saved.then:
         between = replace(after, bytes=n_between)
@@ -241,30 +251,40 @@ def apply_plan(
         recovery=recovery_summary(saved),
         then=then,
     )
-    if report is not None:
-        write_report(Path(report), result)
+
+    def finish(path: Path) -> None:
+        check_loads(path, None)
+        on_event(Event("apply", "commit"))
+        if report is not None:
+            write_report(Path(report), result)
+
+    save_model(proto, target, external_data=source.external_data, check=finish)
     return result
 
 
 def _check_applied(result: Result) -> None:
     """Prove what a plan has made; of a large model, which must fit into memory once more, only the file."""
-    if count_bytes(result.source.proto) > MAX_PROVEN_BYTES:
-        check_model(result.proto, reference=result.source.proto)
+    if count_model_bytes(result.source.model) > MAX_PROVEN_BYTES:
+        check_model(result.proto, reference=result.source.model)
         return
-    original = make_session(result.source.proto, providers="cpu", threads=1)
-    check_result(result, original, lambda proto: make_session(proto, providers="cpu", threads=1))
+    original = make_session(result.source.model, providers="cpu", threads=1)
+    check_result(result, original, lambda model: make_session(model, providers="cpu", threads=1))
+
+
+def _inputs_of(source: SourceModel) -> tuple[InputSpec, ...]:
+    """Load a model in onnxruntime, which proves that it can be, and let go of it again."""
+    return make_session(source.model, providers="cpu", is_timed=False).inputs
 
 
 def _carry_out(
-    source: SourceModel, plan: CompressionPlan, *, is_first: bool
+    source: SourceModel, plan: CompressionPlan, inputs: Sequence[InputSpec], *, is_first: bool
 ) -> tuple[PreparedModel, Compressed]:
     """Carry out one round of a plan on the model that it was made for; raises ModelError for any other."""
     plan.check_model(source.sha256)
-    session = make_session(source.proto, providers="cpu")
     sizes, exclude, only = _read_words(plan.config)
     prepared = prepare(
         source,
-        make_probe(session.inputs, sizes=sizes),
+        make_probe(inputs, sizes=sizes),
         exclude=exclude,
         only=only,
         must_match=is_first,
@@ -310,7 +330,7 @@ def validate(
     start = time.perf_counter()
     sources = [load_model(reference), load_model(candidate)]
     sessions = [
-        make_session(source.proto, providers=words["providers"] or "cpu", threads=words["threads"] or 1)
+        make_session(source.model, providers=words["providers"] or "cpu", threads=words["threads"] or 1)
         for source in sources
     ]
     _check_same_interface(*sessions)
@@ -338,7 +358,7 @@ def validate(
         sources, (timing.before_ms, timing.after_ms), (quality.before, quality.after), strict=True
     ):
         graph = normalise(source)
-        twin = build_twin(graph)
+        twin = build_twin(graph, share_weights=True)
         shapes = probe_shapes(twin, to_tensors(first, twin))
         size = model_size(graph, shapes)
         macs = size.macs // (sessions[0].fixed_batch or 1)  # of one sample
@@ -358,6 +378,7 @@ def validate(
         versions=installed_versions(),
         latency=timing.facts(),
     )
+    on_event(Event("validate", "commit"))
     if words["report"] is not None:
         write_report(words["report"], report)
     return report

@@ -26,7 +26,7 @@ from hap_onnx.model.model_io import SourceModel, normalise, stored_weights
 from hap_onnx.model.protos import n_elements
 from hap_onnx.ops.implant import layer_of
 from hap_onnx.sensitivity.curvature import to_tensors
-from hap_onnx.surgery import kept_positions, masked_reads, remove_channels, shape_after
+from hap_onnx.surgery import discard, kept_positions, masked_reads, remove_channels, shape_after
 from hap_onnx.surgery.fusion import fold_batch_norms
 from hap_onnx.twin import Step, Twin, build_twin, in_double, probe_shapes
 
@@ -126,7 +126,7 @@ def prepare(
     n_params = min(model_size(original, {}).params, count_params(source.proto))
     stored = stored_weights(source)
     graph = fold_batch_norms(original, leave=stored)
-    twin = build_twin(graph, device=device)
+    twin = build_twin(graph, device=device, share_weights=True)
     n_probe = max(2, _declared_batch(graph))
     probe = _take(probe, n_probe)
     tensors = to_tensors(probe, twin)
@@ -275,7 +275,9 @@ def try_cut(prepared: PreparedModel, keep: NDArray[np.bool_]) -> str | None:
             for name, values in prepared.probe.items()
         }
         trial = CutTrial(prepared, keep, graph)
-        return trial.find_fault(first, only_shapes=True) or trial.find_fault(prepared.probe)
+        fault = trial.find_fault(first, only_shapes=True) or trial.find_fault(prepared.probe)
+        discard(graph)
+        return fault
     except (HapOnnxError, AssertionError) as error:
         _log.info("trial cut failed", exc_info=True)
         return " ".join(str(error).split())[:300]
@@ -285,8 +287,8 @@ class CutTrial:
     """A model without some channels, to be compared with the whole one that has them masked."""
 
     def __init__(self, prepared: PreparedModel, keep: NDArray[np.bool_], graph: gs.Graph) -> None:
-        self._prepared, self._keep, self._graph = prepared, keep, graph
-        self._cut = build_twin(graph, device=str(prepared.twin.device or "cpu"))
+        self._prepared, self._keep = prepared, keep
+        self._cut = build_twin(graph, device=str(prepared.twin.device or "cpu"), share_weights=True)
 
     def find_fault(self, inputs: Arrays, *, only_shapes: bool = False) -> str | None:
         """Return where the cut is not what it should be on some inputs, by node, or None.
@@ -342,9 +344,8 @@ class CutTrial:
 
     def _run_in_double(self, inputs: Arrays) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]]:
         """Outputs of the cut model and of the masked one, computed in double precision."""
-        twin = self._prepared.twin
-        cut = build_twin(self._graph, device=str(twin.device or "cpu")).double()
-        with in_double(twin), torch.no_grad():
+        twin, cut = self._prepared.twin, self._cut
+        with in_double(twin), in_double(cut), torch.no_grad():
             tensors = to_tensors(inputs, twin)
             return cut(tensors), self._run_masked(twin, tensors, _Shapes())
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +26,7 @@ from hap_onnx.config import (
     resolve_max_drop,
 )
 from hap_onnx.errors import UsageError, ValidationError
+from tests.forks import run_fork
 
 
 def test_defaults_are_those_of_the_contract():
@@ -300,6 +302,12 @@ def test_a_sweep_has_a_folder_of_its_own(tmp_path):
     check_folder(tmp_path / "empty")
     with pytest.raises(UsageError, match="holds other files"):
         check_folder(tmp_path)
+    for name in ("sweep.svg", ".sweep.md.4711.tmp"):  # after a kill before the index was there
+        (tmp_path / "empty" / name).write_text("unfinished")
+    check_folder(tmp_path / "empty")
+    (tmp_path / "empty" / "sweep.txt").write_text("of the user")
+    with pytest.raises(UsageError, match="holds other files"):
+        check_folder(tmp_path / "empty")
     (tmp_path / "empty" / "sweep.json").write_text("{}")
     (tmp_path / "empty" / "small.onnx").write_text("that was written from a plan")
     check_folder(tmp_path / "empty")
@@ -345,6 +353,46 @@ def test_outputs_that_cannot_be_written_are_refused_at_once(tmp_path):
         check_outputs({"--output": tmp_path}, inputs={})
     with pytest.raises(ValidationError, match="there is no folder"):
         check_outputs({"--output": tmp_path / "no" / "o.onnx"}, inputs={})
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs pipes and devices")
+def test_devices_and_pipes_are_refused(tmp_path):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    link = tmp_path / "link"
+    link.symlink_to("/dev/null")
+    for path in (pipe, link, Path("/dev/null"), Path("/dev/stdout"), Path("/dev/o.onnx")):
+        with pytest.raises(UsageError, match=rf"--report {path} is a device or a pipe"):
+            check_outputs({"--report": path}, inputs={})
+    link.unlink()
+    link.symlink_to(tmp_path / "missing.onnx")  # will be replaced
+    check_outputs({"--output": link}, inputs={})
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="permissions bind ordinary users only")
+def test_protected_files_and_folders_are_refused_at_once():
+    with tempfile.TemporaryDirectory() as name:  # that of pytest is closed to others
+        check_protected(Path(name))
+
+
+def check_protected(folder):
+    old = folder / "o.onnx"
+    old.write_bytes(b"precious")
+    old.chmod(0o444)
+    closed = folder / "closed"
+    closed.mkdir(mode=0o555)
+
+    def check():
+        if os.geteuid() == 0:
+            os.setuid(65534)
+        with pytest.raises(ValidationError, match="the file that is there is protected; give another name"):
+            check_outputs({"--output": old}, inputs={})
+        with pytest.raises(ValidationError, match="no permission in"):
+            check_outputs({"--output": closed / "o.onnx"}, inputs={})
+
+    folder.chmod(0o777)
+    ended = run_fork(check)
+    assert ended.code == 0, ended.err
 
 
 @pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="permissions bind ordinary users only")

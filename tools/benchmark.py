@@ -25,7 +25,6 @@ from typing import Any
 import click
 import numpy as np
 import torch
-from onnx import ModelProto
 from rich.console import Console
 from rich.table import Table
 
@@ -35,6 +34,7 @@ from hap_onnx.implants.loss import find_implant_layers
 from hap_onnx.implants.speed import faster_kinds
 from hap_onnx.jobs.candidates import Setting, all_kinds, compress_to, sketch
 from hap_onnx.model.model_io import load_model, to_proto
+from hap_onnx.model.weights import AnyModel
 from hap_onnx.planning.decide import LossModel, build_loss_model, rank_groups
 from hap_onnx.prepare import PreparedModel, prepare
 from hap_onnx.report.summary import facts_after, facts_before
@@ -122,7 +122,7 @@ def main(
     torch.set_num_threads(threads)
     console = Console(soft_wrap=True)
     source = load_model(model)
-    original = make_session(source.proto, providers="cpu", threads=threads)
+    original = make_session(source.model, providers="cpu", threads=threads)
     test_sets = {}
     for path in tests:
         dataset = open_dataset(path, original.inputs)
@@ -134,7 +134,7 @@ def main(
     rows: list[dict[str, Any]] = []
     first: dict[str, float] = {}
 
-    def open_session(proto: ModelProto) -> Session:
+    def open_session(proto: AnyModel) -> Session:
         return make_session(proto, providers="cpu", threads=threads)
 
     for seed in range(first_seed, first_seed + seeds):

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from hap_onnx.model.model_io import load_model, normalise
+from hap_onnx.model.weights import join_model
 from hap_onnx.twin import Step, Twin, build_twin
 
 
@@ -144,13 +145,13 @@ def main(
 ) -> None:
     """Compare the twin of MODEL_PATH with onnxruntime, node by node."""
     source = load_model(model_path)
-    twin = build_twin(normalise(source))
+    twin, model = build_twin(normalise(source)), join_model(source.model)
     if inputs_path is None:
-        inputs = make_inputs(source.proto, seed=seed, dims=_parse_dims(dims))
+        inputs = make_inputs(model, seed=seed, dims=_parse_dims(dims))
     else:
         with np.load(inputs_path) as stored:
             inputs = {name: stored[name] for name in twin.input_names}
-    errors = compare_nodes(source.proto, inputs, twin=twin)
+    errors = compare_nodes(model, inputs, twin=twin)
     for entry in errors:
         if show_all or entry.diverges(tolerance):
             click.echo(

@@ -37,7 +37,7 @@ def measure(model: Path, data: Path, n_samples: int, threads: int, batch_size: i
     """Run the statistics on ``n_samples`` once and return seconds and peak memory in MB."""
     torch.set_num_threads(threads)
     source = load_model(model)
-    session = make_session(source.proto, providers="cpu", threads=threads)
+    session = make_session(source.model, providers="cpu", threads=threads)
     dataset = open_dataset(data, session.inputs, max_samples=n_samples)
     subset = Subset(dataset, np.arange(dataset.n_samples))
     prepared = prepare(source, next(iter(subset.batches(2))).inputs)

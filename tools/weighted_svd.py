@@ -167,7 +167,7 @@ def main(
 ) -> None:
     torch.set_num_threads(threads)
     source = load_model(model)
-    session = make_session(source.proto, providers="cpu", threads=threads)
+    session = make_session(source.model, providers="cpu", threads=threads)
     splits = split_dataset(open_dataset(data, session.inputs), seed=seed)
     held_out = Subset(
         splits.choose.dataset, np.concatenate([splits.choose.indices, splits.report.indices])

@@ -75,7 +75,7 @@ def check_twin(path: Path, data: Arrays) -> Facts:
     """Compare the twin with onnxruntime on one sample and on a few at once, and differentiate it."""
     source = load_model(path)
     twin = load_twin(path)
-    session = make_session(source.proto, providers="cpu", threads=1)
+    session = make_session(source.model, providers="cpu", threads=1)
     worst, excess = 0.0, 0.0
     for n in (1, N_COMPARED):
         inputs = _first(data, n)
@@ -107,7 +107,7 @@ def check_inspect(path: Path, data: Arrays) -> Facts:
     """How much of the model may be pruned, and why the rest may not; and that halves of it can go."""
     start = time.perf_counter()
     source = load_model(path)
-    session = make_session(source.proto, providers="cpu", threads=1)
+    session = make_session(source.model, providers="cpu", threads=1)
     prepared = prepare(source, _first(data, max(2, session.fixed_batch or 2)))
     report = inspect_report(path.name, prepared, "auto")
     seconds = time.perf_counter() - start
@@ -249,7 +249,7 @@ def compare_cut(source: SourceModel, prepared: PreparedModel, keep: NDArray[np.b
     """Compare the graph without the elements that are not kept with the original that has them masked."""
     graph = remove_channels(prepared.graph, prepared.coupling, keep, shapes=prepared.probe_shapes)
     session = make_session(to_proto(graph, source), providers="cpu", threads=1)
-    original = make_session(source.proto, providers="cpu", threads=1)
+    original = make_session(source.model, providers="cpu", threads=1)
     inputs = _first(data, max(N_COMPARED, original.fixed_batch or 1))
     found, whole = (
         run_outputs(one, [Batch(inputs, None)], batch_size=N_COMPARED) for one in (session, original)
@@ -262,6 +262,6 @@ def compare_cut(source: SourceModel, prepared: PreparedModel, keep: NDArray[np.b
 
 
 def _prepare_as_planned(source: SourceModel, words: Mapping[str, Any]) -> PreparedModel:
-    session = make_session(source.proto, providers="cpu", threads=1)
+    session = make_session(source.model, providers="cpu", threads=1)
     sizes = {name: tuple(shape) for name, shape in dict(words["input_shapes"]).items()}
     return prepare(source, make_probe(session.inputs, sizes=sizes))

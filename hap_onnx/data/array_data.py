@@ -7,13 +7,14 @@ error instead of killing the process, and thousands of files need no open handle
 from __future__ import annotations
 
 import math
+import os
 import shutil
-import tempfile
 import weakref
 import zipfile
 import zlib
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol, cast
 
@@ -23,11 +24,38 @@ from numpy.lib import format as npy_format
 from hap_onnx.data.preprocess import nearest_word
 from hap_onnx.errors import CalibrationError
 from hap_onnx.model.input_spec import InputSpec, format_shape, is_float, type_name
+from hap_onnx.model.temporary import make_temporary_folder
 
 LABELS = "labels"
 _CHUNK_BYTES = 1 << 24
 _MAX_DEFLATED = 1100  # how many bytes one byte of a .npz that NumPy writes can stand for, and a little more
 _LIKELY_LABELS = ("label", "y", "target", "targets", "classes", "class", "gt")
+
+
+@dataclass(frozen=True)
+class Stamp:
+    """Tells whether a file is still the one that it was: what was learnt of it holds for no other."""
+
+    size: int
+    modified_ns: int
+    number: int
+
+    @classmethod
+    def of(cls, status: os.stat_result) -> Stamp:
+        """Take it from what the system says of a file."""
+        return cls(status.st_size, status.st_mtime_ns, status.st_ino)
+
+    def check(self, status: os.stat_result, where: str) -> None:
+        """Raise CalibrationError unless the file is the same."""
+        if status.st_size < self.size:
+            raise CalibrationError(
+                f"{where}: the file ends too early (cut while it was in use?); write it again."
+            )
+        if Stamp.of(status) != self:
+            raise CalibrationError(
+                f"{where}: the file was changed while it was in use; leave the data alone while hap-onnx "
+                "runs, and start again."
+            )
 
 
 class StoredArray(Protocol):
@@ -56,10 +84,7 @@ class SpillFolder:
     def new_file(self) -> Path:
         """A fresh path inside the folder, which is made when first needed."""
         if self._path is None:
-            try:
-                self._path = Path(tempfile.mkdtemp(prefix="hap-onnx-data-", dir=self._parent))
-            except OSError as error:
-                raise CalibrationError(f"Cannot make a temporary folder for the data: {error}.") from error
+            self._path = make_temporary_folder("data", self._parent)
             weakref.finalize(self, shutil.rmtree, self._path, ignore_errors=True)
         self._n_files += 1
         return self._path / f"{self._n_files}.bin"
@@ -96,6 +121,8 @@ class FileArray:
     ) -> None:
         self._path, self._offset = path, offset
         self.shape, self.dtype, self.where = shape, dtype, where
+        with _reading(where):
+            self._stamp = Stamp.of(path.stat())
 
     def read(self, rows: np.ndarray) -> np.ndarray:
         out = np.empty((len(rows), *self.shape[1:]), self.dtype)
@@ -111,6 +138,7 @@ class FileArray:
                             f"{self.where}: the file ends too early (cut while it was in use?); write it "
                             "again."
                         )
+                self._stamp.check(os.fstat(file.fileno()), self.where)
         except FileNotFoundError as error:
             raise CalibrationError(
                 f"{self.where}: the file was there at the start and is gone now; keep the data in place "
@@ -138,6 +166,8 @@ class PackedArray:
         self._path, self._member, self._spill = path, member, spill
         self.shape, self.dtype, self.where = shape, dtype, where
         self._unpacked: FileArray | None = None
+        with _reading(where):
+            self._stamp = Stamp.of(path.stat())
 
     def read(self, rows: np.ndarray) -> np.ndarray:
         if self._unpacked is None:
@@ -153,13 +183,13 @@ class PackedArray:
                 "more than "
                 "is free; save the array with numpy.savez (not savez_compressed) or point TMPDIR elsewhere."
             )
-        with (
-            _reading(self.where),
-            _open_member(self._path, self._member) as source,
-            target.open("wb") as file,
-        ):
-            fortran_order = _read_header(source)[2]
-            shutil.copyfileobj(source, file, _CHUNK_BYTES)
+        with _reading(self.where):
+            self._stamp.check(self._path.stat(), self.where)
+            with _open_member(self._path, self._member) as source, target.open("wb") as file:
+                fortran_order = _read_header(source)[2]
+                for chunk in iter(lambda: source.read(_CHUNK_BYTES), b""):
+                    _write_chunk(file, chunk, target)
+            self._stamp.check(self._path.stat(), self.where)
         if target.stat().st_size < n_bytes:
             raise CalibrationError(f"{self.where}: holds less data than its header says; write it again.")
         if fortran_order:
@@ -172,7 +202,7 @@ class PackedArray:
         step = max(1, _CHUNK_BYTES // max(1, columns.nbytes // max(1, len(columns))))
         with _reading(self.where), target.open("wb") as file:
             for start in range(0, len(columns), step):
-                file.write(np.ascontiguousarray(columns[start : start + step]).data)
+                _write_chunk(file, np.ascontiguousarray(columns[start : start + step]).data, target)
         path.unlink()
         return target
 
@@ -327,7 +357,7 @@ def from_iterable(
             check_values(spec, values, array.where, first=0)
             shapes[spec.name] = values.shape[1:]
             with _reading(where), target.open("ab") as file:
-                file.write(np.ascontiguousarray(values).reshape(-1).view(np.uint8).data)
+                _write_chunk(file, np.ascontiguousarray(values).reshape(-1).view(np.uint8).data, target)
         _check_counts(list(arrays.values()))
         count += _first_count(arrays)
         if item_labels is not None:
@@ -622,6 +652,17 @@ def _open_member(path: Path, member: str | None) -> Iterator[BinaryIO]:
         return
     with zipfile.ZipFile(path) as archive, archive.open(member) as packed:
         yield cast(BinaryIO, packed)
+
+
+def _write_chunk(file: BinaryIO, chunk: bytes | memoryview, target: Path) -> None:
+    """Write to an unpacked file, of which a full disk must not look like damaged data."""
+    try:
+        file.write(chunk)
+    except OSError as error:
+        raise CalibrationError(
+            f"The data cannot be unpacked into {target.parent.parent} ({error.strerror or error}); free some "
+            "space there, or point --work-dir or TMPDIR elsewhere."
+        ) from error
 
 
 @contextmanager

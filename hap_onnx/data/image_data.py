@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from hap_onnx.data.array_data import Stamp
 from hap_onnx.data.preprocess import (
     Preprocessing,
     UnreadableImageError,
@@ -46,6 +47,7 @@ class ImageSource:
         self.labels, self.class_names, self.notes = folder.labels, folder.class_names, folder.notes
         self.n_samples = len(folder.files)
         self.preprocessing = recipe.describe()
+        self._stamps: dict[int, Stamp] = {}  # of the files that were checked
 
     def read(self, indices: np.ndarray) -> dict[str, np.ndarray]:
         """The images as the model's type, in the order asked for. Raises CalibrationError."""
@@ -53,8 +55,10 @@ class ImageSource:
         for index in indices:
             path = self._files[index]
             try:
+                if index in self._stamps:
+                    self._stamps[index].check(path.stat(), str(path))
                 images.append(preprocess_image(load_image(path), self._recipe))
-            except UnreadableImageError as error:
+            except (UnreadableImageError, OSError) as error:
                 raise CalibrationError(
                     f"{path}: could be read at the start and cannot be read now ({error}); keep the data "
                     "in place "
@@ -76,12 +80,17 @@ class ImageSource:
         for index in indices:
             path = self._files[index]
             try:
+                stamp = Stamp.of(path.stat())
                 load_image(path, check_only=True)
                 size = image_size(path)
+            except OSError as error:
+                bad.append(f"{path} ({error.strerror or error})")
+                continue
             except UnreadableImageError as error:
                 bad.append(f"{path} ({error})")
                 continue
             sizes.check(path, size)
+            self._stamps[int(index)] = stamp
             keep.append(index)
         if not bad:
             return indices, ()

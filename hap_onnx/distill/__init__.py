@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import tempfile
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -28,6 +27,7 @@ from hap_onnx.distill.training import Recipe, Trainer, train
 from hap_onnx.events import Event, OnEvent, ignore_event
 from hap_onnx.model.measure import constants_of
 from hap_onnx.model.saving import make_folder
+from hap_onnx.model.temporary import temporary_folder
 from hap_onnx.sensitivity.curvature import to_tensors
 from hap_onnx.twin import Twin, build_twin, unfix_batch
 
@@ -196,8 +196,8 @@ def _folder(path: Path | None) -> Iterator[Path]:
         make_folder(path)
         yield path
         return
-    with tempfile.TemporaryDirectory(prefix="hap-onnx-distill-", ignore_cleanup_errors=True) as temporary:
-        yield Path(temporary)
+    with temporary_folder("distill") as temporary:
+        yield temporary
 
 
 def _key(compressed: gs.Graph, recipe: Recipe, objective: Objective, more: Any) -> str:

@@ -14,6 +14,7 @@ import safetensors.torch
 from torch import Tensor
 
 from hap_onnx.errors import ValidationError
+from hap_onnx.model.temporary import beside, remove_leftovers
 
 _log = logging.getLogger(__name__)
 _ENTRY = "hap_onnx"
@@ -41,7 +42,8 @@ class Progress:
 
 def save_state(path: Path, key: str, progress: Progress, tensors: dict[str, Tensor]) -> None:
     """Write a state; ``key`` says what it belongs to. Raises ValidationError if the disk does not take it."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = beside(path)
+    remove_leftovers(path)
     entry = json.dumps({"key": key, **asdict(progress)})
     try:
         contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}

@@ -12,6 +12,8 @@ from onnx import ModelProto
 from hap_onnx import report as reports
 from hap_onnx.data.calibration import Splits, Subset
 from hap_onnx.errors import HapOnnxError, ModelError
+from hap_onnx.model.protos import MAX_PROTO_BYTES
+from hap_onnx.model.weights import AnyModel, count_model_bytes, join_model, proto_of
 from hap_onnx.ops.quantized import is_dequantizer
 from hap_onnx.ops.registry import find_macs
 from hap_onnx.planning.plan import CompressionPlan
@@ -36,11 +38,26 @@ class Bench:
 
     splits: Splits
     batch_size: int
-    open: Callable[[ModelProto], Session]
+    open: Callable[[AnyModel], Session]
     note: Callable[[str], None]
 
 
-def choose_recipe(bench: Bench, model: ModelProto, kind: str) -> Recipe:
+def join(model: AnyModel) -> ModelProto:
+    """Return a model in one piece, which the converters need.
+
+    Raises:
+        ModelError: it is too large for that.
+    """
+    n_bytes = count_model_bytes(model)
+    if n_bytes > MAX_PROTO_BYTES:
+        raise ModelError(
+            f"--then needs a model of at most 2 GB, the limit of onnxruntime's converters, and this one has "
+            f"{n_bytes / 1e9:.3g} GB; keep less, or leave --then away"
+        )
+    return join_model(model)
+
+
+def choose_recipe(bench: Bench, compressed: AnyModel, kind: str) -> Recipe:
     """Decide how a float32 model is converted: ranges by the calibrate part, the rest by the choose part.
 
     Raises:
@@ -48,6 +65,7 @@ def choose_recipe(bench: Bench, model: ModelProto, kind: str) -> Recipe:
     """
     if kind != "int8":
         return Recipe(kind)
+    model = join(compressed)
     session = bench.open(model)
     part = bench.splits.choose
     expected = run_outputs(session, part, batch_size=bench.batch_size)
@@ -102,21 +120,21 @@ def _takes(session: Session, part: Subset, size: int) -> bool:
     return True
 
 
-def finish(compressed: ModelProto, plan: CompressionPlan, then: str | None = None) -> ModelProto:
+def finish(compressed: AnyModel, plan: CompressionPlan, then: str | None = None) -> AnyModel:
     """Return the final file of a plan: the compressed model itself unless the plan says more.
 
     With ``then``, a plan that has no recipe yet gives a model of the final one's size.
 
     Raises:
-        ModelError: the plan is damaged.
+        ModelError: the plan is damaged, or the model too large to be converted.
     """
     if not plan.then:
-        return compressed if then is None else preview(compressed, then)
+        return compressed if then is None else preview(join(compressed), then)
     try:
         recipe = Recipe.from_dict(plan.then)
     except ValueError as error:
         raise ModelError(f"the plan is damaged: {error}") from error
-    return carry_out(compressed, recipe)
+    return carry_out(join(compressed), recipe)
 
 
 def gains_from(kind: str | None, provider: str) -> bool:
@@ -129,7 +147,7 @@ def gains_from(kind: str | None, provider: str) -> bool:
 
 def describe(
     plan: CompressionPlan,
-    final: ModelProto,
+    final: AnyModel,
     *,
     original: reports.ModelFacts,
     compressed: reports.ModelFacts,
@@ -148,7 +166,7 @@ def describe(
         compressed=compressed,
         quantized=quantized,
         both=both,
-        left=_left_in_float(final) if recipe.kind == "int8" else (),
+        left=_left_in_float(proto_of(final)) if recipe.kind == "int8" else (),
     )
 
 
@@ -163,10 +181,10 @@ def _left_in_float(final: ModelProto) -> tuple[str, ...]:
     )
 
 
-def convert_alone(bench: Bench, original: ModelProto, kind: str) -> ModelProto | None:
+def convert_alone(bench: Bench, original: AnyModel, kind: str) -> ModelProto | None:
     """Convert the original in the same way, for comparison; None, and a note, if it cannot be."""
     try:
-        return carry_out(original, choose_recipe(replace(bench, note=_say_nothing), original, kind))
+        return carry_out(join(original), choose_recipe(replace(bench, note=_say_nothing), original, kind))
     except HapOnnxError as error:
         bench.note(f"the original alone cannot become {kind}: {error}")
         return None
@@ -181,12 +199,12 @@ def measure_steps(
     report: reports.CompressReport,
     plan: CompressionPlan,
     *,
-    compressed: ModelProto,
+    compressed: AnyModel,
     quantized: ModelProto | None,
-    final: ModelProto,
+    final: AnyModel,
     metric: Callable[[Outputs], float],
     time: Callable[[Session], LatencyComparison],
-    n_bytes: Callable[[ModelProto], int],
+    n_bytes: Callable[[AnyModel], int],
 ) -> reports.Conversion:
     """Measure the compressed model and the ``quantized`` original as the report does the final file.
 
@@ -196,7 +214,7 @@ def measure_steps(
         time: a session against the original.
     """
 
-    def facts(model: ModelProto, like: reports.ModelFacts) -> reports.ModelFacts:
+    def facts(model: AnyModel, like: reports.ModelFacts) -> reports.ModelFacts:
         session = bench.open(model)
         value = metric(run_outputs(session, bench.splits.report, batch_size=bench.batch_size))
         latency = (report.before.latency_ms or 0.0) * time(session).ratio

@@ -49,6 +49,8 @@ from hap_onnx.jobs.targets import SPARE_BYTES, params_within, search_smallest
 from hap_onnx.jobs.work_folder import WorkFolder, job_key
 from hap_onnx.model.model_io import load_model, save_model
 from hap_onnx.model.saving import count_saved_bytes, make_folder
+from hap_onnx.model.temporary import remove_all_leftovers
+from hap_onnx.model.weights import AnyModel, proto_of
 from hap_onnx.planning.plan import CompressionPlan, save_plan
 from hap_onnx.planning.times import NodeTimes
 from hap_onnx.prepare import PreparedModel, prepare
@@ -102,7 +104,8 @@ class Job:
             protect_weights(self.source, files_of(config, output=output))
             if config.work_dir is not None:
                 make_folder(config.work_dir)
-            self.session = open_session(self.source.proto, config)
+                remove_all_leftovers(config.work_dir)
+            self.session = open_session(self.source.model, config)
             self.splits = self._open_data(data)
             self.batch_size = whole_batch_size(config.batch_size, self.session)
         with self.clock.stage("prepare"):
@@ -147,6 +150,10 @@ class Job:
 
     def note(self, text: str, *, kind: str = "note") -> None:
         self.on_event(Event("compress", "warning" if kind == "warning" else "note", text))
+
+    def commit(self) -> None:
+        """Say that results get their names from now on."""
+        self.on_event(Event("write", "commit"))
 
     # --- data and the original ---
 
@@ -202,15 +209,15 @@ class Job:
     def _check_twin(self) -> None:
         """Refuse a twin that does not equal onnxruntime on the data."""
         twin = self.prepared.twin
-        self._check_same(twin, self.session, "the torch twin of the model", self.source.proto)
+        self._check_same(twin, self.session, "the torch twin of the model", self.source.model)
         if twin.opaque_nodes:
             self.note(f"{len(twin.opaque_nodes)} nodes run in onnxruntime only and stay as they are")
 
-    def _check_result(self, proto: ModelProto, candidate: Candidate, plan: CompressionPlan) -> None:
+    def _check_result(self, model: AnyModel, candidate: Candidate, plan: CompressionPlan) -> None:
         """Refuse a model that is not sound, or not what its plan says."""
         n_samples = max(SELF_CHECK_SAMPLES, self.session.fixed_batch or 1)
         result = Result(
-            proto,
+            model,
             candidate.compressed.finished(),
             plan,
             [one.prepared for one in self.rounds],
@@ -220,13 +227,13 @@ class Job:
         remark = check_result(
             result,
             self.session,
-            lambda model: open_session(model, self.config),
+            lambda one: open_session(one, self.config),
             work_dir=self.config.work_dir,
         )
         if remark:
             self.note(remark, kind="warning")
 
-    def _check_same(self, twin: Twin, session: Session, what: str, proto: ModelProto) -> None:
+    def _check_same(self, twin: Twin, session: Session, what: str, model: AnyModel) -> None:
         batch = next(
             iter(self.splits.calibrate.take(max(4, self.session.fixed_batch or 1)).batches(self.batch_size))
         )
@@ -235,8 +242,8 @@ class Job:
         theirs = run_outputs(session, [batch], batch_size=self.batch_size)
         # Quantized numbers on the border of two steps: onnxruntime itself rounds them either way.
         other = None
-        if find_quantized(proto) is not None:
-            unfused = make_session(proto, providers="cpu", threads=1, optimise=False)
+        if find_quantized(proto_of(model)) is not None:
+            unfused = make_session(model, providers="cpu", threads=1, optimise=False)
             other = run_outputs(unfused, [batch], batch_size=self.batch_size)
         for name in self.scales:
             expected = theirs[name].astype(np.float64)
@@ -390,7 +397,7 @@ class Job:
                 budgets = {**budgets, "params": max((budgets["params"] or 0.0) - excess, 1.0)}
         return budgets
 
-    def _count_bytes(self, proto: ModelProto) -> int:
+    def _count_bytes(self, proto: AnyModel) -> int:
         return count_saved_bytes(proto, self.output, external_data=self.source.external_data)
 
     def _search(self) -> Candidate:
@@ -421,7 +428,7 @@ class Job:
 
     # --- the result ---
 
-    def _to_proto(self, candidate: Candidate, *, plan: CompressionPlan | None = None) -> ModelProto:
+    def _to_proto(self, candidate: Candidate, *, plan: CompressionPlan | None = None) -> AnyModel:
         return write_proto(candidate.compressed.finished(), self.rounds[-1].prepared.source, plan)
 
     def _with_recipe(self, candidate: Candidate) -> CompressionPlan:
@@ -434,13 +441,13 @@ class Job:
             recipe = hand_off.choose_recipe(self._bench, self._to_proto(candidate), self.config.then)
         return replace(plan, then=recipe.to_dict())
 
-    def _to_final(self, candidate: Candidate) -> ModelProto:
+    def _to_final(self, candidate: Candidate) -> AnyModel:
         """The final file of a candidate, without its entry in the metadata."""
         return hand_off.finish(self._to_proto(candidate), self._with_recipe(candidate))
 
-    def _preview(self, proto: ModelProto) -> ModelProto:
+    def _preview(self, model: AnyModel) -> AnyModel:
         """A model of the final file's size, made without data."""
-        return proto if self.config.then is None else preview(proto, self.config.then)
+        return model if self.config.then is None else preview(hand_off.join(model), self.config.then)
 
     @property
     def _bench(self) -> hand_off.Bench:
@@ -487,19 +494,22 @@ class Job:
         plan, compressed, proto = self._build(candidate)
         if config.dry_run:
             report = self._report(candidate, proto)
+            self.commit()
             self._save_side_files(plan, report)
             return report
         report, gated = self._measure(candidate, plan, compressed, proto)
         self._gate(report, proto, gated)
         with self.clock.stage("write"):
-            save_model(
-                proto,
-                self.output,
-                external_data=self.source.external_data,
-                check=lambda path: check_loads(path, config),
-            )
-        report = replace(report, output=str(self.output), seconds=dict(self.clock.seconds))
-        self._save_side_files(plan, report)
+            report = replace(report, output=str(self.output), seconds=dict(self.clock.seconds))
+
+            def finish(path: Path) -> None:
+                """Plan and report come before the model: where it is, the rest is."""
+                check_loads(path, config)
+                self.commit()
+                self._save_side_files(plan, report)
+
+            save_model(proto, self.output, external_data=self.source.external_data, check=finish)
+        report = replace(report, seconds=dict(self.clock.seconds))
         quality = report.quality
         if quality is not None and config.drop_limit is None and quality.drop > LARGE_DROP:
             self.note(
@@ -513,14 +523,14 @@ class Job:
         """Outputs of the original on the report part."""
         return run_outputs(self.session, self.splits.report, batch_size=self.batch_size)
 
-    def _build(self, candidate: Candidate) -> tuple[CompressionPlan, ModelProto, ModelProto]:
+    def _build(self, candidate: Candidate) -> tuple[CompressionPlan, AnyModel, AnyModel]:
         """The whole plan of a candidate, the compressed model that it makes, and the final file."""
         plan = self._with_recipe(candidate)
         compressed = self._to_proto(candidate, plan=plan)
         return plan, compressed, hand_off.finish(compressed, plan, self.config.then)
 
     def _measure(
-        self, candidate: Candidate, plan: CompressionPlan, compressed: ModelProto, proto: ModelProto
+        self, candidate: Candidate, plan: CompressionPlan, compressed: AnyModel, proto: AnyModel
     ) -> tuple[reports.CompressReport, LatencyComparison]:
         """Check what was built, and measure the final file: its quality on the report part, and its latency.
 
@@ -530,7 +540,7 @@ class Job:
         with self.clock.stage("self-check"):
             self._check_result(compressed, candidate, plan)
             if config.then is not None:
-                remark = check_model(proto, reference=self.source.proto)
+                remark = check_model(proto, reference=self.source.model)
                 if remark:
                     self.note(remark, kind="warning")
         with self.clock.stage("validate"):
@@ -558,14 +568,14 @@ class Job:
         self,
         report: reports.CompressReport,
         plan: CompressionPlan,
-        compressed: ModelProto,
-        final: ModelProto,
+        compressed: AnyModel,
+        final: AnyModel,
         before: Outputs,
     ) -> reports.Conversion:
         """What compression and conversion do each alone, on the report part; ``before``: of the original."""
         metric, labels = self._metric_for(before, self.splits.report), self.splits.report.labels
         kind = str(self.config.then)
-        upgrade = upgrade_note(compressed, kind)
+        upgrade = upgrade_note(hand_off.join(compressed), kind)
         if upgrade:
             self.note(upgrade)
         with self.clock.stage("quantize"):
@@ -587,7 +597,7 @@ class Job:
         """The metric of the report part: ``--val`` may have labels where the data has none."""
         return choose_metric(self.config.metric, outputs=outputs, labels=part.labels)
 
-    def _gate(self, report: reports.CompressReport, proto: ModelProto, timing: LatencyComparison) -> None:
+    def _gate(self, report: reports.CompressReport, proto: AnyModel, timing: LatencyComparison) -> None:
         """Raise unless all that was asked for is met; keep the rejected model if asked to."""
         config, quality = self.config, report.quality
         failures: list[TargetError] = []
@@ -618,11 +628,16 @@ class Job:
         self._refuse(failures[0], proto, report)
         raise failures[0]
 
-    def _refuse(self, error: TargetError, proto: ModelProto, report: reports.CompressReport) -> None:
+    def _refuse(self, error: TargetError, proto: AnyModel, report: reports.CompressReport) -> None:
         """Attach the numbers to a refusal, and keep what was refused if asked to."""
         config = self.config
         if config.keep_rejected and not config.dry_run:
-            save_model(proto, rejected_path(self.output), external_data=self.source.external_data)
+            save_model(
+                proto,
+                rejected_path(self.output),
+                external_data=self.source.external_data,
+                check=lambda path: self.commit(),
+            )
         error.report = replace(report, output=None)
         if config.report is not None:
             write_report(config.report, error.report)
@@ -630,7 +645,7 @@ class Job:
     def _report(
         self,
         candidate: Candidate,
-        proto: ModelProto,
+        proto: AnyModel,
         *,
         quality: reports.Quality | None = None,
         fidelity: reports.Fidelity | None = None,

@@ -12,13 +12,13 @@ from typing import Any
 import numpy as np
 import onnx_graphsurgeon as gs
 import torch
-from onnx import ModelProto
 
 import hap_onnx
 from hap_onnx.config import CompressConfig, check_outputs
 from hap_onnx.data.calibration import Dataset, Subset, open_dataset
 from hap_onnx.errors import CalibrationError, ModelError, UsageError, ValidationError
 from hap_onnx.model.model_io import SourceModel, to_proto
+from hap_onnx.model.weights import AnyModel
 from hap_onnx.planning.plan import CompressionPlan, plan_hash
 from hap_onnx.runtime.latency import LatencyComparison, latency_feed, measure_latency
 from hap_onnx.runtime.session import Session, make_session
@@ -66,7 +66,7 @@ def pick_device(name: str) -> str:
     return name
 
 
-def open_session(model: ModelProto, config: CompressConfig) -> Session:
+def open_session(model: AnyModel, config: CompressConfig) -> Session:
     """Load a model as its latency is measured: one thread unless told otherwise."""
     return make_session(model, providers=config.providers or "cpu", threads=config.threads or 1)
 
@@ -127,7 +127,7 @@ def protect_weights(source: SourceModel, outputs: Mapping[str, Path]) -> None:
     )
 
 
-def write_proto(graph: gs.Graph, source: SourceModel, plan: CompressionPlan | None) -> ModelProto:
+def write_proto(graph: gs.Graph, source: SourceModel, plan: CompressionPlan | None) -> AnyModel:
     entry = {"version": hap_onnx.__version__, "plan": plan_hash(plan)} if plan is not None else None
     return to_proto(
         graph, source, metadata=None if entry is None else {"hap_onnx": json.dumps(entry, sort_keys=True)}

@@ -33,6 +33,7 @@ from hap_onnx.jobs.carry_out import from_plan_weights
 from hap_onnx.jobs.machine import write_proto
 from hap_onnx.model.model_io import SourceModel, load_model, normalise, save_model
 from hap_onnx.model.saving import make_folder
+from hap_onnx.model.weights import AnyModel, LargeModel, bytes_of, proto_of, weights_of
 from hap_onnx.planning.choose import Choice, arrange
 from hap_onnx.planning.plan import CompressionPlan, plan_hash, save_plan
 from hap_onnx.prepare import Arrays, CutTrial, NoProofError, PreparedModel
@@ -40,7 +41,7 @@ from hap_onnx.quantize.protos import find_quantized
 from hap_onnx.runtime.session import Session, make_session
 from hap_onnx.runtime.soundness import check_model
 from hap_onnx.sensitivity.curvature import to_tensors
-from hap_onnx.surgery import remove_channels
+from hap_onnx.surgery import discard, remove_channels
 from hap_onnx.twin import Step, Twin, build_twin
 
 _log = logging.getLogger(__name__)
@@ -71,7 +72,7 @@ class Result:
         outputs: the outputs that count: those that vary. None for all floating-point ones.
     """
 
-    proto: ModelProto
+    proto: AnyModel
     graph: gs.Graph
     plan: CompressionPlan
     rounds: Sequence[PreparedModel]
@@ -104,7 +105,7 @@ class _Failure(Exception):
 def check_result(
     result: Result,
     original: Session,
-    load: Callable[[ModelProto], Session],
+    load: Callable[[AnyModel], Session],
     *,
     work_dir: Path | None = None,
 ) -> str | None:
@@ -225,7 +226,7 @@ def _largest_batch(feeds: Sequence[Feed], samples: Arrays) -> Feed:
 
 def _check_written(result: Result) -> str | None:
     try:
-        return check_model(result.proto, reference=result.source.proto)
+        return check_model(result.proto, reference=result.source.model)
     except ValidationError as error:
         raise _Failure(str(error), kind=ValidationError) from error
 
@@ -288,7 +289,7 @@ def _depends_on_numbers(result: Result, name: str, shape: tuple[int, ...], feed:
 
 def _first_without_numbers(result: Result, feed: Feed) -> gs.Node | None:
     """The first node of the result that makes NaN or infinity of finite numbers, as far as the twin knows."""
-    twin = build_twin(result.graph)
+    twin = build_twin(result.graph, share_weights=True)
     found: list[str] = []
 
     def look(step: Step, index: int, tensor: Tensor) -> Tensor:
@@ -323,6 +324,7 @@ def _check_cut(prepared: PreparedModel, plan: CompressionPlan, feeds: Sequence[F
             raise _Failure(f"the planned cut does not run on {feed}: {error}", feed=feed) from error
         if complaint is not None:
             raise _Failure(f"the planned cut is not exact on {feed}: {complaint}", feed=feed)
+    discard(graph)
 
 
 def _round_plans(plan: CompressionPlan) -> tuple[CompressionPlan, ...]:
@@ -334,13 +336,13 @@ def _check_twin(result: Result, original: Session, session: Session, feed: Feed)
     # Weights of 8 bits are rounded when they are written, so there the graph is what was written.
     is_stored = any(prepared.stored for prepared in result.rounds)
     graph = normalise(load_model(result.proto)) if is_stored else result.graph
-    twin = build_twin(graph, device=str(result.rounds[0].twin.device or "cpu"))
+    twin = build_twin(graph, device=str(result.rounds[0].twin.device or "cpu"), share_weights=True)
     bad = [
         name
         for name in _differences(twin, session, feed, result.proto)
         if not result.outputs or name in result.outputs
     ]
-    if not bad or bad[0] in _differences(result.rounds[0].twin, original, feed, result.source.proto):
+    if not bad or bad[0] in _differences(result.rounds[0].twin, original, feed, result.source.model):
         return
     node = _first_difference(result.proto, twin, feed)
     raise _Failure(
@@ -350,14 +352,14 @@ def _check_twin(result: Result, original: Session, session: Session, feed: Feed)
     )
 
 
-def _differences(twin: Twin, session: Session, feed: Feed, proto: ModelProto) -> list[str]:
-    """The floating-point outputs in which a twin and onnxruntime, which has loaded ``proto``, differ."""
+def _differences(twin: Twin, session: Session, feed: Feed, model: AnyModel) -> list[str]:
+    """The floating-point outputs in which a twin and onnxruntime, which has loaded ``model``, differ."""
     with torch.no_grad():
         ours = twin(to_tensors(feed.inputs, twin))
     theirs = session.run(session.prepare(feed.inputs))
     other = theirs
-    if find_quantized(proto) is not None:  # numbers on the border of two steps are rounded either way
-        unfused = make_session(proto, providers="cpu", threads=1, optimise=False)
+    if find_quantized(proto_of(model)) is not None:  # numbers on the border of two steps: rounded either way
+        unfused = make_session(model, providers="cpu", threads=1, optimise=False)
         other = unfused.run(unfused.prepare(feed.inputs))
     return [
         name
@@ -388,16 +390,17 @@ def _is_close(ours: Tensor, theirs: NDArray[np.generic], *, more: float = 0.0) -
     return bool(np.abs(found - expected)[finite].max(initial=0.0) <= twin_tolerance(theirs) + more)
 
 
-def _first_difference(proto: ModelProto, twin: Twin, feed: Feed) -> Step | None:
+def _first_difference(model: AnyModel, twin: Twin, feed: Feed) -> Step | None:
     """The first node of a model whose result in onnxruntime is not that of its twin."""
     exposed = ModelProto()
-    exposed.CopyFrom(proto)
+    exposed.CopyFrom(proto_of(model))
     present = {value.name for value in exposed.graph.output}
     for node in exposed.graph.node:
         names = [name for name in node.output if name and name not in present]
         exposed.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)
     try:
-        inside = make_session(exposed, providers="cpu", threads=1)
+        whole = LargeModel(exposed, model.weights) if isinstance(model, LargeModel) else exposed
+        inside = make_session(whole, providers="cpu", threads=1)
         theirs = inside.run(inside.prepare(feed.inputs))
     except HapOnnxError as error:
         _log.debug("onnxruntime does not show what is inside: %s", error)
@@ -425,16 +428,28 @@ def _check_plan(result: Result) -> None:
         )
     except (ModelError, SurgeryError) as error:
         raise _Failure(f"the plan of the result cannot be carried out again: {error}") from error
-    if again == result.proto:
+    other = _first_other_weight(again, result.proto)
+    if proto_of(again) == proto_of(result.proto) and other is None:
         return
-    before = {node.name: node for node in result.proto.graph.node}
-    node = next((node for node in again.graph.node if before.get(node.name) != node), None)
+    before = {node.name: node for node in proto_of(result.proto).graph.node}
+    node = next((node for node in proto_of(again).graph.node if before.get(node.name) != node), None)
     what = f"node '{node.name}' ({node.op_type})" if node is not None else "a weight"
     if node is None:
-        weights = {tensor.name: tensor for tensor in result.proto.graph.initializer}
-        other = next((t.name for t in again.graph.initializer if weights.get(t.name) != t), None)
         what = f"the weight '{other}'" if other is not None else "the header"
     raise _Failure(f"the plan of the result, carried out again, makes another model: {what} differs")
+
+
+def _first_other_weight(model: AnyModel, expected: AnyModel) -> str | None:
+    """The name of the first weight that is not bit by bit the expected one's, in the message or beside it."""
+    tensors = {tensor.name: tensor for tensor in proto_of(expected).graph.initializer}
+    found, wanted = weights_of(model), weights_of(expected)
+    for tensor in proto_of(model).graph.initializer:
+        name = tensor.name
+        if tensors.get(name) != tensor or (name in found) != (name in wanted):
+            return name
+        if name in found and bytes_of(found[name]) != bytes_of(wanted[name]):
+            return name
+    return None
 
 
 # ---------------------------------------------------------------- the report of a bug
@@ -456,7 +471,7 @@ def _leave_reproduction(result: Result, failure: _Failure, folder: Path) -> None
     """Write both models, the plan, the inputs and a text that says what is what."""
     make_folder(folder)
     source = result.source
-    save_model(source.proto, folder / "original.onnx", external_data=source.external_data)
+    save_model(source.model, folder / "original.onnx", external_data=source.external_data)
     save_model(result.proto, folder / "result.onnx", external_data=source.external_data)
     save_plan(result.plan, folder / "plan.json")
     feed = failure.feed or Feed(result.samples)

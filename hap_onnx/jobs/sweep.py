@@ -13,11 +13,12 @@ from dataclasses import replace
 from pathlib import Path
 
 from hap_onnx import report as reports
-from hap_onnx.config import SWEEP_INDEX, CompressConfig, plan_weights_path, point_name
+from hap_onnx.config import SWEEP_INDEX, SWEEP_VIEWS, CompressConfig, plan_weights_path, point_name
 from hap_onnx.errors import BudgetError, TargetError, ValidationError
 from hap_onnx.events import track
 from hap_onnx.jobs.job import Job
 from hap_onnx.model.saving import make_folder, write_text
+from hap_onnx.model.temporary import remove_all_leftovers
 from hap_onnx.planning.plan import save_plan
 from hap_onnx.report.render import render_json, render_sweep_markdown
 from hap_onnx.report.summary import facts_before, installed_versions, write_report
@@ -56,13 +57,14 @@ def run_sweep(job: Job) -> reports.SweepReport:
                 refusals += [refusal] if refusal is not None else []
             points.append(point)
             job.note(_sentence(config, point))
+            report = _report(job, before, points)
+            if report.complete:  # the index that says so comes last
+                report = report if folder.is_begun else replace(report, output=None)
+                job.commit()
+                if config.report is not None:
+                    write_report(config.report, report)
             if folder.is_begun:
-                folder.write_index(_report(job, before, points))
-    report = _report(job, before, points)
-    if not folder.is_begun:
-        report = replace(report, output=None)
-    if config.report is not None:
-        write_report(config.report, report)
+                folder.write_index(report)
     if len(refusals) == len(points):
         first = f"at {point_name(config.swept, config.sweep[0])}, {refusals[0]}"
         more = f" (and {len(points) - 1} more, see the table)" if len(points) > 1 else ""
@@ -86,6 +88,7 @@ class SweepFolder:
         if self.is_begun:
             return
         make_folder(self.path, option="--output")
+        remove_all_leftovers(self.path)
         self.write_index(report)  # before plans go that an older one lists
         try:
             for path in list(self.path.iterdir()):
@@ -102,8 +105,9 @@ class SweepFolder:
         """Write the report of the points so far, with table and plot; raises ValidationError."""
         from hap_onnx.report.plot import draw_sweep  # matplotlib is slow to import
 
-        write_text(self.path / "sweep.svg", draw_sweep(report), what="the plot")
-        write_text(self.path / "sweep.md", render_sweep_markdown(report), what="the table")
+        table, plot = (self.path / name for name in SWEEP_VIEWS)
+        write_text(plot, draw_sweep(report), what="the plot")
+        write_text(table, render_sweep_markdown(report), what="the table")
         write_text(self.path / SWEEP_INDEX, render_json(report), what="the index")
 
 

@@ -22,6 +22,7 @@ from hap_onnx.config import BUDGETS, CompressConfig
 from hap_onnx.data.calibration import Splits, Subset
 from hap_onnx.errors import ModelError, ValidationError
 from hap_onnx.model.saving import make_folder
+from hap_onnx.model.temporary import remove_all_leftovers
 from hap_onnx.planning.plan import CompressionPlan, load_plan, save_plan
 
 _log = logging.getLogger(__name__)
@@ -59,6 +60,7 @@ class WorkFolder:
                 f"{self._path} cannot be locked ({error.strerror or error}); check --work-dir"
             ) from error
         try:
+            remove_all_leftovers(self._path)
             yield
         finally:
             lock.release()

@@ -157,7 +157,8 @@ def _check_sizes(proto: ModelProto, label: str) -> None:
         for name in names:
             message.ClearField(name)
     for header, tensor in zip(model.graph.initializer, proto.graph.initializer, strict=True):
-        if n_elements(tensor.dims) <= _MAX_PROPAGATED:
+        is_here = tensor.data_location != TensorProto.EXTERNAL  # if not, it is large: no shape
+        if is_here and n_elements(tensor.dims) <= _MAX_PROPAGATED:
             header.CopyFrom(tensor)
     try:
         inferred = infer_shapes(model)

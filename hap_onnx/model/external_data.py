@@ -8,42 +8,71 @@ from __future__ import annotations
 
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
+import numpy as np
+import onnx
 from onnx import ModelProto, TensorProto
 
 from hap_onnx.errors import ModelError
 from hap_onnx.model.protos import check_tensor, n_data_bytes, walk_tensors
+from hap_onnx.model.weights import LargeModel, bytes_of, is_large, outside_header, put_inside, to_read_only
 
 _MAX_DIGITS = 18  # more than any file has, and never too many for Python
 _MAX_FIELD_BYTES = 2**31 - 1  # protobuf's limit for one field
 
 
-def read_external_data(proto: ModelProto, path: Path) -> tuple[int, tuple[Path, ...]]:
-    """Read the external weights of ``proto``, the model at ``path``, into memory; return bytes and files.
+def read_external_data(proto: ModelProto, path: Path) -> tuple[LargeModel, int, tuple[Path, ...]]:
+    """Read the external weights of ``proto``, the model at ``path``; return also their bytes and files.
+
+    Small ones become part of ``proto``, large initializers arrays. They are read, not mapped: a file that is
+    cut while it is in use must not end the process, and one that changes must not change the result.
 
     Raises:
         ModelError: a file is missing, too short, outside the model's folder, or disagrees with the shapes.
     """
     folder = path.parent.resolve()
     n_bytes = 0
-    files: dict[Path, None] = {}
-    for where, tensor in walk_tensors(proto):
+    files: dict[Path, tuple[int, ...] | None] = {}
+    weights: dict[str, np.ndarray] = {}
+    n_initializers = len(proto.graph.initializer)
+    for index, (where, tensor) in enumerate(walk_tensors(proto)):
         where = f"{where} of {path}"
         if tensor.data_location == TensorProto.EXTERNAL:
             check_tensor(tensor, where=where)
             file = _find_file(_entries(tensor).get("location", ""), folder, where=where)
-            files[file] = None
-            tensor.raw_data = _read(tensor, file, where=where)
-            n_bytes += len(tensor.raw_data)
-            tensor.ClearField("external_data")
-            tensor.ClearField("data_location")
-    return n_bytes, tuple(files)
+            files.setdefault(file, stamp_of(file))
+            array = _read(tensor, file, where=where)
+            n_bytes += array.nbytes
+            if index < n_initializers and is_large(tensor, array.nbytes):
+                weights[tensor.name] = _typed(tensor, array)
+                tensor.CopyFrom(outside_header(tensor))
+            else:
+                put_inside(tensor, array)
+    for file, stamp in files.items():
+        if stamp_of(file) != stamp:
+            raise ModelError(f"{file} was changed while it was read; start again when it is complete")
+    return LargeModel(proto, weights), n_bytes, tuple(files)
+
+
+def stamp_of(path: Path) -> tuple[int, ...] | None:
+    """Return what changes with a file; None where it is not there."""
+    try:
+        status = path.stat()
+    except (OSError, ValueError):
+        return None
+    return status.st_size, status.st_mtime_ns, status.st_ino
+
+
+def _typed(tensor: TensorProto, array: np.ndarray) -> np.ndarray:
+    dtype = np.dtype(onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type))
+    return to_read_only(array.view(dtype).reshape(tuple(tensor.dims)))
 
 
 def _entries(tensor: TensorProto) -> dict[str, str]:
     return {entry.key: entry.value for entry in tensor.external_data}
 
 
-def _read(tensor: TensorProto, file: Path, *, where: str) -> bytes:
+def _read(tensor: TensorProto, file: Path, *, where: str) -> np.ndarray:
+    """Return the bytes of a tensor."""
     entries = _entries(tensor)
     if tensor.data_type == TensorProto.STRING:
         raise ModelError(
@@ -70,16 +99,17 @@ def _read(tensor: TensorProto, file: Path, *, where: str) -> bytes:
             )
         with file.open("rb") as stream:
             stream.seek(offset)
-            data = stream.read(length)
+            array = np.empty(length, np.uint8)
+            n_read = stream.readinto(bytes_of(array)) if length else 0
     except OSError as error:
         raise ModelError(
             f"{where}: the external data file {file} cannot be read ({error.strerror or error})"
         ) from error
-    if len(data) != length:
+    if n_read != length:
         raise ModelError(
-            f"{where}: {file} ended after {len(data)} of {length} bytes; is another program writing it?"
+            f"{where}: {file} ended after {n_read} of {length} bytes; is another program writing it?"
         )
-    return data
+    return array
 
 
 def _find_file(location: str, folder: Path, *, where: str) -> Path:

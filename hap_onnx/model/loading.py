@@ -9,22 +9,23 @@ import functools
 import hashlib
 import re
 import stat
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import onnx
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 from onnx import GraphProto, ModelProto, TensorProto
 
 from hap_onnx.errors import ModelError
 from hap_onnx.model.bounds import check_bounds
-from hap_onnx.model.external_data import read_external_data
+from hap_onnx.model.external_data import read_external_data, stamp_of
 from hap_onnx.model.protos import (
     DEFAULT_DOMAINS,
     MAX_PROTO_BYTES,
     check_tensor,
     copy_without,
-    count_bytes,
     describe,
     find_broken_text,
     opset_of,
@@ -32,14 +33,27 @@ from hap_onnx.model.protos import (
     walk_nodes,
     walk_tensors,
 )
-from hap_onnx.ops.hazards import find_hazard
+from hap_onnx.model.weights import (
+    AnyModel,
+    LargeModel,
+    bytes_of,
+    count_model_bytes,
+    proto_of,
+    split_model,
+    weights_of,
+)
+from hap_onnx.ops.hazards import constants_read, find_hazard
 
 _VERSIONED_DOMAINS = ("", "ai.onnx", "ai.onnx.ml")
 
 
 @dataclass(frozen=True)
 class SourceModel:
-    """A loaded model: as it was in the file, but with all weights in memory. Do not change ``proto``."""
+    """A loaded model, with all weights in memory. Do not change ``proto``.
+
+    ``proto`` is as it was in the file, but for what was external: small tensors are in there by now, and
+    large initializers are the arrays in ``weights``, so that they are in memory once. ``model`` is both.
+    """
 
     proto: ModelProto
     path: Path | None
@@ -47,52 +61,67 @@ class SourceModel:
     external_data: bool
     n_bytes: int  # of the file and its external weights
     weight_files: tuple[Path, ...] = ()  # where the external weights came from
+    weights: Mapping[str, np.ndarray] = field(default_factory=dict)
+
+    @property
+    def model(self) -> AnyModel:
+        """The whole model, in the one piece or the two that it has."""
+        return LargeModel(self.proto, self.weights) if self.weights else self.proto
 
 
-def load_model(model: str | Path | ModelProto) -> SourceModel:
+def load_model(model: str | Path | AnyModel) -> SourceModel:
     """Read a model and everything beside it that belongs to it.
 
     Raises:
         ModelError: the file is missing, damaged, not ONNX, unsafe, or newer than onnxruntime.
     """
-    if isinstance(model, ModelProto):
-        proto, path, n_bytes = ModelProto(), None, 0
-        files: tuple[Path, ...] = ()
-        proto.CopyFrom(model)
-        for where, tensor in walk_tensors(proto):
-            if tensor.data_location == TensorProto.EXTERNAL:
+    weights: Mapping[str, np.ndarray] = {}
+    files: tuple[Path, ...] = ()
+    if isinstance(model, (ModelProto, LargeModel)):
+        path, n_bytes = None, 0
+        for where, tensor in walk_tensors(proto_of(model)):
+            if tensor.data_location == TensorProto.EXTERNAL and tensor.name not in weights_of(model):
                 raise ModelError(
                     f"{where} of the given ModelProto keeps its data in another file, and a ModelProto "
                     "does not know its folder; "
                     "give the path of the model instead, or onnx.load it with external data"
                 )
-        n_bytes, label = count_bytes(proto), "the given ModelProto"
+        n_bytes, label = count_model_bytes(model), "the given ModelProto"
         external = False
+        if isinstance(model, ModelProto) and n_bytes > MAX_PROTO_BYTES:
+            model = split_model(model)
+        proto, weights = ModelProto(), weights_of(model)
+        proto.CopyFrom(proto_of(model))
     else:
         path = Path(model)
-        proto = _parse(path)
+        before = stamp_of(path)
+        proto, proto_bytes = _parse(path)
         label = str(path)
         _check_header(proto, label)
-        n_external, files = read_external_data(proto, path)
-        n_bytes, external = path.stat().st_size + n_external, n_external > 0
+        found, n_external, files = read_external_data(proto, path)
+        weights = found.weights
+        n_bytes, external = proto_bytes + n_external, n_external > 0
+        if stamp_of(path) != before:
+            raise ModelError(f"{path} was changed while it was read; start again when it is complete")
     _check_header(proto, label)
     for where, tensor in walk_tensors(proto):
         check_tensor(tensor, where=f"{where} of {label}")
     _check_structure(proto.graph, label)
-    _check_hazards(proto, label)
+    _check_hazards(proto, weights, label)
     _check_versions(proto, label)
     check_bounds(proto, label)
     return SourceModel(
         proto=proto,
         path=path,
-        sha256=_hash(proto),
+        sha256=_hash(proto, weights),
         external_data=external,
         n_bytes=n_bytes,
         weight_files=files,
+        weights=weights,
     )
 
 
-def _parse(path: Path) -> ModelProto:
+def _parse(path: Path) -> tuple[ModelProto, int]:
     try:
         status = path.stat()
         if stat.S_ISDIR(status.st_mode):
@@ -121,7 +150,7 @@ def _parse(path: Path) -> ModelProto:
         raise ModelError(f"{path} {_guess_content(content)}") from error
     if not proto.HasField("graph") and not proto.ir_version:
         raise ModelError(f"{path} {_guess_content(content)}")
-    return proto
+    return proto, len(content)
 
 
 def _guess_content(content: bytes) -> str:
@@ -196,13 +225,16 @@ def _check_structure(graph: GraphProto, label: str) -> None:
             )
 
 
-def _check_hazards(proto: ModelProto, label: str) -> None:
+def _check_hazards(proto: ModelProto, weights: Mapping[str, np.ndarray], label: str) -> None:
     """Raise ModelError for numbers that would end the process in onnxruntime."""
     constants = {tensor.name: tensor for tensor in proto.graph.initializer}
     for node in walk_nodes(proto):
         if node.op_type == "Constant" and node.output:
             constants.update((node.output[0], part.t) for part in node.attribute if part.HasField("t"))
     for node in walk_nodes(proto):
+        for name in constants_read(node):
+            if name in weights and weights[name].dtype.kind == "i":
+                constants[name] = onnx.numpy_helper.from_array(weights[name])
         hazard = find_hazard(node, constants)
         if hazard is not None:
             raise ModelError(f"{label}: node {describe(node)} ({node.op_type}) {hazard}")
@@ -257,11 +289,11 @@ def _ask_onnxruntime(domain: str, opset: int, ir_version: int) -> str | None:
     return None
 
 
-def _hash(proto: ModelProto) -> str:
+def _hash(proto: ModelProto, weights: Mapping[str, np.ndarray]) -> str:
     """Hash the content of a model, the same wherever and in however many files its weights are."""
     digest = hashlib.sha256()
 
-    def add(data: bytes) -> None:
+    def add(data: bytes | memoryview) -> None:
         digest.update(len(data).to_bytes(8, "little"))
         digest.update(data)
 
@@ -273,6 +305,7 @@ def _hash(proto: ModelProto) -> str:
         )  # present but DEFAULT after onnx.load, absent in a file without external data
     add(header.SerializeToString(deterministic=True))
     for tensor in proto.graph.initializer:
-        add(copy_without(tensor, omit=["raw_data", "data_location"]).SerializeToString(deterministic=True))
-        add(tensor.raw_data)
+        header = copy_without(tensor, omit=["raw_data", "data_location", "external_data"])
+        add(header.SerializeToString(deterministic=True))
+        add(bytes_of(weights[tensor.name]) if tensor.name in weights else tensor.raw_data)
     return digest.hexdigest()

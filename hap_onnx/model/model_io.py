@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
@@ -39,6 +39,15 @@ from hap_onnx.model.protos import (
 )
 from hap_onnx.model.saving import save_model
 from hap_onnx.model.stored import StoredWeight, find_stored, store_weights
+from hap_onnx.model.weights import (
+    MIN_BYTES,
+    AnyModel,
+    LargeModel,
+    is_large,
+    outside_header,
+    put_inside,
+    to_read_only,
+)
 
 __all__ = ["SourceModel", "load_model", "normalise", "save_model", "to_proto"]
 
@@ -58,8 +67,8 @@ def normalise(source: SourceModel) -> gs.Graph:
     Raises:
         ModelError: the graph has circles or cannot be expressed in onnx-graphsurgeon.
     """
-    prepared, constants, stored = _prepare(source.proto)
-    constants |= {name: onnx.numpy_helper.from_array(one.to_float(), name) for name, one in stored.items()}
+    prepared, constants, stored = _prepare(source)
+    constants |= {name: TensorProto(name=name) for name in stored}
     placeholders = ModelProto()
     placeholders.CopyFrom(prepared)
     placeholders.graph.ClearField("value_info")
@@ -69,7 +78,8 @@ def normalise(source: SourceModel) -> gs.Graph:
         raise ModelError(
             f"{_label(source)} cannot be turned into a graph ({error}); export it again"
         ) from error
-    arrays: dict[str, np.ndarray] = {}
+    arrays: dict[str, np.ndarray] = dict(source.weights)
+    arrays |= {name: to_read_only(one.to_float()) for name, one in stored.items()}
 
     def load(tensor: gs.Tensor) -> None:
         if (
@@ -126,15 +136,17 @@ def _to_array(tensor: TensorProto) -> np.ndarray:
 
 def stored_weights(source: SourceModel) -> frozenset[str]:
     """Return the names of the constants of a normalised graph that the file stores in 8 bits."""
-    return frozenset(_prepare(source.proto)[2])
+    return frozenset(_prepare(source)[2])
 
 
-def _prepare(proto: ModelProto) -> tuple[ModelProto, dict[str, TensorProto], dict[str, StoredWeight]]:
+def _prepare(source: SourceModel) -> tuple[ModelProto, dict[str, TensorProto], dict[str, StoredWeight]]:
     """Inline functions, name and sort nodes, and list all constants of the main graph as initializers.
 
     The returned model holds the headers of the constants only; the numbers are in the dictionary, by name.
     Weights that are stored in 8 bits are initializers without numbers there: the third has them.
+    Numbers that ``source`` has beside its message stay there.
     """
+    proto = source.proto
     model = copy_without_weights(proto)
     if proto.functions:
         try:
@@ -164,7 +176,7 @@ def _prepare(proto: ModelProto) -> tuple[ModelProto, dict[str, TensorProto], dic
     for node in nodes:
         for subgraph in subgraphs(node):
             pinned |= captured(subgraph)
-    stored = find_stored(nodes, constants, pinned=pinned)
+    stored = find_stored(nodes, constants, source.weights, pinned=pinned)
     for name, one in stored.items():
         header = TensorProto(name=name, data_type=TensorProto.FLOAT, dims=one.quantized.shape)
         graph.initializer.append(header)
@@ -236,8 +248,8 @@ def _to_dense(sparse: onnx.SparseTensorProto) -> TensorProto:
 
 def to_proto(
     graph: gs.Graph, source: SourceModel, *, metadata: Mapping[str, str] | None = None
-) -> ModelProto:
-    """Graft an edited graph into a copy of the input model.
+) -> AnyModel:
+    """Graft an edited graph into a copy of the input model; that of a model in two parts has two.
 
     Inputs and outputs, versions, domain, doc strings and metadata (of the model, the graph, and of nodes and
     initializers by name) are the input model's; ``metadata`` is added to the model's.
@@ -245,7 +257,7 @@ def to_proto(
     Raises:
         SurgeryError: the graph lost an input or output, uses a name twice or reads what nothing writes.
     """
-    prepared, _, stored = _prepare(source.proto)
+    prepared, _, stored = _prepare(source)
     model: ModelProto = copy_without(prepared, omit=["graph", "training_info"])
     model.graph.CopyFrom(
         copy_without(
@@ -257,7 +269,8 @@ def to_proto(
     originals = {node.name: node for node in prepared.graph.node}
     opset = opset_of(prepared) or 1
     nodes = [export_node(node, original=originals.get(node.name), opset=opset) for node in graph.nodes]
-    tensors = _export_constants(graph, nodes, prepared, source.proto)
+    weights: dict[str, np.ndarray] | None = {} if source.weights else None
+    tensors = _export_constants(graph, nodes, prepared, source.proto, weights, leave=stored)
     taken = {tensor.name for tensor in tensors} | {name for node in nodes for name in node.output}
     dequantizers, hidden = store_weights(graph, stored, taken=taken)
     nodes += dequantizers
@@ -268,9 +281,11 @@ def to_proto(
         raise SurgeryError(f"the edited graph has a circle: {error}") from error
     present = {tensor.name for tensor in tensors}
     initializers = [tensor for tensor in tensors if tensor.name not in stored]
-    initializers += [tensor for tensor in hidden if tensor.name not in present]
+    for constant in hidden:
+        if constant.name not in present:
+            initializers.append(_export_constant(constant, None, weights))
     _check_complete(nodes, initializers, prepared)
-    _write_weights(model, initializers, source.proto)
+    _write_weights(model, initializers, source.proto, weights)
     model.graph.node.extend(nodes)
     model.graph.output.extend(prepared.graph.output)
     kept = {tensor.name for tensor in initializers} | {name for node in nodes for name in node.output}
@@ -281,7 +296,7 @@ def to_proto(
         for entry in [entry for entry in model.metadata_props if entry.key == key]:
             model.metadata_props.remove(entry)
         model.metadata_props.add(key=key, value=value)
-    return model
+    return LargeModel(model, weights) if weights is not None else model
 
 
 def _check_interface(graph: gs.Graph, prepared: ModelProto) -> None:
@@ -307,9 +322,19 @@ def _check_unique(names: Iterator[str], what: str) -> None:
 
 
 def _export_constants(
-    graph: gs.Graph, nodes: list[NodeProto], prepared: ModelProto, original: ModelProto
+    graph: gs.Graph,
+    nodes: list[NodeProto],
+    prepared: ModelProto,
+    original: ModelProto,
+    weights: dict[str, np.ndarray] | None,
+    *,
+    leave: Collection[str],
 ) -> list[TensorProto]:
-    """Write the constants that are read, in the order of the input model, then of first use."""
+    """Write the constants that are read, in the order of the input model, then of first use.
+
+    With ``weights``, large ones are put there, and the tensors are headers. Those that ``leave`` names get
+    tensors without numbers.
+    """
     found: dict[str, gs.Constant] = {}
     tensors = [tensor for node in _walk_nodes(graph) for tensor in node.inputs] + list(graph.outputs)
     for tensor in tensors:
@@ -323,7 +348,25 @@ def _export_constants(
     headers = {tensor.name: tensor for tensor in original.graph.initializer}
     rank = {tensor.name: index for index, tensor in enumerate(prepared.graph.initializer)}
     order = sorted((name for name in found if name in used), key=lambda name: rank.get(name, len(rank)))
-    return [export_constant(found[name], header=headers.get(name)) for name in order]
+    return [
+        TensorProto(name=name) if name in leave else _export_constant(found[name], headers.get(name), weights)
+        for name in order
+    ]
+
+
+def _export_constant(
+    constant: gs.Constant, header: TensorProto | None, weights: dict[str, np.ndarray] | None
+) -> TensorProto:
+    values = constant._values
+    if weights is not None and isinstance(values, np.ndarray) and values.nbytes >= MIN_BYTES:
+        sample = gs.Constant(constant.name, np.zeros(0, values.dtype))
+        tensor = export_constant(sample, header=header)
+        if is_large(tensor, values.nbytes):
+            tensor.ClearField("dims")
+            tensor.dims.extend(values.shape)
+            weights[constant.name] = to_read_only(values)
+            return outside_header(tensor)
+    return export_constant(constant, header=header)
 
 
 def _check_complete(
@@ -344,7 +387,12 @@ def _check_complete(
             raise SurgeryError(f"nothing in the edited graph writes the output {value.name!r}")
 
 
-def _write_weights(model: ModelProto, initializers: list[TensorProto], original: ModelProto) -> None:
+def _write_weights(
+    model: ModelProto,
+    initializers: list[TensorProto],
+    original: ModelProto,
+    weights: dict[str, np.ndarray] | None,
+) -> None:
     """Add initializers and graph inputs. Up to IR 3 an initializer must be an input too."""
     own = {tensor.name for tensor in original.graph.initializer}
     if model.ir_version > 3:
@@ -365,6 +413,8 @@ def _write_weights(model: ModelProto, initializers: list[TensorProto], original:
         if tensor.name in listed_names:
             model.graph.initializer.append(tensor)
         else:  # a new input would change the model's interface; a Constant node does not
+            if weights is not None and tensor.name in weights:
+                put_inside(tensor, weights.pop(tensor.name))
             node = onnx.helper.make_node(
                 "Constant", [], [tensor.name], name=f"Constant_{tensor.name}", value=tensor
             )

@@ -22,7 +22,7 @@ _MAX_AXES = 32  # numpy 1 allows no more
 _MAX_ELEMENTS = 2**56
 _GRAPH_ATTRIBUTES = (AttributeProto.GRAPH, AttributeProto.GRAPHS)
 # Elements per byte of the types that are packed.
-_PACKED: dict[int, int] = {
+PACKED_TYPES: dict[int, int] = {
     TensorProto.UINT4: 2,
     TensorProto.INT4: 2,
     TensorProto.FLOAT4E2M1: 2,
@@ -165,7 +165,7 @@ def n_elements(dims: Iterable[int]) -> int:
 def n_data_bytes(tensor: TensorProto) -> int:
     """Return the bytes that the raw data of a tensor takes by its type and shape."""
     count = n_elements(tensor.dims)
-    per_byte = _PACKED.get(tensor.data_type)
+    per_byte = PACKED_TYPES.get(tensor.data_type)
     if per_byte is not None:
         return -(-count // per_byte)
     return count * int(onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize)
@@ -200,7 +200,7 @@ def check_tensor(tensor: TensorProto, *, where: str) -> None:
             )
     else:
         count = n_elements(tensor.dims) * (2 if tensor.data_type in _COMPLEX else 1)
-        expected = -(-count // _PACKED.get(tensor.data_type, 1))
+        expected = -(-count // PACKED_TYPES.get(tensor.data_type, 1))
         got, unit = len(getattr(tensor, _TYPED_FIELD.get(tensor.data_type, "int32_data"))), "elements"
     if got != expected:
         raise ModelError(

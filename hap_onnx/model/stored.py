@@ -11,7 +11,7 @@ onnxruntime takes as multiples of input scale times weight scale whatever their 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,7 +69,11 @@ def _dequantize(quantized: Numbers, scale: Numbers, zero: Numbers) -> NDArray[np
 
 
 def find_stored(
-    nodes: Iterable[NodeProto], constants: Mapping[str, TensorProto], *, pinned: Collection[str]
+    nodes: Iterable[NodeProto],
+    constants: Mapping[str, TensorProto],
+    arrays: Mapping[str, Numbers],
+    *,
+    pinned: Collection[str],
 ) -> dict[str, StoredWeight]:
     """Find the weights that a graph keeps in 8 bits (biases in 32), by the names of their real numbers.
 
@@ -79,6 +83,11 @@ def find_stored(
     """
     nodes = list(nodes)
     constants = dict(constants)
+
+    def read(tensor: TensorProto) -> Numbers:
+        array = arrays.get(tensor.name)
+        return np.asarray(onnx.numpy_helper.to_array(tensor)) if array is None else array
+
     readers: dict[str, int] = {}
     for node in nodes:
         for name in reads(node):
@@ -86,7 +95,7 @@ def find_stored(
     alone = {name for name, count in readers.items() if count == 1} - set(pinned)
     for node in nodes:
         if is_quantizer(node.op_type, node.domain) and {node.input[0], node.output[0]} <= alone:
-            quantized = _evaluate(node, constants)
+            quantized = _evaluate(node, constants, read)
             if quantized is not None:
                 constants[node.output[0]] = onnx.numpy_helper.from_array(quantized, node.output[0])
                 for name in node.input:  # it will be gone
@@ -110,7 +119,7 @@ def find_stored(
             or not node.name
         ):
             continue
-        scales = np.asarray(onnx.numpy_helper.to_array(scale), np.float32)
+        scales = np.asarray(read(scale), np.float32)
         axis = attributes.get("axis", 1) % max(len(data.dims), 1) if scales.size > 1 else None
         is_blocked = scales.ndim > 1 or (axis is not None and scales.shape != (data.dims[axis],))
         if is_blocked or not (np.isfinite(scales).all() and (scales > 0).all()):
@@ -118,20 +127,22 @@ def find_stored(
         found[node.output[0]] = StoredWeight(
             name=node.output[0],
             node=node,
-            quantized=onnx.numpy_helper.to_array(data),
+            quantized=read(data),
             scale=scales,
-            zero=None if zero is None else onnx.numpy_helper.to_array(zero),
+            zero=None if zero is None else read(zero),
             axis=axis,
             shared=frozenset(name for name in node.input[1:] if name and readers[name] > 1),
         )
     return found
 
 
-def _evaluate(node: NodeProto, constants: Mapping[str, TensorProto]) -> Numbers | None:
+def _evaluate(
+    node: NodeProto, constants: Mapping[str, TensorProto], read: Callable[[TensorProto], Numbers]
+) -> Numbers | None:
     """Quantize a float32 constant as a QuantizeLinear does; None if the node does anything else."""
     if len(node.input) < 3 or not set(node.input) <= set(constants):
         return None
-    values, scale, zero = (onnx.numpy_helper.to_array(constants[name]) for name in node.input)
+    values, scale, zero = (read(constants[name]) for name in node.input)
     attributes = {entry.name: entry.i for entry in node.attribute}
     if values.dtype != np.float32 or scale.dtype != np.float32 or attributes.get("block_size", 0):
         return None
@@ -168,8 +179,8 @@ class _Grid:
 
 def store_weights(
     graph: gs.Graph, stored: Mapping[str, StoredWeight], *, taken: Collection[str]
-) -> tuple[list[NodeProto], list[TensorProto]]:
-    """Return nodes and initializers that give the graph's weights as they are stored.
+) -> tuple[list[NodeProto], list[gs.Constant]]:
+    """Return nodes and constants that give the graph's weights as they are stored.
 
     ``taken`` are names that new tensors must not have. Weights that the graph no longer reads are left out.
 
@@ -191,7 +202,7 @@ def store_weights(
         if _is_bias(stored[name]):
             grids[name] = _bias_grid(tensor, stored[name], grids)
     nodes: list[NodeProto] = []
-    tensors: dict[str, TensorProto] = {}
+    tensors: dict[str, gs.Constant] = {}
     names = set(taken)
     for name in weights:
         node, added = _write(stored[name], grids[name], names)
@@ -309,7 +320,7 @@ def _scale_of_product(bias: gs.Constant, grids: Mapping[str, _Grid]) -> NDArray[
     return product
 
 
-def _write(one: StoredWeight, grid: _Grid, names: set[str]) -> tuple[NodeProto, list[TensorProto]]:
+def _write(one: StoredWeight, grid: _Grid, names: set[str]) -> tuple[NodeProto, list[gs.Constant]]:
     """Write a weight with its node; scales and zero points that others read, and that differ, get names."""
     node = NodeProto()
     node.CopyFrom(one.node)
@@ -337,5 +348,5 @@ def _write(one: StoredWeight, grid: _Grid, names: set[str]) -> tuple[NodeProto, 
                 name = f"{base}_{n}"
             names.add(name)
             node.input[index] = name
-        tensors.append(onnx.numpy_helper.from_array(np.array(values, order="C"), name))
+        tensors.append(gs.Constant(name, np.array(values, order="C")))
     return node, tensors

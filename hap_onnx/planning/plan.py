@@ -27,6 +27,7 @@ from hap_onnx.config import plan_weights_path
 from hap_onnx.coupling.channels import Coupling
 from hap_onnx.errors import ModelError, UsageError, ValidationError
 from hap_onnx.implants.factors import KINDS
+from hap_onnx.model.temporary import beside, remove_leftovers
 from hap_onnx.text_files import read_text
 
 PLAN_SCHEMA = "hap-onnx/plan/1"
@@ -203,11 +204,13 @@ class CompressionPlan:
 
 
 def _frozen_copy(name: str, array: np.ndarray) -> np.ndarray:
-    copy = np.array(array, order="C")
+    copy = array
+    if array.flags.writeable or not array.flags.c_contiguous:
+        copy = np.array(array, order="C")
     if copy.dtype.kind in "OUSmM":
         raise ValueError(f"weight '{name}' has type {copy.dtype}, which is no number")
     copy = copy.astype(copy.dtype.newbyteorder("="), copy=False)
-    copy.flags.writeable = False
+    copy.flags.writeable = False  # large weights are not copied again
     return copy
 
 
@@ -235,8 +238,10 @@ def save_plan(plan: CompressionPlan, path: str | Path) -> None:
     weights_path = plan_weights_path(path)
     if weights_path == path:
         raise UsageError(f"{path} is the name of the plan's weights: give the plan one that ends in .json")
-    temporary = [target.with_name(f".{target.name}.{os.getpid()}.tmp") for target in (weights_path, path)]
+    temporary = [beside(target) for target in (weights_path, path)]
     try:
+        for target in (weights_path, path):
+            remove_leftovers(target)
         stored = {name: _as_storable(array) for name, array in _all_weights(plan).items()}
         safetensors.numpy.save_file(stored, temporary[0])
         document = _to_document(plan, _hash_file(temporary[0]))
@@ -569,13 +574,15 @@ def _load_weights(path: Path, entry: Any) -> dict[str, np.ndarray]:
     if not isinstance(entry["tensors"], dict):
         raise ValueError("'weights' needs its 'tensors'")
     try:
-        digest = _hash_file(path)
+        data = path.read_bytes()  # not mapped: the file may change
+        digest = hashlib.sha256(data).hexdigest()
         if digest != entry["sha256"]:
             raise ModelError(
                 f"{path} does not belong to the plan beside it, or is damaged: its SHA-256 is "
                 f"{digest[:16]}..., the plan says {entry['sha256'][:16]}..."
             )
-        stored = safetensors.numpy.load_file(path)
+        stored = safetensors.numpy.load(data)
+        del data
     except OSError as error:
         raise ModelError(f"the plan's weights {path} cannot be read: {error.strerror or error}") from error
     except safetensors.SafetensorError as error:
@@ -594,6 +601,7 @@ def _load_weights(path: Path, entry: Any) -> dict[str, np.ndarray]:
             raise ValueError(f"weight '{name}' is described as {described!r}") from error
         if described != f"{typed.dtype.name}[{','.join(map(str, typed.shape))}]":
             raise ValueError(f"weight '{name}' is not {described}, as the plan says")
+        typed.flags.writeable = False
         weights[name] = typed
     return weights
 

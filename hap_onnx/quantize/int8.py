@@ -10,9 +10,7 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -31,6 +29,7 @@ from onnxruntime.quantization.registry import QDQRegistry, QLinearOpsRegistry
 from hap_onnx.errors import ModelError
 from hap_onnx.model.protos import MAX_PROTO_BYTES, count_bytes
 from hap_onnx.model.saving import save_model
+from hap_onnx.model.temporary import temporary_folder
 from hap_onnx.quantize.protos import with_header_of, with_opset, with_types
 from hap_onnx.quantize.recipe import Ranges, Recipe
 
@@ -74,15 +73,15 @@ def calibrate(
     kind, options = _METHODS[method]
     model, _ = with_opset(model, LEAST_OPSET)
     typed = with_types(model)
-    with tempfile.TemporaryDirectory(prefix="hap-onnx-") as folder, _quiet():
-        path = Path(folder) / "model.onnx"
+    with temporary_folder("calibrate") as folder, _quiet():
+        path = folder / "model.onnx"
         large = count_bytes(typed) > MAX_PROTO_BYTES // 2
         save_model(typed, path, external_data=large)
         try:
             calibrator = create_calibrator(
                 path,
                 _known_op_types(),
-                str(Path(folder) / "augmented.onnx"),
+                str(folder / "augmented.onnx"),
                 calibrate_method=kind,
                 use_external_data_format=large,
                 extra_options=options,

@@ -22,7 +22,6 @@ No gradients, no labels.
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -35,6 +34,7 @@ from torch import Tensor
 from hap_onnx.data.calibration import Subset
 from hap_onnx.events import OnEvent, ignore_event, track
 from hap_onnx.model.saving import make_folder
+from hap_onnx.model.temporary import temporary_folder
 from hap_onnx.refit.fit import fit_offset, fit_weights
 from hap_onnx.refit.implant import fit_implant
 from hap_onnx.refit.pair import Pair, make_pair, read_inputs
@@ -98,11 +98,9 @@ def refit(
     options = Options(ridge=ridge, n_positions=n_positions, n_relu_rounds=n_relu_rounds, seed=seed)
     with (
         torch.no_grad(),
-        tempfile.TemporaryDirectory(
-            prefix="hap-onnx-refit-", dir=work_dir, ignore_cleanup_errors=True
-        ) as folder,
+        temporary_folder("refit", work_dir) as folder,
     ):
-        store = Store(Path(folder), memory_limit_bytes)
+        store = Store(folder, memory_limit_bytes)
         try:
             pair = make_pair(original, compressed, kept, implants, store, device=device)
             tasks = plan_tasks(pair, leave)

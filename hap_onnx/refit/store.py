@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import shutil
 from pathlib import Path
 
@@ -16,6 +17,14 @@ _log = logging.getLogger(__name__)
 Key = tuple[str, str]
 """Whose tensor it is (one of the three below), and its name."""
 ORIGINAL, COMPRESSED, ROWS = "original", "compressed", "rows"
+
+
+def _reserve(descriptor: int, n_bytes: int) -> None:
+    """Take the disk space of a file that will be mapped: a disk that is full then would kill the process."""
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(descriptor, 0, n_bytes)
+    else:
+        os.truncate(descriptor, n_bytes)
 
 
 class Store:
@@ -96,6 +105,14 @@ class Store:
             )
         path = self._folder / f"{self.n_files}.bin"
         self.n_files += 1
+        try:
+            with path.open("wb") as stream:
+                _reserve(stream.fileno(), storage.nbytes())
+        except OSError as error:
+            raise CalibrationError(
+                f"activations for the refit cannot be written to {self._folder.parent} "
+                f"({error.strerror or error}); give --work-dir on a larger disk, or fewer --max-samples"
+            ) from error
         file = torch.from_file(str(path), shared=True, size=storage.nbytes(), dtype=torch.uint8)
         file.copy_(torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(storage))
         mapped = file.untyped_storage()

@@ -40,7 +40,7 @@ def facts_before(prepared: PreparedModel) -> reports.ModelFacts:
 
 def facts_after(graph: gs.Graph, prepared: PreparedModel, *, n_bytes: int) -> reports.ModelFacts:
     """Size of a compressed graph of the same model, counted anew on the graph itself."""
-    twin = build_twin(graph)
+    twin = build_twin(graph, share_weights=True)
     first = {
         name: values[: prepared.shapes[name][0]] if values.ndim else values
         for name, values in prepared.probe.items()

@@ -9,10 +9,8 @@ from __future__ import annotations
 import functools
 import logging
 import re
-import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,12 +20,18 @@ import onnxruntime as ort
 from onnx import ModelProto, TensorProto
 from onnxruntime.capi import onnxruntime_pybind11_state as _ort
 
-from hap_onnx.errors import CalibrationError, ModelError, UsageError, ValidationError
+from hap_onnx.errors import (
+    CalibrationError,
+    ModelError,
+    UsageError,
+    ValidationError,
+    refuse_out_of_memory,
+)
 from hap_onnx.model.input_spec import InputSpec, format_shape
-from hap_onnx.model.model_io import save_model
 from hap_onnx.model.protos import MAX_PROTO_BYTES, count_bytes
+from hap_onnx.model.weights import AnyModel, LargeModel, split_model
 
-Model = ModelProto | bytes | str | Path
+Model = AnyModel | bytes | str | Path
 
 _log = logging.getLogger(__name__)
 
@@ -74,6 +78,7 @@ class Session:
     threads: int | None
     session: ort.InferenceSession
     label: str
+    weights: Mapping[str, np.ndarray] = field(default_factory=dict)  # onnxruntime may use them where they are
 
     def prepare(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Pick the model's inputs and cast them to its types; other entries are ignored.
@@ -111,6 +116,7 @@ class Session:
         try:
             values = self.session.run(list(self.output_names), dict(feed))
         except ORT_ERRORS as error:
+            refuse_out_of_memory(error, f"running {self.label} in onnxruntime")
             shapes = ", ".join(f"{name} {list(array.shape)}" for name, array in feed.items())
             raise ModelError(
                 f"{self.label} does not run in onnxruntime on {shapes}: {explain(error)}"
@@ -132,16 +138,18 @@ def make_session(
     threads: int | None = None,
     label: str | None = None,
     optimise: bool = True,
+    is_timed: bool = True,
 ) -> Session:
     """Load a model in onnxruntime, as its users would but silently.
 
     Args:
-        model: protobuf, its bytes, or a path (for weights in other files).
+        model: protobuf in one piece or two, its bytes, or a path.
         providers: ``auto`` (CUDA where it works, else the CPU), or names of execution providers; ``cpu``,
             ``cuda`` and ``tensorrt`` are short for their full names.
         threads: of one operator; None leaves the number to onnxruntime.
         label: how messages call the model.
         optimise: whether operators may be fused, as users have it.
+        is_timed: False where speed does not count: weights are then not laid out anew, which takes memory.
 
     Raises:
         ModelError: onnxruntime cannot load the model.
@@ -149,7 +157,9 @@ def make_session(
     """
     label = label or (str(model) if isinstance(model, (str, Path)) else "the model")
     names = _choose_providers(providers)
-    session = load(model, names, threads=threads, severity=4, label=label, optimise=optimise)
+    session = load(
+        model, names, threads=threads, severity=4, label=label, optimise=optimise, is_timed=is_timed
+    )
     if session.get_providers()[0] != names[0]:
         raise UsageError(
             f"{names[0]} is installed but does not work on this machine (onnxruntime fell back to "
@@ -164,6 +174,7 @@ def make_session(
         threads=threads,
         session=session,
         label=label,
+        weights=model.weights if isinstance(model, LargeModel) else {},
     )
 
 
@@ -175,10 +186,14 @@ def load(
     severity: int,
     label: str,
     optimise: bool = True,
+    is_timed: bool = True,
     profile: str | None = None,
 ) -> ort.InferenceSession:
     """Load a model with the options that all sessions share; ``profile`` begins the name of its profile."""
     options = ort.SessionOptions()
+    if not is_timed:
+        options.add_session_config_entry("session.disable_prepacking", "1")
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
     if not optimise:
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     if profile is not None:
@@ -189,25 +204,35 @@ def load(
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
     settings = [(name, _PROVIDER_OPTIONS.get(name, {})) for name in providers]
-    with loadable(model) as source:
-        try:
-            return ort.InferenceSession(source, options, providers=settings)
-        except ORT_ERRORS as error:
-            raise ModelError(f"{label} does not load in onnxruntime: {explain(error)}") from error
-
-
-@contextmanager
-def loadable(model: Model) -> Iterator[bytes | str]:
-    """Yield what onnxruntime loads: a path, or bytes if the model fits into one message."""
-    if isinstance(model, (bytes, str, Path)):
-        yield model if isinstance(model, bytes) else str(model)
-    elif count_bytes(model) <= MAX_PROTO_BYTES:
-        yield model.SerializeToString()
+    if isinstance(model, ModelProto) and count_bytes(model) > MAX_PROTO_BYTES:
+        model = split_model(model)
+    if isinstance(model, LargeModel):
+        source: bytes | str = _give_weights(model, options)
+    elif isinstance(model, ModelProto):
+        source = model.SerializeToString()
     else:
-        with tempfile.TemporaryDirectory(prefix="hap-onnx-") as folder:
-            path = Path(folder) / "model.onnx"
-            save_model(model, path, external_data=True)
-            yield str(path)
+        source = model if isinstance(model, bytes) else str(model)
+    try:
+        return ort.InferenceSession(source, options, providers=settings)
+    except ORT_ERRORS as error:
+        refuse_out_of_memory(error, f"loading {label} in onnxruntime")
+        raise ModelError(f"{label} does not load in onnxruntime: {explain(error)}") from error
+
+
+def _give_weights(model: LargeModel, options: ort.SessionOptions) -> bytes:
+    """Hand arrays over as they are, without a file; return the rest of the model as bytes."""
+    values = {}
+    for tensor in model.proto.graph.initializer:
+        array = model.weights.get(tensor.name)
+        if array is None:
+            continue
+        if array.dtype.isbuiltin == 1:
+            values[tensor.name] = ort.OrtValue.ortvalue_from_numpy(array)
+        else:  # such as bfloat16, which is no type of numpy's own
+            bits = array.view(f"u{array.dtype.itemsize}")
+            values[tensor.name] = ort.OrtValue.ortvalue_from_numpy_with_onnx_type(bits, tensor.data_type)
+    options.add_external_initializers(list(values), list(values.values()))
+    return bytes(model.proto.SerializeToString())
 
 
 def _choose_providers(providers: str | Sequence[str]) -> list[str]:

@@ -16,7 +16,8 @@ from onnx import ModelProto
 
 from hap_onnx.errors import ModelError, ValidationError
 from hap_onnx.model.protos import MAX_PROTO_BYTES, count_bytes
-from hap_onnx.runtime.session import Model, load, loadable
+from hap_onnx.model.weights import AnyModel, LargeModel, split_model, with_placeholders
+from hap_onnx.runtime.session import Model, load
 
 
 def check_finite(outputs: Mapping[str, np.ndarray], *, label: str) -> None:
@@ -33,7 +34,7 @@ def check_finite(outputs: Mapping[str, np.ndarray], *, label: str) -> None:
             )
 
 
-def check_model(model: ModelProto | Path, *, reference: ModelProto | Path | None = None) -> str | None:
+def check_model(model: AnyModel | Path, *, reference: AnyModel | Path | None = None) -> str | None:
     """Raise ValidationError unless a model is sound; return a remark for the user, if there is one.
 
     It must pass onnx.checker with full check (which infers all shapes strictly) and load in onnxruntime on
@@ -57,13 +58,13 @@ def check_model(model: ModelProto | Path, *, reference: ModelProto | Path | None
     return complaint
 
 
-def _checker_complaint(model: ModelProto | Path) -> str | None:
+def _checker_complaint(model: AnyModel | Path) -> str | None:
     try:
         if isinstance(model, ModelProto) and count_bytes(model) > MAX_PROTO_BYTES:
-            with loadable(model) as path:
-                onnx.checker.check_model(path, full_check=True)
-        else:
-            onnx.checker.check_model(str(model) if isinstance(model, Path) else model, full_check=True)
+            model = split_model(model)
+        if isinstance(model, LargeModel):  # the types and shapes of its arrays are in its message
+            model = with_placeholders(model)
+        onnx.checker.check_model(str(model) if isinstance(model, Path) else model, full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
         return " ".join(str(error).split())
     return None

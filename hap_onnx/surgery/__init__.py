@@ -30,6 +30,8 @@ from hap_onnx.twin.opaque import captured_names
 
 _log = logging.getLogger(__name__)
 
+_NOTHING = np.zeros(0, np.float32)
+
 CONSTANT_SUFFIX = "_hap_constant"
 """How the names of constants end that took the place of removed branches."""
 
@@ -372,6 +374,16 @@ def _fold_constants(graph: gs.Graph, inside: set[str]) -> None:
         node.outputs.clear()
 
 
+def discard(graph: gs.Graph) -> None:
+    """Let go of the weights of a graph that is not needed any more, such as a trial cut.
+
+    Nodes and tensors refer to each other, so it would live on until Python looks for circles.
+    """
+    for tensor in graph.tensors().values():
+        if isinstance(tensor, gs.Constant):
+            tensor.values = _NOTHING
+
+
 def with_weights(graph: gs.Graph, weights: Mapping[str, np.ndarray]) -> gs.Graph:
     """Return a new graph with other values for some initializers, in the types that they had.
 
@@ -386,5 +398,5 @@ def with_weights(graph: gs.Graph, weights: Mapping[str, np.ndarray]) -> gs.Graph
         constant = tensors.get(name)
         if not isinstance(constant, gs.Constant) or tuple(constant.shape) != values.shape:
             raise SurgeryError(f"'{name}' {list(values.shape)} is not an initializer of the compressed graph")
-        constant.values = np.ascontiguousarray(values.astype(constant.values.dtype))
+        constant.values = np.ascontiguousarray(values.astype(constant.values.dtype, copy=False))
     return result

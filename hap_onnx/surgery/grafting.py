@@ -22,6 +22,7 @@ from hap_onnx.ops.elementwise import is_fused_with_conv
 from hap_onnx.ops.implant import ImplantForm, implant_forms
 from hap_onnx.prepare import TRIAL_TOLERANCE, PreparedModel
 from hap_onnx.sensitivity.curvature import to_tensors
+from hap_onnx.surgery import discard
 from hap_onnx.twin import build_twin
 from hap_onnx.twin.opaque import captured_names
 
@@ -252,7 +253,8 @@ def _is_same_function(prepared: PreparedModel, order: Ints) -> bool:
         graph = permute_channels(prepared.graph, prepared.coupling, order)
         with torch.no_grad():
             expected = twin(tensors)
-            found = build_twin(graph, device=str(twin.device or "cpu"))(tensors)
+            found = build_twin(graph, device=str(twin.device or "cpu"), share_weights=True)(tensors)
+        discard(graph)
     except (SurgeryError, ModelError):
         _log.info("channels cannot be permuted", exc_info=True)
         return False

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Mapping
@@ -14,6 +13,7 @@ import numpy as np
 import onnxruntime as ort
 
 from hap_onnx.errors import ModelError
+from hap_onnx.model.temporary import temporary_folder
 from hap_onnx.runtime.session import ORT_ERRORS, Model, explain, load
 
 SYNCHRONOUS = ("CPUExecutionProvider",)
@@ -48,7 +48,7 @@ def time_kernels(
     Raises:
         ModelError: onnxruntime cannot load or run the model.
     """
-    with tempfile.TemporaryDirectory(prefix="hap-onnx-") as folder:
+    with temporary_folder("profile") as folder:
         prefix = f"{folder}/profile"
         session = load(model, [provider], threads=threads, severity=4, label=_LABEL, profile=prefix)
         try:

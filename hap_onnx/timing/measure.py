@@ -16,9 +16,9 @@ from math import prod
 
 import numpy as np
 import onnx_graphsurgeon as gs
-from onnx import ModelProto
 
 from hap_onnx.events import OnEvent, ignore_event, track
+from hap_onnx.model.weights import AnyModel, bytes_of, proto_of, weights_of
 from hap_onnx.ops.implant import implant_forms
 from hap_onnx.planning.align import Blocks, allowed_widths
 from hap_onnx.planning.times import ImplantTimes, Ints, NodeTimes
@@ -56,7 +56,7 @@ SCALE_BOUNDS = (0.5, 2.0)
 
 def measure_times(
     prepared: PreparedModel,
-    model: ModelProto,
+    model: AnyModel,
     feed: Mapping[str, np.ndarray],
     kinds: Mapping[str, Collection[str]],
     table: LatencyTable,
@@ -194,12 +194,15 @@ def _counts(size: int, unit: int, grid: Sequence[float]) -> list[int]:
 
 
 def _time_whole(
-    model: ModelProto, feed: Mapping[str, np.ndarray], graph: gs.Graph, table: LatencyTable
+    model: AnyModel, feed: Mapping[str, np.ndarray], graph: gs.Graph, table: LatencyTable
 ) -> tuple[float, dict[str, float]]:
     """Microseconds of one run of a model, and of its nodes as far as kernels tell; kept in the table."""
     shapes = {name: array.shape for name, array in sorted(feed.items())}
     digest = hashlib.sha256(repr(shapes).encode())
-    digest.update(model.SerializeToString(deterministic=True))
+    digest.update(proto_of(model).SerializeToString(deterministic=True))
+    for name, array in sorted(weights_of(model).items()):
+        digest.update(name.encode())
+        digest.update(bytes_of(array))
     key = digest.hexdigest()[:16]
     if key not in table.models:
         provider, threads = table.machine.provider, table.machine.threads

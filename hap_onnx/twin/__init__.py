@@ -17,6 +17,7 @@ the model once per written batch and joins the outputs (``Twin.batch_limit``).
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -32,7 +33,7 @@ import torch
 from torch import Tensor, nn
 
 from hap_onnx import ops  # noqa: F401  (registers the operators)
-from hap_onnx.errors import CalibrationError, ModelError
+from hap_onnx.errors import CalibrationError, ModelError, refuse_out_of_memory
 from hap_onnx.ops.arguments import UnitShapes
 from hap_onnx.twin.calls import BodyCall, TorchCall, find_call, is_float_array
 from hap_onnx.twin.opaque import OpaqueNode, captured_names, is_known, write_node
@@ -91,8 +92,11 @@ class Twin(nn.Module):
         constants: Mapping[str, np.ndarray],
         unit_batch: int | None,
         unit_is_guess: bool,
+        share_weights: bool = False,
     ) -> None:
         super().__init__()
+        self._share_weights = share_weights
+        self._computes_in: torch.dtype | None = None  # another type than the parameters have
         self._steps = list(steps)
         self._position = {step.name: position for position, step in enumerate(steps)}
         self._calls: list[Callable[..., tuple[Any, ...]]] = list(calls)
@@ -108,7 +112,9 @@ class Twin(nn.Module):
 
     def _add_constant(self, name: str, safe_name: str, values: np.ndarray) -> None:
         if is_float_array(values):
-            tensor = torch.from_numpy(np.array(values, dtype=np.float32))
+            tensor = _view(values) if self._share_weights else None
+            if tensor is None:
+                tensor = torch.from_numpy(np.array(values, dtype=np.float32))
             self.register_parameter(safe_name, nn.Parameter(tensor))
         else:
             try:
@@ -165,12 +171,12 @@ class Twin(nn.Module):
         safe = self._safe_name[name]
         tensor = self._parameters[safe] if safe in self._parameters else self._buffers[safe]
         assert tensor is not None
-        return tensor
+        return tensor if self._computes_in is None or safe in self._buffers else tensor.to(self._computes_in)
 
     @property
     def dtype(self) -> torch.dtype:
         """The float type that the twin computes in."""
-        return next(
+        return self._computes_in or next(
             (parameter.dtype for parameter in self._parameters.values() if parameter is not None),
             torch.float32,
         )
@@ -250,6 +256,7 @@ class Twin(nn.Module):
         except torch.cuda.OutOfMemoryError:
             raise
         except (ArithmeticError, RuntimeError, TypeError, ValueError, IndexError) as error:
+            refuse_out_of_memory(error, f"node {step.name!r} ({step.op_type})")
             shapes = [tuple(tensor.shape) if isinstance(tensor, Tensor) else None for tensor in inputs]
             raise ModelError(
                 f"node {step.name!r} ({step.op_type}) cannot be computed on inputs of shapes {shapes}; "
@@ -499,13 +506,13 @@ def _close(ours: Tensor, expected: Tensor) -> bool:
 
 @contextmanager
 def in_double(twin: Twin) -> Iterator[None]:
-    """Let a twin compute in double precision meanwhile; what was float before is exactly that again."""
-    dtype = twin.dtype
-    twin.double()
+    """Let a twin compute in double precision meanwhile: each step converts what it reads."""
+    before = twin._computes_in
+    twin._computes_in = torch.float64
     try:
         yield
     finally:
-        twin.to(dtype)
+        twin._computes_in = before
 
 
 def unfix_batch(twin: Twin, inputs: Mapping[str, Tensor]) -> bool:
@@ -544,8 +551,13 @@ def _check_sizes(step: Step, outputs: Sequence[Any]) -> None:
             )
 
 
-def build_twin(graph: gs.Graph, *, device: str | torch.device = "cpu") -> Twin:
+def build_twin(
+    graph: gs.Graph, *, device: str | torch.device = "cpu", share_weights: bool = False
+) -> Twin:
     """Build the twin of a normalised graph; the graph is only read.
+
+    With ``share_weights`` its parameters lie on the CPU where the graph has them, as far as they are float32:
+    for twins that nobody trains, since writing to them would write to the graph.
 
     Raises ModelError that lists every node which neither torch nor onnxruntime can run.
     """
@@ -602,6 +614,7 @@ def build_twin(graph: gs.Graph, *, device: str | torch.device = "cpu") -> Twin:
         constants=constants,
         unit_batch=_guess_batch(calls, reads, constants) if declared is None else declared,
         unit_is_guess=declared is None,
+        share_weights=share_weights,
     )
     return twin.to(device)
 
@@ -639,6 +652,15 @@ def run_captured(twin: Twin, inputs: Mapping[str, Tensor], names: Collection[str
 
 
 # --- from the graph ---
+
+
+def _view(values: np.ndarray) -> Tensor | None:
+    """Return a tensor in the memory of an array, None where torch needs another type or layout."""
+    if values.dtype != np.float32 or not values.dtype.isnative or not values.flags.c_contiguous:
+        return None
+    with warnings.catch_warnings():  # it is not to be written to, which torch cannot promise
+        warnings.simplefilter("ignore", UserWarning)
+        return torch.from_numpy(values)
 
 
 def _torch_safe(name: str) -> str:

@@ -18,7 +18,7 @@ from onnx_graphsurgeon.exporters.onnx_exporter import OnnxExporter
 from onnxruntime.capi import _pybind_state
 from torch import Tensor
 
-from hap_onnx.errors import ModelError
+from hap_onnx.errors import ModelError, refuse_out_of_memory
 from hap_onnx.model.protos import subgraphs
 
 Value = Tensor | list[Tensor]  # a list is an ONNX sequence, which only opaque nodes read and write
@@ -177,6 +177,7 @@ class OpaqueNode:
         try:
             return session.run(None, dict(feeds))
         except Exception as error:  # onnxruntime raises many unrelated types from its bindings
+            refuse_out_of_memory(error, self._label)
             raise ModelError(f"{self._label} failed in onnxruntime: {error}") from error
 
     def _session(self, feeds: Mapping[str, Arrays], *, with_shape: bool) -> ort.InferenceSession:
@@ -229,4 +230,5 @@ class OpaqueNode:
                 model.SerializeToString(), options, providers=["CPUExecutionProvider"]
             )
         except Exception as error:  # onnxruntime raises many unrelated types from its bindings
+            refuse_out_of_memory(error, self._label)
             raise ModelError(f"{self._label} runs neither in torch nor in onnxruntime: {error}") from error

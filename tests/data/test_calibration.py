@@ -19,6 +19,7 @@ from hap_onnx.data import array_data
 from hap_onnx.data.calibration import Dataset, InputSpec, Subset, open_dataset, split_dataset
 from hap_onnx.data.preprocess import load_image, preprocess_image, resolve_preprocessing
 from hap_onnx.errors import CalibrationError, UsageError
+from tests.forks import limit_files, run_fork
 
 FLOAT = np.dtype(np.float32)
 X = InputSpec("x", FLOAT, ("N", 3, 4, 4))
@@ -466,6 +467,72 @@ def test_array_file_that_changes_midway(tmp_path: Path) -> None:
     (tmp_path / "a.npy").unlink()
     with pytest.raises(CalibrationError, match=r"a\.npy: the file was there at the start and is gone"):
         read_all(dataset)
+
+
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+@pytest.mark.parametrize("how", ["in place", "by another file"])
+def test_data_that_changes_midway_is_refused(tmp_path: Path, save: Any, how: str) -> None:
+    """The same size and shape: without a look at the file, batches would be of two kinds."""
+    path, other = tmp_path / "d.npz", tmp_path / "other.npz"
+    save(path, x=samples(20))
+    work = tmp_path / "work"
+    work.mkdir()
+    dataset = open_dataset(path, [X], work_dir=work)
+    if save is np.savez_compressed:  # it is unpacked by now, and what happens to the archive does not matter
+        path.unlink()
+        assert len(read_all(dataset)) == 20
+        return
+    before = read_all(dataset)
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    (path if how == "in place" else other).write_bytes(content)
+    if how != "in place":
+        os.replace(other, path)
+    os.utime(path, ns=(1, 1))  # clocks of file systems are coarse
+    with pytest.raises(CalibrationError, match=r"d\.npz, array 'x': the file was changed while it was in"):
+        read_all(dataset)
+    assert len(before) == 20
+
+
+def test_an_archive_that_changes_before_it_is_unpacked(tmp_path: Path) -> None:
+    path = tmp_path / "d.npz"
+    np.savez_compressed(path, x=samples(20))
+    array = array_data.PackedArray(
+        path, "x.npy", shape=(20, 3, 4, 4), dtype=FLOAT, where="d", spill=array_data.SpillFolder()
+    )
+    np.savez_compressed(path, x=samples(20, seed=1))
+    os.utime(path, ns=(1, 1))
+    with pytest.raises(CalibrationError, match="d: the file was changed while it was in use"):
+        array.read(np.arange(3))
+
+
+def test_an_image_that_changes_midway(tmp_path: Path) -> None:
+    write_images(tmp_path, 6)
+    dataset = open_dataset(tmp_path, [X])
+    read_all(dataset)
+    (tmp_path / "003.png").write_bytes((tmp_path / "004.png").read_bytes())
+    os.utime(tmp_path / "003.png", ns=(1, 1))
+    with pytest.raises(CalibrationError, match=r"003\.png: the file was changed while it was in use"):
+        read_all(dataset)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_disk_that_is_full_when_data_is_unpacked_is_not_taken_for_damage(tmp_path: Path) -> None:
+    path = tmp_path / "d.npz"
+    np.savez_compressed(path, x=samples(200))
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    np.save(folder / "f.npy", np.asfortranarray(samples(200)))
+
+    def read() -> None:
+        limit_files(10_000)
+        for data in (path, folder):
+            with pytest.raises(CalibrationError, match=r"be unpacked into .* \(File too large\); free"):
+                open_dataset(data, [X], work_dir=tmp_path)
+
+    ended = run_fork(read)
+    assert ended.code == 0, ended.err
+    assert not list(tmp_path.glob("hap-onnx-*/*"))
 
 
 def test_no_room_to_unpack(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

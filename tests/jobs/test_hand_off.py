@@ -23,6 +23,9 @@ from hap_onnx.errors import GateError, ModelError
 from hap_onnx.events import Event
 from hap_onnx.jobs import hand_off, job
 from hap_onnx.model.measure import count_params
+from hap_onnx.model.weights import join_model, split_model
+from hap_onnx.planning.plan import CompressionPlan
+from hap_onnx.quantize import Recipe, carry_out
 from hap_onnx.runtime.session import Session, make_session
 
 FAST: dict[str, Any] = {"threads": 1, "batch_size": 64, "method": "prune", "recover": "none"}
@@ -306,3 +309,17 @@ def test_validate_counts_a_model_in_8_bits_like_the_float_one(labelled):
     assert report.before.macs == report.after.macs
     assert report.after.bytes < 0.5 * report.before.bytes
     assert report.passed
+
+
+def test_a_model_in_two_parts_is_joined_for_the_converters_within_their_limit(monkeypatch):
+    large = split_model(residual_cnn())
+    assert large.weights
+    final = hand_off.finish(large, plan_of(Recipe("fp16")))
+    assert final == carry_out(join_model(large), Recipe("fp16"))
+    monkeypatch.setattr(hand_off, "MAX_PROTO_BYTES", 1000)
+    with pytest.raises(ModelError, match="--then needs a model of at most 2 GB"):
+        hand_off.finish(large, plan_of(Recipe("fp16")))
+
+
+def plan_of(recipe):
+    return CompressionPlan("0" * 64, "0", {}, (), then=recipe.to_dict())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,10 @@ from hap_onnx.errors import BudgetError, GateError, UsageError
 from hap_onnx.events import Event
 from hap_onnx.jobs import machine, rounds
 from hap_onnx.jobs.sweep import mark_best
+from hap_onnx.model.temporary import beside
 from hap_onnx.planning.plan import load_plan
 from hap_onnx.report import SweepPoint
+from tests.forks import run_fork
 
 FAST: dict[str, Any] = {"threads": 1, "batch_size": 64, "method": "prune", "recover": "none"}
 
@@ -280,6 +283,45 @@ def test_an_earlier_sweep_is_replaced_and_other_files_stay(
     mine = {"small.onnx", "keep-macs-0.80.onnx", "keep-notes.json"}
     assert names_in(folder) == files_of("keep-params-0.70") | mine
     assert [point["plan"] for point in index_of(folder)["points"]] == ["keep-params-0.70.json"]
+
+
+def test_the_last_index_and_the_report_get_their_names_when_nobody_should_stop_the_job(
+    model: Path, data: dict[str, np.ndarray], tmp_path: Path
+) -> None:
+    folder, report, seen = model.with_name("net.hap.sweep"), tmp_path / "r.json", []
+
+    def on_event(event: Event) -> None:
+        if event.kind == "commit":
+            seen.append((len(index_of(folder)["points"]), report.exists()))
+
+    sweep(model, data, sweep=(0.7, 0.5), report=report, on_event=on_event, **FAST)
+    assert seen == [(1, False)]
+    assert index_of(folder) == json.loads(report.read_text())
+
+
+def test_what_a_killed_sweep_has_left_goes_with_the_next(model: Path, data: dict[str, np.ndarray]) -> None:
+    folder = model.with_name("net.hap.sweep")
+    folder.mkdir()
+
+    def leave(path: Path) -> None:
+        beside(path).write_text("half")
+
+    for name in ("sweep.svg", "keep-macs-0.40.json"):
+        assert run_fork(partial(leave, folder / name)).code == 0
+        sweep(model, data, sweep=0.5, **FAST)
+        assert names_in(folder) == files_of("keep-macs-0.50")
+
+
+def test_weights_beside_the_model_make_no_difference(
+    model: Path, data: dict[str, np.ndarray], tmp_path: Path
+) -> None:
+    (tmp_path / "beside").mkdir()
+    other = write(tmp_path / "beside", residual_cnn(width=8), external=True)
+    inside, beside_it = (sweep(path, data, sweep=(0.7, 0.5), **FAST) for path in (model, other))
+    for one, two in zip(inside.points, beside_it.points, strict=True):
+        assert (one.quality, one.fidelity) == (two.quality, two.fidelity)
+        plans = [path.with_name("net.hap.sweep") / str(one.plan) for path in (model, other)]
+        assert plans[0].read_bytes() == plans[1].read_bytes()
 
 
 def test_the_folder_of_something_else_is_refused_before_any_work(

@@ -11,6 +11,7 @@ from sample_models import images, residual_cnn
 
 from hap_onnx.model.measure import count_params, model_size
 from hap_onnx.model.model_io import load_model, normalise, stored_weights, to_proto
+from hap_onnx.model.weights import LargeModel, join_model, split_model
 from hap_onnx.prepare import prepare
 from hap_onnx.surgery import kept_positions, remove_channels, with_weights
 from tests.helpers import make_model, node, rand
@@ -255,6 +256,29 @@ def test_what_is_stored_in_other_ways_is_left_alone(why):
     back = to_proto(normalise(source), source)
     assert ops_of(back).count("DequantizeLinear") == ops_of(model).count("DequantizeLinear")
     assert np.array_equal(numpy_helper.to_array(back.graph.initializer[0]), weights["q"])
+
+
+@pytest.mark.parametrize("kind", ["int8", "fake"])
+def test_weights_beside_the_message_come_out_as_those_inside(kind):
+    scale, zero = np.float32(0.05), np.int8(3)
+    values = rand(6, 300)
+    quantized = np.clip(np.rint(values / scale) + zero, -128, 127).astype(np.int8)
+    weights = {"w.s": scale, "w.z": zero, **({"w.f": values} if kind == "fake" else {"w.q": quantized})}
+    nodes = [dequantizer("w"), node("MatMul", ["x", "w"], ["y"])]
+    if kind == "fake":
+        nodes.insert(0, node("QuantizeLinear", ["w.f", "w.s", "w.z"], ["w.q"]))
+    model = make_model(nodes, inputs={"x": ["N", 6]}, outputs=["y"], weights=weights, opset=13)
+    large = split_model(model)
+    assert large.weights
+    source = load_model(large)
+    assert stored_weights(source) == {"w"}
+    graph = normalise(source)
+    written = to_proto(graph, source)
+    assert isinstance(written, LargeModel)
+    assert np.array_equal(written.weights["w.q"], quantized)
+    inside, beside = initializers(again(model)), initializers(join_model(written))
+    assert beside.keys() == inside.keys() == {"w.q", "w.s", "w.z"}
+    assert all(np.array_equal(beside[name], inside[name]) for name in inside)
 
 
 def test_parameters_are_counted_alike_in_float_and_in_8_bits():

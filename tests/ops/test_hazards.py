@@ -10,6 +10,7 @@ from onnx import helper
 
 from hap_onnx.errors import ModelError
 from hap_onnx.model.model_io import load_model
+from hap_onnx.model.weights import split_model
 from tests.helpers import make_twin, node, rand
 
 
@@ -53,6 +54,20 @@ def test_the_smallest_integer_by_minus_one(op_type: str, as_node: bool) -> None:
         weights["b"] = divisor
     with pytest.raises(ModelError, match=rf"'make_c' \({op_type}\) divides integers by -1"):
         load_model(model_of(*nodes, **weights))
+
+
+@pytest.mark.parametrize("last", [-1, 2])
+def test_divisors_beside_the_message_are_looked_at_too(last: int) -> None:
+    nodes = [node("Div", ["a", "b"], ["c"]), node("Cast", ["c"], ["d"], to=1)]
+    nodes.append(node("Add", ["x", "d"], ["y"]))
+    divisor = np.array([1] * 4 * 6 * 5 + [last] * 4 * 6).reshape(4, 6, 6)
+    model = split_model(model_of(*nodes, a=np.array([-(2**63)]), b=divisor))
+    assert set(model.weights) == {"b"}
+    if last == -1:
+        with pytest.raises(ModelError, match=r"'make_c' \(Div\) divides integers by -1"):
+            load_model(model)
+    else:
+        load_model(model)
 
 
 def test_floats_may_be_divided_by_minus_one() -> None:

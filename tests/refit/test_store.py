@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from hap_onnx.errors import CalibrationError
 from hap_onnx.events import Event
 from hap_onnx.refit.store import Store
+from tests.forks import limit_files, run_fork
 from tests.refit.cases import deep_case, fit
 
 
@@ -34,6 +37,21 @@ def test_a_failure_leaves_nothing_behind(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         fit(*deep_case(), memory_limit_bytes=0, work_dir=tmp_path, on_event=fail)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_fallocate"), reason="the space cannot be reserved here")
+def test_a_disk_that_is_full_is_said_before_it_could_kill_the_process(tmp_path: Path) -> None:
+    """Writing to a mapped file on a full disk raises no error: the system ends the process."""
+
+    def spill() -> None:
+        limit_files(10_000)
+        store = Store(tmp_path, 0)
+        store.append(("", "small"), torch.zeros(1000))
+        with pytest.raises(CalibrationError, match=r"written to .* \(File too large\); give --work-dir"):
+            store.append(("", "large"), torch.zeros(5000))
+
+    ended = run_fork(spill)
+    assert ended.code == 0, ended.err
 
 
 def test_store_counts_a_storage_once_and_frees_it_with_its_last_view(tmp_path: Path) -> None:

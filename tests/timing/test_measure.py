@@ -11,6 +11,7 @@ from sample_models import residual_cnn, write
 from hap_onnx.implants.loss import find_implant_layers
 from hap_onnx.jobs.machine import write_proto
 from hap_onnx.model.model_io import load_model
+from hap_onnx.model.weights import LargeModel, split_model
 from hap_onnx.ops.linear import linear_form
 from hap_onnx.planning.cost import METRICS, CostModel
 from hap_onnx.planning.cost_graph import cost_model
@@ -114,6 +115,19 @@ def test_what_is_in_the_table_is_not_timed_again(
         name: c.tolist() for name, c in second.dense.items()
     }
     assert families == set(table.times)
+
+
+def test_models_in_two_parts_are_told_apart_by_their_weights(
+    prepared: PreparedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table, feed = LatencyTable(HERE), {name: values[:1] for name, values in prepared.probe.items()}
+    invent(monkeypatch)
+    model = split_model(prepared.source.proto)
+    name = max(model.weights, key=lambda one: model.weights[one].nbytes)
+    other = LargeModel(model.proto, {**model.weights, name: model.weights[name] * 0})
+    for one, n_known in ((model, 1), (model, 1), (other, 2)):
+        measure_times(prepared, one, feed, {}, table)
+        assert len(table.models) == n_known
 
 
 def test_implants_have_the_times_of_their_two_layers(
