@@ -500,16 +500,17 @@ class Job:
         report, gated = self._measure(candidate, plan, compressed, proto)
         self._gate(report, proto, gated)
         with self.clock.stage("write"):
-            report = replace(report, output=str(self.output), seconds=dict(self.clock.seconds))
+            report = replace(report, output=str(self.output))
 
             def finish(path: Path) -> None:
                 """Plan and report come before the model: where it is, the rest is."""
+                nonlocal report
                 check_loads(path, config)
+                report = replace(report, seconds=self.clock.so_far())
                 self.commit()
                 self._save_side_files(plan, report)
 
             save_model(proto, self.output, external_data=self.source.external_data, check=finish)
-        report = replace(report, seconds=dict(self.clock.seconds))
         quality = report.quality
         if quality is not None and config.drop_limit is None and quality.drop > LARGE_DROP:
             self.note(

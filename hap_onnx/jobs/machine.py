@@ -34,17 +34,28 @@ class Stopwatch:
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
         self._counted = 0.0  # of all stages that have ended
+        self._open: list[tuple[str, float, float]] = []  # name, start, and what was counted then
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
         """Count what happens inside as part of a stage, but for the stages within it."""
-        start, counted = time.perf_counter(), self._counted
+        self._open.append((name, time.perf_counter(), self._counted))
         try:
             yield
         finally:
+            _, start, counted = self._open.pop()
             own = time.perf_counter() - start - (self._counted - counted)
             self.seconds[name] = self.seconds.get(name, 0.0) + own
             self._counted += own
+
+    def so_far(self) -> dict[str, float]:
+        """Return the seconds of all stages as if those that are on would end now."""
+        seconds, now, counted = dict(self.seconds), time.perf_counter(), self._counted
+        for name, start, counted_before in reversed(self._open):
+            own = now - start - (counted - counted_before)
+            seconds[name] = seconds.get(name, 0.0) + own
+            counted += own
+        return seconds
 
 
 @contextmanager

@@ -20,3 +20,18 @@ def test_stages_add_up_where_one_is_within_another(monkeypatch: pytest.MonkeyPat
     with clock.stage("latency"):  # 40 to 41
         pass
     assert clock.seconds == {"compress": 22.0, "latency": 5.0}
+
+
+def test_the_seconds_so_far_are_what_the_stages_have_at_their_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    monkeypatch.setattr(machine.time, "perf_counter", lambda: now)
+    clock = Stopwatch()
+    with clock.stage("write"):
+        now = 4.0
+        with clock.stage("latency"):
+            now = 5.0
+            with clock.stage("write"):
+                now = 7.0
+                inside = clock.so_far()
+                assert clock.seconds == {}
+    assert inside == clock.seconds == clock.so_far() == {"write": 6.0, "latency": 1.0}
