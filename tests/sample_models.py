@@ -107,7 +107,7 @@ def fix_speed(patch: pytest.MonkeyPatch, *, overhead: float = 0.0) -> None:
     ) -> dict[Point, float]:
         n_weights = prod(specimen.constants[specimen.weight_index])
         per_pair = n_weights / (specimen.n_in * specimen.n_out) * prod(specimen.y) / specimen.n_out
-        return {(i, o): per_pair * i * o / 1000 + overhead for i, o in points}
+        return {(i, o): per_pair * i * o / 10 + overhead for i, o in points}
 
     patch.setattr(machine, "measure_latency", lambda *args, **options: timing(0.9))
     patch.setattr(measure, "time_points", time_points)

@@ -14,6 +14,7 @@ import pytest
 import torch
 from sample_models import images, write
 
+from hap_onnx import twin as twin_module
 from hap_onnx.cli import Signals, Stop
 from hap_onnx.errors import is_out_of_memory
 from hap_onnx.runtime.session import make_session
@@ -112,19 +113,20 @@ def test_what_runs_out_of_memory_is_known_whoever_says_so() -> None:
     assert is_out_of_memory(OSError(12, "Cannot allocate memory"))
 
 
-def test_memory_is_not_taken_for_a_property_of_the_model() -> None:
+def test_memory_is_not_taken_for_a_property_of_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
     """A stage that freezes what it cannot run must not freeze what there was no memory for."""
+    monkeypatch.setattr(twin_module, "_memory_bytes", lambda: 2**62)  # a machine that should have enough
+    x, shape = np.zeros((2, 1), np.float32), np.array([1, 1 << 46], np.int64)
     model = make_model(
         [node("Expand", ["x", "shape"], ["wide"]), node("Exp", ["wide"], ["y"])],
-        inputs={"x": ["N", 1]},
+        inputs={"x": x, "shape": shape},
         outputs=["y"],
-        weights={"shape": np.array([1, 1 << 46], np.int64)},
     )
     with pytest.raises(MemoryError, match="node 'make_y'"):
-        make_twin(model)({"x": torch.zeros(2, 1)})
+        make_twin(model)({"x": torch.from_numpy(x), "shape": torch.from_numpy(shape)})
     session = make_session(model, providers="cpu")
     with pytest.raises(MemoryError, match="running the model in onnxruntime"):
-        session.run({"x": np.zeros((2, 1), np.float32)})
+        session.run({"x": x, "shape": shape})
 
 
 # ---------------------------------------------------------------- streams

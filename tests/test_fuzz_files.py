@@ -206,5 +206,5 @@ def test_damaged_files_end_in_exit_codes_of_the_contract(tmp_path: Path) -> None
         cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "30 cases from seed 0" in done.stdout
+    assert "60 cases from seed 0" in done.stdout
     assert not (tmp_path / "kept").exists()

@@ -193,11 +193,12 @@ def collect_curvature(
         a_sums[name] = (total if total.ndim == 2 else mirror_gram(total)).div_(n_rows[name])
     for total in g_sums.values():
         mirror_gram(total).div_(n_samples)
-    _check_finite(a_sums, g_sums)
-    return {
+    _check_finite(a_sums)
+    unknown = {name for name, total in g_sums.items() if not torch.isfinite(total).all()}
+    return {  # of a layer with gradients beyond all bounds nothing is known
         name: LayerCurvature(name, form, read, a_sums[name], _gradients_of(name, g_sums, twin, nodes, form))
         for name, (form, read) in forms.items()
-        if name in a_sums
+        if name in a_sums and name not in unknown
     }
 
 
@@ -241,11 +242,11 @@ def _n_positions(n_positions: int, n_features: int, n_samples: int) -> int:
     return min(n_positions, max(1, -(-max(MIN_ROWS, 4 * n_features) // n_samples)))
 
 
-def _check_finite(*sums: Mapping[str, Tensor]) -> None:
-    for name, total in ((name, total) for part in sums for name, total in part.items()):
+def _check_finite(sums: Mapping[str, Tensor]) -> None:
+    for name, total in sums.items():
         if not torch.isfinite(total).all():
             raise CalibrationError(
-                f"what node {name!r} reads or passes on is not finite, or so large that its square is not; "
+                f"what node {name!r} reads is not finite, or so large that its square is not; "
                 "check the data, its preprocessing and the model's number range"
             )
 

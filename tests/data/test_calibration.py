@@ -502,7 +502,7 @@ def test_an_archive_that_changes_before_it_is_unpacked(tmp_path: Path) -> None:
     )
     np.savez_compressed(path, x=samples(20, seed=1))
     os.utime(path, ns=(1, 1))
-    with pytest.raises(CalibrationError, match="d: the file was changed while it was in use"):
+    with pytest.raises(CalibrationError, match=r"d: the file (was changed|ends too early)"):
         array.read(np.arange(3))
 
 

@@ -58,7 +58,7 @@ NO_MATTER: dict[str, Any] = {
     "output": "o.onnx", "report": "r.json", "save_plan": "p.json", "work_dir": "w", "dry_run": True,
     "json": True, "keep_rejected": True, "val": "v.npz", "max_drop": 0.3, "keep_params": 0.3,
     "keep_macs": 0.3, "keep_latency": 0.3, "max_bytes": 12345, "latency_table": "t.json",
-    "objective": "macs", "then": "int8",
+    "objective": "macs", "then": "int8", "sweep": True,
 }  # fmt: skip
 
 
@@ -75,7 +75,7 @@ def test_what_candidates_depend_on_changes_the_key(name: str) -> None:
 
 @pytest.mark.parametrize("name", NO_MATTER)
 def test_files_budgets_and_gates_do_not_change_the_key(name: str) -> None:
-    base = {} if name == "objective" else {"keep_macs": 0.5}  # that is for jobs without a budget
+    base = {} if name in ("objective", "sweep") else {"keep_macs": 0.5}  # that is for jobs without a budget
     assert key_of(CompressConfig(**{**base, name: NO_MATTER[name]})) == key_of()
 
 
