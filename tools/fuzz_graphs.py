@@ -589,12 +589,19 @@ def _axis(s: Sketch, shape: Shape) -> int | None:
     return axes[s.draws.integer(0, len(axes) - 1) if s.chance(2) else 0] if axes else None
 
 
-@block
-def split(s: Sketch) -> None:
+def _some_axis(s: Sketch) -> tuple[str, int] | None:
+    """Pick a tensor and one of its axes; None if there is none of known size."""
     x = s.some(lambda shape: len(shape) > 1)
     axis = None if x is None else _axis(s, s.shape(x))
-    if x is None or axis is None:
+    return None if x is None or axis is None else (x, axis)
+
+
+@block
+def split(s: Sketch) -> None:
+    found = _some_axis(s)
+    if found is None:
         return
+    x, axis = found
     n = int(s.shape(x)[axis])
     if n % 2 == 0 and s.chance(2):
         sizes = [n // 2, n // 2]
@@ -615,10 +622,10 @@ def split(s: Sketch) -> None:
 @block
 def cut_out(s: Sketch) -> None:
     """Slice along an axis."""
-    x = s.some(lambda shape: len(shape) > 1)
-    axis = None if x is None else _axis(s, s.shape(x))
-    if x is None or axis is None:
+    found = _some_axis(s)
+    if found is None:
         return
+    x, axis = found
     shape = s.shape(x)
     n = int(shape[axis])
     start = s.draws.integer(0, n - 1)
@@ -636,10 +643,10 @@ def cut_out(s: Sketch) -> None:
 
 @block
 def gather(s: Sketch) -> None:
-    x = s.some(lambda shape: len(shape) > 1)
-    axis = None if x is None else _axis(s, s.shape(x))
-    if x is None or axis is None:
+    found = _some_axis(s)
+    if found is None:
         return
+    x, axis = found
     shape = s.shape(x)
     n = int(shape[axis])
     if s.chance(4) and len(shape) > 2:
@@ -656,10 +663,10 @@ def gather(s: Sketch) -> None:
 
 @block
 def pad(s: Sketch) -> None:
-    x = s.some(lambda shape: len(shape) > 1)
-    axis = None if x is None else _axis(s, s.shape(x))
-    if x is None or axis is None:
+    found = _some_axis(s)
+    if found is None:
         return
+    x, axis = found
     shape = s.shape(x)
     before, after = s.draws.integer(0, 1), s.draws.integer(0, 2)
     pads = [0] * (2 * len(shape))
@@ -899,10 +906,10 @@ def expand(s: Sketch) -> None:
 
 @block
 def tile(s: Sketch) -> None:
-    x = s.some(lambda shape: len(shape) > 1)
-    axis = None if x is None else _axis(s, s.shape(x))
-    if x is None or axis is None:
+    found = _some_axis(s)
+    if found is None:
         return
+    x, axis = found
     shape = s.shape(x)
     result = (*shape[:axis], int(shape[axis]) * 2, *shape[axis + 1 :])
     if _n_values(result) <= MAX_VALUES:

@@ -55,9 +55,13 @@ def remove_all_leftovers(folder: Path) -> None:
     for file, found in _find(folder, _FILE):
         if _is_gone(found):
             _remove_file(file, file.with_name(found["target"]), found["digest"])
-    for part, found in _find(folder, _FOLDER):
+    _remove_dead_folders(folder)
+
+
+def _remove_dead_folders(place: Path) -> None:
+    for folder, found in _find(place, _FOLDER):
         if found["pid"] != str(os.getpid()) and _is_gone(found):
-            shutil.rmtree(part, ignore_errors=True)
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _find(folder: Path, pattern: re.Pattern[str]) -> Iterator[tuple[Path, re.Match[str]]]:
@@ -108,9 +112,7 @@ def make_temporary_folder(kind: str, parent: Path | None = None) -> Path:
         ValidationError: there cannot be one.
     """
     place = Path(tempfile.gettempdir()) if parent is None else parent
-    for folder, found in _find(place, _FOLDER):
-        if found["pid"] != str(os.getpid()) and _is_gone(found):
-            shutil.rmtree(folder, ignore_errors=True)
+    _remove_dead_folders(place)
     try:
         return Path(tempfile.mkdtemp(prefix=f"{_PREFIX}{kind}-{_host()}-{os.getpid()}-", dir=place))
     except OSError as error:

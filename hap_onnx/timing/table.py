@@ -154,6 +154,15 @@ def read_table(path: Path, machine: Machine) -> LatencyTable:
 
 def write_table(table: LatencyTable, path: Path) -> None:
     """Write a table, complete or not at all; raises ValidationError."""
+    _write(_to_text(table), path)
+
+
+def _write(text: str, path: Path) -> None:
+    make_folder(path.parent)
+    write_text(path, text, what="the latency table")
+
+
+def _to_text(table: LatencyTable) -> str:
     content = {
         "schema": SCHEMA,
         "machine": asdict(table.machine),
@@ -164,8 +173,7 @@ def write_table(table: LatencyTable, path: Path) -> None:
         "models": {key: list(entry) for key, entry in sorted(table.models.items())},
         "comparisons": {name: asdict(entry) for name, entry in sorted(table.comparisons.items())},
     }
-    make_folder(path.parent)
-    write_text(path, json.dumps(content, indent=1) + "\n", what="the latency table")
+    return json.dumps(content, indent=1) + "\n"
 
 
 class KeptTable:
@@ -187,6 +195,7 @@ class KeptTable:
         is_cache: bool = False,
     ) -> None:
         self._path, self._is_cache, self._was_named = path, is_cache, was_named and not is_cache
+        self._written = ""
         self.table = LatencyTable(machine)
         if path is not None:
             try:
@@ -197,12 +206,16 @@ class KeptTable:
                 _log.warning("not used: %s", error)
 
     def save(self) -> None:
-        """Write what was added; raises ValidationError, but not for a cache."""
+        """Write what was added, if anything was; raises ValidationError, but not for a cache."""
         if self._path is None:
             return
         table = replace(self.table, models={}, comparisons={}) if self._is_cache else self.table
+        text = _to_text(table)
+        if text == self._written:
+            return
         try:
-            write_table(table, self._path)
+            _write(text, self._path)
+            self._written = text
         except ValidationError as error:
             if self._was_named:
                 raise
