@@ -11,10 +11,13 @@ from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
+from hap_onnx.report.analysis import Analysis, WorstSample
+
 COMPRESS_SCHEMA = "hap-onnx/compress/1"
 INSPECT_SCHEMA = "hap-onnx/inspect/1"
 VALIDATE_SCHEMA = "hap-onnx/validate/1"
 SWEEP_SCHEMA = "hap-onnx/sweep/1"
+ANALYZE_SCHEMA = "hap-onnx/analyze/1"
 
 
 @dataclass(frozen=True)
@@ -200,7 +203,7 @@ class CompressReport:
     ``output`` is None when no model was written (a dry run); ``seconds`` is per stage; ``recovery`` has one
     entry per round; ``latency`` is None where nothing was timed. With ``--then``, ``after``, ``quality``,
     ``fidelity`` and ``latency`` are those of the final file, and ``then`` tells the steps apart; it is None
-    without.
+    without. ``analysis`` and ``worst`` are there where a report for people was asked for.
     """
 
     model: str
@@ -218,6 +221,8 @@ class CompressReport:
     recovery: tuple[RoundRecovered, ...] = ()
     latency: Latency | None = None
     then: Conversion | None = None
+    analysis: Analysis | None = None
+    worst: tuple[WorstSample, ...] = ()
     schema: str = COMPRESS_SCHEMA
 
     def to_dict(self) -> dict[str, Any]:
@@ -371,10 +376,28 @@ class SweepReport:
         return _to_dict(self)
 
 
+@dataclass(frozen=True)
+class AnalyzeReport:
+    """The result of ``analyze``: how sensitive the model is to each group and layer; nothing is removed."""
+
+    model: str
+    size: ModelFacts
+    analysis: Analysis
+    frozen: tuple[FrozenNode, ...]
+    seconds: Mapping[str, float]
+    seed: int
+    versions: Mapping[str, str]
+    schema: str = ANALYZE_SCHEMA
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the report with plain types only; numbers that are not finite become None."""
+        return _to_dict(self)
+
+
 Report = CompressReport | InspectReport | ValidateReport | SweepReport
 
 
-def _to_dict(report: Report) -> dict[str, Any]:
+def _to_dict(report: Report | AnalyzeReport) -> dict[str, Any]:
     plain: dict[str, Any] = _plain(report)
     return {"schema": plain.pop("schema"), **plain}  # schema first: a reader looks there before anything else
 

@@ -18,7 +18,7 @@ def test_the_keys_of_a_compress_report_are_the_contract():
     plain = compress_report().to_dict()
     assert list(plain) == [
         "schema", "model", "output", "before", "after", "quality", "fidelity", "plan", "frozen", "budget",
-        "seconds", "seed", "versions", "recovery", "latency", "then",
+        "seconds", "seed", "versions", "recovery", "latency", "then", "analysis", "worst",
     ]  # fmt: skip
     assert plain["schema"] == "hap-onnx/compress/1"
     assert list(plain["before"]) == ["params", "macs", "bytes", "latency_ms", "metric"]
