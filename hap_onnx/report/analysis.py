@@ -29,9 +29,15 @@ class LossPoint:
 class GroupSensitivity:
     """How sensitive the model is to one channel group, in the order of the model.
 
-    ``score`` is the sensitivity per channel (mean over the group's) with its ``std_error`` (None where the
-    estimator has none); ``kept`` is what the plan leaves of ``size`` channels, None without a plan. ``nodes``
-    make its channels. ``params`` and ``macs`` are what the group could save at most.
+    ``score`` is the sensitivity per channel. With ``obs``, which has no score of a single channel, it is the
+    measured loss with half of the group's channels gone and their readers refitted, shared out among those
+    that go; ``std_error`` is how far its mean over samples errs, the order of removal taken as given. With any other sensitivity it is the mean score of the group's channels, in the unit of that
+    sensitivity, and ``std_error`` the mean of their standard errors: the error of the mean is that at most,
+    since channels share random vectors. The score is None where nothing is known (no gradient reaches a
+    channel), the error where there is none.
+
+    ``kept`` is what the plan leaves of ``size`` channels, None without a plan. ``nodes`` make its channels.
+    ``params`` and ``macs`` are what the group could save at most. ``curve`` ascends in width.
     """
 
     name: str
@@ -40,7 +46,7 @@ class GroupSensitivity:
     nodes: tuple[str, ...]
     params: int
     macs: int
-    score: float
+    score: float | None
     std_error: float | None
     curve: tuple[LossPoint, ...]
     kept: int | None = None
@@ -48,7 +54,7 @@ class GroupSensitivity:
 
 @dataclass(frozen=True)
 class ImplantCurve:
-    """What one kind of implant costs in one layer, from the smallest to the largest rank."""
+    """What one kind of implant costs in one layer with all its channels, from the cheapest to the dearest."""
 
     kind: str
     points: tuple[LossPoint, ...]
@@ -58,16 +64,18 @@ class ImplantCurve:
 class LayerSensitivity:
     """How sensitive the model is to one layer that implants could replace, in the order of the model.
 
-    ``score`` is the expected loss of the implant that takes about half of the layer's multiply-accumulates,
-    at best over kinds, with the ``std_error`` of what was measured nearest to it; ``chosen`` is dense or the
-    kind that the plan puts there, None without a plan.
+    ``score`` is the expected loss of an implant that takes about half of the layer's multiply-accumulates (a
+    quarter to three quarters), at best over kinds; None where there is no such implant. ``std_error`` is that
+    of the nearest loss that was measured on the layer, over samples and relative to that loss (None where
+    nothing was measured): it knows nothing of how wrong the correction is in between. ``chosen`` is dense or
+    the kind that the plan puts there, None without a plan.
     """
 
     node: str
     op_type: str
     params: int
     macs: int
-    score: float
+    score: float | None
     std_error: float | None
     curves: tuple[ImplantCurve, ...]
     chosen: str | None = None
