@@ -31,10 +31,11 @@ class GroupSensitivity:
 
     ``score`` is the sensitivity per channel. With ``obs``, which has no score of a single channel, it is the
     measured loss with half of the group's channels gone and their readers refitted, shared out among those
-    that go; ``std_error`` is how far its mean over samples errs, the order of removal taken as given. With any other sensitivity it is the mean score of the group's channels, in the unit of that
-    sensitivity, and ``std_error`` the mean of their standard errors: the error of the mean is that at most,
-    since channels share random vectors. The score is None where nothing is known (no gradient reaches a
-    channel), the error where there is none.
+    that go; ``std_error`` is how far its mean over samples errs, the order of removal taken as given. With
+    any other sensitivity it is the mean score of the group's channels, in the unit of that sensitivity, and
+    ``std_error`` the mean of their standard errors: the error of the mean is that at most, since channels
+    share random vectors. The score is None where nothing is known (no gradient reaches a channel), the error
+    where there is none.
 
     ``kept`` is what the plan leaves of ``size`` channels, None without a plan. ``nodes`` make its channels.
     ``params`` and ``macs`` are what the group could save at most. ``curve`` ascends in width.
