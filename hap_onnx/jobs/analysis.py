@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import replace
-from math import isfinite
+from math import inf, isfinite
 
 import numpy as np
 import onnx_graphsurgeon as gs
@@ -125,15 +125,15 @@ def _groups(prepared: PreparedModel, losses: LossModel) -> tuple[GroupSensitivit
 
 def _group_score(
     sensitivity: str, ranking: GroupRanking, curve: GroupCurve
-) -> tuple[float | None, float | None]:
+) -> tuple[float, float | None]:
     """Return the sensitivity per channel of a group, and its standard error; see ``GroupSensitivity``."""
     if sensitivity != "obs":
-        return ranking.score, ranking.score_error
+        return inf if ranking.score is None else ranking.score, ranking.score_error
     size = len(ranking.order)
     half = round(0.5 * size)  # one of the widths that are measured
     loss, error = _known(curve.measured.get(half))
     n_gone = size - half
-    return None if loss is None else loss / n_gone, None if error is None else error / n_gone
+    return inf if loss is None else loss / n_gone, None if error is None else error / n_gone
 
 
 def _group_points(ranking: GroupRanking, curve: GroupCurve) -> tuple[LossPoint, ...]:
@@ -216,7 +216,7 @@ def _shares(
     return shares
 
 
-def _layer_score(losses: ImplantLosses, curves: Sequence[ImplantCurve]) -> tuple[float | None, float | None]:
+def _layer_score(losses: ImplantLosses, curves: Sequence[ImplantCurve]) -> tuple[float, float | None]:
     """Return the expected loss of the best implant of about half the layer, and its error.
 
     See ``LayerSensitivity``.
@@ -224,7 +224,7 @@ def _layer_score(losses: ImplantLosses, curves: Sequence[ImplantCurve]) -> tuple
     nearest = [min(curve.points, key=lambda point: abs(point.keep - 0.5)) for curve in curves]
     about_half = [point for point in nearest if 0.25 <= point.keep <= 0.75]
     if not about_half:
-        return None, None
+        return inf, None
     best = min(about_half, key=lambda point: point.expected)
     known = [
         (abs(np.log(max(measured, 1e-300) / max(best.expected, 1e-300))), error / measured)

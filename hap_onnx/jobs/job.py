@@ -58,6 +58,7 @@ from hap_onnx.planning.times import NodeTimes
 from hap_onnx.prepare import PreparedModel, prepare
 from hap_onnx.quantize import BYTES_PER_PARAM, check_model_for, preview, upgrade_note
 from hap_onnx.quantize.protos import find_quantized
+from hap_onnx.report.advice import LARGE_DROP
 from hap_onnx.report.analysis import Analysis, WorstSample
 from hap_onnx.report.files import write_reports
 from hap_onnx.report.summary import (
@@ -80,7 +81,6 @@ from hap_onnx.twin import Twin
 
 _log = logging.getLogger(__name__)
 
-LARGE_DROP = 0.02
 MAX_RESIZES = 3
 
 Outputs = Mapping[str, np.ndarray]

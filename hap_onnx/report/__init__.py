@@ -394,7 +394,9 @@ class AnalyzeReport:
         return _to_dict(self)
 
 
-Report = CompressReport | InspectReport | ValidateReport | SweepReport | AnalyzeReport
+ReportForPeople = CompressReport | SweepReport | ValidateReport | AnalyzeReport
+"""Those that come as a page and as a summary, too."""
+Report = ReportForPeople | InspectReport
 
 
 def _to_dict(report: Report) -> dict[str, Any]:

@@ -5,12 +5,9 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from hap_onnx.model.saving import write_text
-
-if TYPE_CHECKING:
-    from hap_onnx.report import Report
+from hap_onnx.report import InspectReport, Report
 
 Images = Mapping[int, bytes]
 
@@ -25,17 +22,17 @@ def write_reports(
     refusal: str | None = None,
     warnings: Sequence[str] = (),
 ) -> None:
-    """Write those that have a name; raises ValidationError.
+    """Write those that have a name, of a report that has such a form; raises ValidationError.
 
     Args:
         images: makes the pictures of the page, by the number of the sample.
         refusal, warnings: what the command ends with and what it said on its way, for the summary.
     """
-    if summary is not None:
+    if summary is not None and not isinstance(report, InspectReport):
         from hap_onnx.report.markdown import render_summary
 
         write_text(summary, render_summary(report, refusal=refusal, warnings=warnings), what="the summary")
-    if html is not None:
+    if html is not None and not isinstance(report, InspectReport):
         from hap_onnx.report.html import render_html  # what draws is slow to import
 
         write_text(html, render_html(report, images=images()), what="the page")
