@@ -14,7 +14,7 @@ import pytest
 from hap_onnx.config import CompressConfig
 from hap_onnx.data.calibration import InputSpec, Splits, open_dataset, split_dataset
 from hap_onnx.errors import ValidationError
-from hap_onnx.jobs.work_folder import WorkFolder, work_keys
+from hap_onnx.jobs.work_folder import Keys, WorkFolder, work_keys
 from hap_onnx.planning.plan import CompressionPlan, GroupDecision, plan_hash
 from tests.helpers import rand
 
