@@ -153,6 +153,8 @@ def _look_at_contractions(prepared: PreparedModel) -> dict[str, ImplantLayer | s
             found[node.name] = f"its weight '{weight.name}' is used elsewhere, too"
         elif bias is not None and not isinstance(bias, gs.Constant):
             found[node.name] = "its bias is computed by other nodes"
+        elif not np.isfinite(weight.values).all():
+            found[node.name] = f"its weight '{weight.name}' holds NaN or infinity"
         elif not forms:
             found[node.name] = "no kind of implant fits it"
         else:
