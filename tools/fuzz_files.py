@@ -807,7 +807,7 @@ def _set_limits(limits: Limits, *, base: int) -> None:
 
 def _watch(folder: Path) -> None:
     """Report on stderr each file outside the work folder that Python writes, or opens beside that folder."""
-    allowed = (str(folder / "work"), str(folder / "tmp"), "/dev/null")
+    allowed = (*(str(folder / name) for name in ("work", "tmp", "cache")), "/dev/null")
     sandbox = str(folder)
 
     def hook(event: str, arguments: tuple[Any, ...]) -> None:
