@@ -393,8 +393,10 @@ class Job:
                 excess = self._count_bytes(proto) + SPARE_BYTES - max_bytes
                 if excess <= 0:
                     break
-                # At least one byte per parameter, so this is never too little.
-                budgets = {**budgets, "params": max((budgets["params"] or 0.0) - excess, 1.0)}
+                # At least one byte per parameter, so this is too much rather than too little; what implants
+                # add to a small file may be more than all its parameters, and goes with the implants.
+                params = budgets["params"] or 0.0
+                budgets = {**budgets, "params": max(params - excess, params / 2)}
         return budgets
 
     def _count_bytes(self, proto: AnyModel) -> int:
