@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from hap_onnx.report import (
+    AnalyzeReport,
     Budget,
     CompressReport,
     Fidelity,
@@ -22,6 +23,14 @@ from hap_onnx.report import (
     SweepPoint,
     SweepReport,
     ValidateReport,
+)
+from hap_onnx.report.analysis import (
+    Analysis,
+    GroupSensitivity,
+    ImplantCurve,
+    LayerSensitivity,
+    LossPoint,
+    SizePoint,
 )
 
 BEFORE = ModelFacts(855_770, 125_485_706, 3_434_567, 2.41, 0.9272)
@@ -91,3 +100,18 @@ def sweep_report(*, objective="macs", **changes):
         "seconds": {"load": 1.2, "compress": 31.0}, "seed": 0, "versions": {"hap-onnx": "0.1.0"}, **changes,
     }  # fmt: skip
     return SweepReport(**facts)
+
+
+def analyze_report():
+    """Two groups, the more sensitive one first, a layer that an implant could replace, two sizes."""
+    curve = (LossPoint(0.5, 0.2, 0.25, 0.25, 0.02), LossPoint(1.0, 0.0, 0.0))
+    groups = (
+        GroupSensitivity("wide", "residual", 64, ("conv_1", "conv_2"), 4000, 8000, 0.5, None, curve),
+        GroupSensitivity("narrow", "inner", 32, ("conv_3",), 1000, 2000, 0.125, 0.01, curve),
+    )
+    layer = LayerSensitivity("conv_3", "Conv", 900, 1800, 0.3, 0.05, (ImplantCurve("lowrank", curve),))
+    sizes = (SizePoint(0.9, 0.92, 0.9, 0.05), SizePoint(0.5, 0.6, 0.5, 0.25, 0.7))
+    analysis = Analysis("gauss-newton", 512, "macs", groups, (layer,), sizes)
+    frozen = (FrozenNode("Gemm_1", "feeds a graph output"),)
+    seconds, versions = {"load": 1.2}, {"hap_onnx": "0.1.0"}
+    return AnalyzeReport("models/net.onnx", BEFORE, analysis, frozen, seconds, 0, versions)
