@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 from collections import Counter
 from collections.abc import Sequence
@@ -304,8 +305,9 @@ def _landmarks(sizes: Sequence[SizePoint], objective: str) -> list[SizePoint]:
 
 
 def _depends_on(report: AnalyzeReport) -> list[Part]:
-    groups = sorted(report.analysis.groups, key=lambda group: -group.score)
-    layers = sorted(report.analysis.layers, key=lambda layer: -layer.score)
+    groups, layers = report.analysis.groups, report.analysis.layers
+    groups = tuple(sorted((one for one in groups if math.isfinite(one.score)), key=lambda one: -one.score))
+    layers = tuple(sorted((one for one in layers if math.isfinite(one.score)), key=lambda one: -one.score))
     text = []
     if len(groups) > 1:
         text.append(f"A channel of {groups[0].name} matters most, one of {groups[-1].name} least.")

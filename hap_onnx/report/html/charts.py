@@ -77,7 +77,8 @@ class Mark:
 def draw_dots(name: str, rows: Sequence[Dot], *, label: str) -> Drawing:
     """Values on a log axis with 95 % intervals, one row each, the first on top.
 
-    What is not above zero has no place on a log axis, and stands at its left end as an open mark.
+    What is not above zero has no place on a log axis, and stands at its left end as an open mark; what is
+    infinite, at its right end. There are no marks for what is no number.
     """
     return _draw(name, partial(_dots, rows=rows, label=label))
 
@@ -182,11 +183,9 @@ def _key(figure: Figure, axes: Axes, size: str) -> None:
         figure.legend(handles, labels, loc="outside upper left", ncols=columns, borderaxespad=0.2)
 
 
-def _log_axis(axes: Axes, which: str, values: Sequence[float], *, n_ticks: int = 6) -> float | None:
-    """Make an axis logarithmic around ``values``; return its lower end, None where it has to stay linear."""
-    positive = [value for value in values if value > 0]
-    if not positive:
-        return None
+def _log_axis(axes: Axes, which: str, values: Sequence[float], *, n_ticks: int = 6) -> float:
+    """Make an axis logarithmic around ``values``; return its lower end."""
+    positive = [value for value in values if 0 < value < math.inf] or [1.0]
     low = 10 ** math.floor(math.log10(min(positive)) - 0.1)
     high = 10 ** math.ceil(math.log10(max(positive)) + 0.1)
     getattr(axes, f"set_{which}scale")("log")
@@ -205,7 +204,7 @@ def _dots(size: str, *, rows: Sequence[Dot], label: str) -> Figure:
     marker_size = 6 if len(rows) <= _FULL_ROWS else 4
     for series, (color, marker) in zip(names, _SERIES):
         points = [(place, row) for place, row in enumerate(rows) if row.series == series]
-        shown = [(place, row) for place, row in points if left is None or row.value > 0]
+        shown = [(place, row) for place, row in points if left < row.value < math.inf]
         bars = [_Z95 * (row.std_error or 0.0) for _, row in shown]
         axes.errorbar(
             [row.value for _, row in shown],
@@ -218,17 +217,16 @@ def _dots(size: str, *, rows: Sequence[Dot], label: str) -> Figure:
             capsize=2 if len(rows) <= _FULL_ROWS else 0,
             label=series,
         )
-        hidden = [place for place, row in points if row.value <= 0]
-        if left is not None and hidden:
-            axes.plot([left] * len(hidden), hidden, "<", color=color, mfc="none", ms=6, clip_on=False)
+        ends = {"<": [place for place, row in points if row.value <= left],
+                ">": [place for place, row in points if row.value == math.inf]}  # fmt: skip
+        for end, (pointer, places) in zip(axes.get_xlim(), ends.items()):
+            axes.plot([end] * len(places), places, pointer, color=color, mfc="none", ms=6, clip_on=False)
     _key(figure, axes, size)
     return figure
 
 
-def _inside(bars: Sequence[float], values: Sequence[float], left: float | None) -> list[float]:
+def _inside(bars: Sequence[float], values: Sequence[float], left: float) -> list[float]:
     """Lengths of bars to the left: on a log axis they end where it does."""
-    if left is None:
-        return list(bars)
     return [min(bar, value - left / 10) for bar, value in zip(bars, values, strict=True)]
 
 
@@ -297,11 +295,10 @@ def _curve(
 ) -> Figure:
     figure, axes = _figure(size, 290 if size == "narrow" else 360)
     everything = [*points, *([chosen] if chosen else [])]
-    low = _log_axis(axes, "y", [loss for _, loss in everything])
-    floor = 0.0 if low is None else low  # a plan without loss stands on the axis
+    low = _log_axis(axes, "y", [loss for _, loss in everything])  # where plans without loss stand, too
     axes.plot(
         [cost for cost, _ in points],
-        [max(loss, floor) for _, loss in points],
+        [max(loss, low) for _, loss in points],
         color=FIRST,
         marker="o",
         markersize=4.5,
@@ -311,7 +308,7 @@ def _curve(
     )
     if chosen:
         axes.plot(
-            [chosen[0]], [max(chosen[1], floor)], color=SECOND, marker="D", markersize=9, linestyle="none",
+            [chosen[0]], [max(chosen[1], low)], color=SECOND, marker="D", markersize=9, linestyle="none",
             markerfacecolor="none", markeredgewidth=2, label="this plan", clip_on=False, zorder=4,
         )  # fmt: skip
     axes.set_xlabel(x)

@@ -29,9 +29,14 @@ def sensitivities(analysis: Analysis | None) -> list[Section]:
     return found
 
 
+def _unknown(scores: Sequence[float]) -> str:
+    """What an open mark at the right end is; nothing if there is none."""
+    return "" if all(map(math.isfinite, scores)) else " An open mark at the right end: not known."
+
+
 def _groups_section(analysis: Analysis) -> Section:
     groups = analysis.groups
-    dots = [charts.Dot(group.name, *_finite(group.score, group.std_error), _fate(group)) for group in groups]
+    dots = [charts.Dot(group.name, group.score, _error(group.std_error), _fate(group)) for group in groups]
     drawing = charts.draw_dots("groups", dots, label="sensitivity per channel")
     rows = [
         (group.name, group.role, str(group.size), "" if group.kept is None else str(group.kept),
@@ -50,6 +55,7 @@ def _groups_section(analysis: Analysis) -> Section:
         "last one. "
         f"Further right matters more; each line is ten times the one before. Bars are 95 % intervals. "
         f"Estimated by {analysis.sensitivity}."
+        f"{_unknown([group.score for group in groups])}"
     )
     section = Chart(_extremes("channel groups", [(g.name, g.score) for g in groups]), caption, drawing, table)
     return Section("groups", "Sensitivity of channel groups", [section])
@@ -63,9 +69,7 @@ def _fate(group: GroupSensitivity) -> str:
 
 def _layers_section(analysis: Analysis) -> Section:
     layers = analysis.layers
-    dots = [
-        charts.Dot(layer.node, *_finite(layer.score, layer.std_error), _choice(layer)) for layer in layers
-    ]
+    dots = [charts.Dot(layer.node, layer.score, _error(layer.std_error), _choice(layer)) for layer in layers]
     drawing = charts.draw_dots("layers", dots, label="expected loss at half its MACs")
     rows = [
         (layer.node, layer.op_type, layer.chosen or "", _sci(layer.score), _sci(layer.std_error),
@@ -82,6 +86,7 @@ def _layers_section(analysis: Analysis) -> Section:
         "What it would cost to put a stand-in with half the arithmetic in the place of each layer, from "
         "the first "
         f"layer on top to the last one. {LOSS[0].upper()}{LOSS[1:]}; bars are 95 % intervals."
+        f"{_unknown([layer.score for layer in layers])}"
     )
     section = Chart(_extremes("layers", [(x.node, x.score) for x in layers]), caption, drawing, table)
     return Section("layers", "Sensitivity of layers", [section])
@@ -93,23 +98,24 @@ def _choice(layer: LayerSensitivity) -> str:
     return "left as it is" if layer.chosen == "dense" else "replaced"
 
 
-def _finite(score: float, std_error: float | None) -> tuple[float, float | None]:
-    """What can be drawn: what is no number stands with what is not above zero."""
-    error = std_error if std_error is not None and math.isfinite(std_error) else None
-    return (score if math.isfinite(score) else 0.0), error
+def _error(std_error: float | None) -> float | None:
+    """A standard error that can be drawn."""
+    return std_error if std_error is not None and math.isfinite(std_error) else None
 
 
 def _extremes(what: str, scores: Sequence[tuple[str, float]]) -> str:
-    most, least = max(scores, key=lambda item: item[1]), min(scores, key=lambda item: item[1])
-    return (
-        f"Chart: sensitivity of {len(scores)} {what} on a logarithmic axis, from {_sci(least[1])} "
-        f"({least[0]}) "
-        f"to {_sci(most[1])} ({most[0]})."
-    )
+    text = f"Chart: sensitivity of {len(scores)} {what} on a logarithmic axis"
+    known = sorted((score, name) for name, score in scores if math.isfinite(score))
+    if not known:
+        return f"{text}; none is known."
+    (least, first), (most, last) = known[0], known[-1]
+    return f"{text}, from {_sci(least)} ({first}) to {_sci(most)} ({last})."
 
 
 def _sci(value: float | None) -> str:
-    return "" if value is None else f"{value:.3g}"
+    if value is None:
+        return ""
+    return f"{value:.3g}" if math.isfinite(value) else "not known"
 
 
 # ---------------------------------------------------------------- what was done
@@ -228,7 +234,7 @@ def predictions(report: CompressReport | AnalyzeReport) -> Section | None:
     if not found:
         return None
     marks = [
-        charts.Mark(point.predicted, point.measured or 0.0, _finite(0.0, point.std_error)[1], series)
+        charts.Mark(point.predicted, point.measured or 0.0, _error(point.std_error), series)
         for series, _, point in found
     ]
     drawing = charts.draw_agreement("predictions", marks, x="predicted loss", y="measured loss")
