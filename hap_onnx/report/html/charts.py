@@ -13,7 +13,7 @@ from functools import partial
 from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from hap_onnx.report import SweepReport
 from hap_onnx.report.html.svg import (
@@ -193,7 +193,7 @@ def _log_axis(axes: Axes, which: str, values: Sequence[float], *, n_ticks: int =
     axis = getattr(axes, f"{which}axis")
     axis.set_major_locator(LogLocator(numticks=n_ticks))
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}".replace("e-0", "e-")))
-    axis.set_minor_formatter(NullFormatter())
+    axis.set_minor_locator(NullLocator())
     return low
 
 

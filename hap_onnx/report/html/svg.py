@@ -31,8 +31,6 @@ _SETTINGS = {
     "text.color": INK,
     "xtick.color": INK,
     "ytick.color": INK,
-    "xtick.minor.size": 0,
-    "ytick.minor.size": 0,
     "legend.frameon": False,
     "legend.fontsize": 12,
     "hatch.linewidth": 1.2,

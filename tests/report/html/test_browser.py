@@ -1,4 +1,4 @@
-"""Pages in a real browser: nothing in the console, nothing that axe objects to, no page wider than its screen.
+"""Pages in a real browser: nothing in the console, nothing that axe objects to, none wider than its screen.
 
 Skips without Chromium, selenium and axe (``pip install -e '.[browser]'``).
 """
@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from sample_reports import compress_report, full_analysis, full_report, sweep_report, validate_report
 
+from hap_onnx.report import FrozenNode
 from hap_onnx.report.html import render_html
 
 selenium = pytest.importorskip("selenium")
@@ -34,7 +35,13 @@ PAGES = {
     "full": lambda: full_report(8, 12),
     "deep": lambda: full_report(120, 240),
     "long names": lambda: full_report(
-        2, 3, model=LONG, output=LONG, versions={LONG: LONG}, seconds={LONG: 1.0}
+        2,
+        3,
+        model=LONG,
+        output=LONG,
+        versions={LONG: LONG},
+        seconds={LONG: 1.0},
+        frozen=(FrozenNode(LONG, LONG),),
     ),
     "analyze": lambda: full_analysis(8, 12),
     "sweep": lambda: sweep_report(),
