@@ -410,9 +410,10 @@ def compress(session: Session, model: Path, data: Path | None, config: Path | No
     is_sweep = wanted.sweep is not None
     output = wanted.output or (default_folder(model) if is_sweep else default_output(model))
     inputs = {"MODEL": model, "--data": data, "--val": wanted.val}
+    files = files_of(wanted, output=output)
     if is_sweep:
-        check_folder(output)
-    check_outputs(files_of(wanted, output=output), inputs=inputs)
+        check_folder(output, {**files, "--work-dir": wanted.work_dir})
+    check_outputs(files, inputs=inputs)
     words = {name: value for name, value in given.items() if name != "json"}
     if wanted.work_dir is not None:
         session.left += f" at {output}"

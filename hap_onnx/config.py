@@ -711,16 +711,22 @@ def _check_possible(name: str, path: Path) -> None:
         raise UsageError(f"{name} {str(path)!r} cannot be a path ({error}): choose another name") from error
 
 
-def check_folder(folder: Path) -> None:
+def check_folder(folder: Path, others: Mapping[str, Path | None]) -> None:
     """Refuse, before any work is done, a folder that a sweep could not or must not write to.
 
-    Raises UsageError for one with other files in it, ValidationError for one that is not writable.
+    ``others`` maps what the user calls all else that the job writes to its path.
+
+    Raises UsageError for one with other files in it, now or later, ValidationError for one that is not
+    writable.
     """
     _check_possible("--output", folder)
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"--output {folder} is a file: a sweep needs the name of a folder")
     if folder.is_dir() and not (folder / SWEEP_INDEX).is_file() and any(_others_in(folder)):
         raise UsageError(f"--output {folder} holds other files: give a sweep a folder of its own")
+    for option, path in others.items():
+        if path is not None and Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder)):
+            raise UsageError(f"{option} {path} lies in the folder of the sweep: choose another place")
     if not folder.parent.is_dir():
         raise ValidationError(f"--output {folder} cannot be made: there is no folder {folder.parent}")
     if not os.access(folder if folder.is_dir() else folder.parent, os.W_OK):

@@ -126,10 +126,9 @@ def sweep(
     if config.sweep is None:
         raise UsageError("a sweep needs at least one fraction to keep")
     output = _output_of(model, config)
-    check_folder(output)
-    check_outputs(
-        files_of(config, output=output), inputs={"MODEL": model, "--data": data, "--val": config.val}
-    )
+    files = files_of(config, output=output)
+    check_folder(output, {**files, "--work-dir": config.work_dir})
+    check_outputs(files, inputs={"MODEL": model, "--data": data, "--val": config.val})
     with use_threads(config.threads):
         return run_sweep(Job(model, data, config, output, on_event))
 

@@ -297,26 +297,26 @@ def test_the_default_folder_of_a_sweep_lies_beside_the_model():
 
 
 def test_a_sweep_has_a_folder_of_its_own(tmp_path):
-    check_folder(tmp_path / "new")
+    check_folder(tmp_path / "new", {})
     (tmp_path / "empty").mkdir()
-    check_folder(tmp_path / "empty")
+    check_folder(tmp_path / "empty", {})
     with pytest.raises(UsageError, match="holds other files"):
-        check_folder(tmp_path)
+        check_folder(tmp_path, {})
     for name in ("sweep.svg", ".sweep.md.4711.tmp"):  # after a kill before the index was there
         (tmp_path / "empty" / name).write_text("unfinished")
-    check_folder(tmp_path / "empty")
+    check_folder(tmp_path / "empty", {})
     (tmp_path / "empty" / "sweep.txt").write_text("of the user")
     with pytest.raises(UsageError, match="holds other files"):
-        check_folder(tmp_path / "empty")
+        check_folder(tmp_path / "empty", {})
     (tmp_path / "empty" / "sweep.json").write_text("{}")
     (tmp_path / "empty" / "small.onnx").write_text("that was written from a plan")
-    check_folder(tmp_path / "empty")
+    check_folder(tmp_path / "empty", {})
     with pytest.raises(UsageError, match="is a file"):
-        check_folder(tmp_path / "empty" / "sweep.json")
+        check_folder(tmp_path / "empty" / "sweep.json", {})
     with pytest.raises(ValidationError, match="there is no folder"):
-        check_folder(tmp_path / "none" / "family")
+        check_folder(tmp_path / "none" / "family", {})
     with pytest.raises(UsageError, match="too long for a path"):
-        check_folder(tmp_path / ("a" * 5000))
+        check_folder(tmp_path / ("a" * 5000), {})
     assert files_of(CompressConfig(sweep=True, keep_rejected=True), output=tmp_path) == {}
 
 

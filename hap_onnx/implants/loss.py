@@ -31,7 +31,7 @@ from hap_onnx.model.measure import Shapes, constants_of
 from hap_onnx.ops.implant import ImplantForm, implant_forms, is_of_implant
 from hap_onnx.ops.linear import LinearForm, linear_form
 from hap_onnx.planning.align import Align, allowed_widths
-from hap_onnx.planning.cost import N_METRICS, LayerTerms
+from hap_onnx.planning.cost import LATENCY, N_METRICS, LayerTerms
 from hap_onnx.planning.curves import Fork, Measured, run_forks
 from hap_onnx.planning.times import NodeTimes
 from hap_onnx.prepare import PreparedModel
@@ -155,6 +155,8 @@ def _look_at_contractions(prepared: PreparedModel) -> dict[str, ImplantLayer | s
             found[node.name] = f"its weight '{weight.name}' is used elsewhere, too"
         elif bias is not None and not isinstance(bias, gs.Constant):
             found[node.name] = "its bias is computed by other nodes"
+        elif not np.isfinite(weight.values).all():
+            found[node.name] = f"its weight '{weight.name}' holds NaN or infinity"
         elif not forms:
             found[node.name] = "no kind of implant fits it"
         else:
@@ -439,7 +441,7 @@ def implant_costs(
     n_groups, n_taps = layer.form.conv_group, layer.form.n_taps
     table = rank_coefficients(form, rank, node, shapes, n_groups=n_groups, n_taps=n_taps)
     if times is not None:
-        table[:, 2] = times.implants[layer.node, form.kind].at_rank(form.kind, rank, n_groups=n_groups)
+        table[:, LATENCY] = times.implants[layer.node, form.kind].at_rank(form.kind, rank, n_groups=n_groups)
     return table
 
 

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
 from math import inf, isfinite
 from pathlib import Path
 
 import onnx_graphsurgeon as gs
 import torch
+from torch import Tensor
 
 from hap_onnx.data.calibration import Subset
 from hap_onnx.errors import BudgetError
@@ -18,7 +20,7 @@ from hap_onnx.events import Event, OnEvent, ignore_event
 from hap_onnx.jobs.carry_out import Compressed, CutModel, compress_layers, cut_model, refit_layers
 from hap_onnx.planning.align import Align
 from hap_onnx.planning.choose import Choice, choose, residual_groups
-from hap_onnx.planning.cost import METRICS
+from hap_onnx.planning.cost import LATENCY
 from hap_onnx.planning.curves import output_distance
 from hap_onnx.planning.decide import LossModel
 from hap_onnx.planning.paper import choose_by_threshold
@@ -40,6 +42,8 @@ SLACK = 0.03
 AIM_TOLERANCE = 0.005
 """Plans for times that differ by less are all but the same."""
 N_BISECTIONS = 6
+KEPT_BYTES = 64 * 2**20
+"""Outputs of the original on the choose part are kept up to this size; larger ones are computed each time."""
 
 Budgets = Mapping[str, float | None]
 """Limits by metric: parameters and multiply-accumulates; of the original's latency, a fraction."""
@@ -77,6 +81,27 @@ class Setting:
     device: str = "cpu"
     time: Callable[[Compressed], LatencyComparison] | None = None
     on_event: OnEvent = ignore_event
+
+    def expected(self) -> Iterable[Mapping[str, Tensor]]:
+        """Outputs of the original that count, of each batch of the choose part."""
+        return self._run_original() if self._kept is None else self._kept
+
+    def _run_original(self) -> Iterator[dict[str, Tensor]]:
+        twin = self.prepared.twin
+        for batch in self.choose.batches(self.batch_size):
+            with torch.no_grad():
+                outputs = twin(to_tensors(batch.inputs, twin))
+            yield {name: outputs[name] for name in self.scales}
+
+    @cached_property
+    def _kept(self) -> list[dict[str, Tensor]] | None:
+        kept, n_bytes = [], 0
+        for outputs in self._run_original():
+            n_bytes += sum(tensor.nbytes for tensor in outputs.values())
+            if n_bytes > KEPT_BYTES:
+                return None
+            kept.append(outputs)
+        return kept
 
     def note(self, text: str, *, kind: str = "note") -> None:
         """Tell the caller something that a user should know."""
@@ -144,7 +169,7 @@ def _absolute(setting: Setting, budgets: Budgets) -> Budgets:
 def predicted_latency(setting: Setting) -> float:
     """Picoseconds that the model takes from which candidates are made, by the times of its nodes."""
     cost = setting.losses.cost
-    return float(cost.totals(cost.sizes)[METRICS.index("latency")])
+    return float(cost.totals(cost.sizes)[LATENCY])
 
 
 def choose_within(
@@ -299,7 +324,7 @@ def distance(setting: Setting, graph: gs.Graph) -> float:
     """Distance of the outputs to the original's, per sample of the choose part; infinite if no number."""
     twin, total = build_twin(graph, device=setting.device), 0.0
     with torch.no_grad():
-        for batch in setting.choose.batches(setting.batch_size):
-            tensors = to_tensors(batch.inputs, twin)
-            total += output_distance(twin(tensors), setting.prepared.twin(tensors), setting.scales)
+        batches = setting.choose.batches(setting.batch_size)
+        for batch, expected in zip(batches, setting.expected(), strict=True):
+            total += output_distance(twin(to_tensors(batch.inputs, twin)), expected, setting.scales)
     return total / setting.choose.n_samples if isfinite(total) else inf

@@ -43,8 +43,7 @@ from hap_onnx.jobs.self_check import (
     SELF_CHECK_SAMPLES,
     Result,
     check_result,
-    step_tolerance,
-    twin_tolerance,
+    run_both,
 )
 from hap_onnx.jobs.targets import SPARE_BYTES, params_within, search_smallest
 from hap_onnx.jobs.work_folder import Keys, WorkFolder, work_keys
@@ -52,12 +51,11 @@ from hap_onnx.jobs.worst import draw_worst, find_worst
 from hap_onnx.model.model_io import load_model, save_model
 from hap_onnx.model.saving import count_saved_bytes, make_folder
 from hap_onnx.model.temporary import remove_all_leftovers
-from hap_onnx.model.weights import AnyModel, proto_of
+from hap_onnx.model.weights import AnyModel
 from hap_onnx.planning.plan import CompressionPlan, save_plan
 from hap_onnx.planning.times import NodeTimes
 from hap_onnx.prepare import PreparedModel, prepare
 from hap_onnx.quantize import BYTES_PER_PARAM, check_model_for, preview, upgrade_note
-from hap_onnx.quantize.protos import find_quantized
 from hap_onnx.report.advice import LARGE_DROP
 from hap_onnx.report.analysis import Analysis, WorstSample
 from hap_onnx.report.files import write_reports
@@ -73,9 +71,9 @@ from hap_onnx.report.summary import (
 )
 from hap_onnx.runtime.latency import LatencyComparison, latency_feed
 from hap_onnx.runtime.metrics import Metric, Quality, check_chance_level, choose_metric, compare_outputs
-from hap_onnx.runtime.session import Session, make_session, run_outputs
+from hap_onnx.runtime.session import Session, run_outputs
 from hap_onnx.runtime.soundness import check_finite, check_model
-from hap_onnx.sensitivity.curvature import output_scales, to_tensors
+from hap_onnx.sensitivity.curvature import output_scales
 from hap_onnx.timing.measure import measure_times
 from hap_onnx.twin import Twin
 
@@ -255,26 +253,23 @@ class Job:
         batch = next(
             iter(self.splits.calibrate.take(max(4, self.session.fixed_batch or 1)).batches(self.batch_size))
         )
-        with torch.no_grad():
-            ours = twin(to_tensors(batch.inputs, twin))
-        theirs = run_outputs(session, [batch], batch_size=self.batch_size)
-        # Quantized numbers on the border of two steps: onnxruntime itself rounds them either way.
-        other = None
-        if find_quantized(proto_of(model)) is not None:
-            unfused = make_session(model, providers="cpu", threads=1, optimise=False)
-            other = run_outputs(unfused, [batch], batch_size=self.batch_size)
-        for name in self.scales:
-            expected = theirs[name].astype(np.float64)
-            found = ours[name].cpu().numpy()
+        both = run_both(
+            twin,
+            session,
+            batch.inputs,
+            model,
+            lambda one: run_outputs(one, [batch], batch_size=self.batch_size),
+        )
+        for name, ours, theirs, allowed in both:
+            if name not in self.scales:
+                continue
+            found, expected = ours.cpu().numpy(), theirs.astype(np.float64)
             if found.size != expected.size:
                 raise ModelError(
                     f"output '{name}' has the shape {list(found.shape)} for several samples at once, but "
                     f"{list(expected.shape)} sample by sample: the first axis must be the batch throughout"
                 )
             error = float(np.abs(found.reshape(expected.shape) - expected).max())
-            allowed = twin_tolerance(theirs[name])
-            if other is not None:
-                allowed += step_tolerance(theirs[name], other[name])
             if not error <= allowed:
                 raise ModelError(
                     f"{what} differs from onnxruntime by {error:.3g} in output '{name}', so the model "
@@ -450,8 +445,10 @@ class Job:
                 excess = self._count_bytes(proto) + SPARE_BYTES - max_bytes
                 if excess <= 0:
                     break
-                # At least one byte per parameter, so this is never too little.
-                budgets = {**budgets, "params": max((budgets["params"] or 0.0) - excess, 1.0)}
+                # At least one byte per parameter, so this is too much rather than too little; what implants
+                # add to a small file may be more than all its parameters, and goes with the implants.
+                params = budgets["params"] or 0.0
+                budgets = {**budgets, "params": max(params - excess, params / 2)}
         return budgets
 
     def _count_bytes(self, proto: AnyModel) -> int:

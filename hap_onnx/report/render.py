@@ -5,9 +5,8 @@ from __future__ import annotations
 import io
 import json
 import logging
-from collections.abc import Iterable, Mapping
-from dataclasses import fields, is_dataclass, replace
-from typing import Any, TextIO
+from collections.abc import Iterable
+from typing import TextIO
 
 from rich.console import Console, Group, RenderableType
 from rich.logging import RichHandler
@@ -38,7 +37,7 @@ from hap_onnx.report import (
     words,
 )
 from hap_onnx.report.analysis_table import layout_analysis
-from hap_onnx.report.printable import printable
+from hap_onnx.report.printable import printable, printable_parts
 
 DEFAULT_WIDTH = 80
 
@@ -62,7 +61,7 @@ def render_report(report: Report, stream: TextIO, *, advice: str | None = None) 
     buffer = io.StringIO()
     console = Console(file=buffer, width=width, force_terminal=stream.isatty(), highlight=False, markup=False)
     bar = "\u2588" if _can_show("\u2588", stream) else "#"
-    console.print(_layout(_printable(report), bar=bar))
+    console.print(_layout(printable_parts(report), bar=bar))
     if advice is not None:
         console.print(Text(f"next: {printable(advice)}", style="dim"), soft_wrap=True)
     return "\n".join(line.rstrip() for line in buffer.getvalue().splitlines()) + "\n"
@@ -74,19 +73,6 @@ def _can_show(letter: str, stream: TextIO) -> bool:
     except (LookupError, UnicodeEncodeError):
         return False
     return True
-
-
-def _printable(value: Any) -> Any:
-    """Return a report, or a part of one, whose texts a terminal can show: names come from files."""
-    if isinstance(value, str):
-        return printable(value)
-    if isinstance(value, (tuple, list)):
-        return type(value)(map(_printable, value))
-    if isinstance(value, Mapping):
-        return {_printable(key): _printable(item) for key, item in value.items()}
-    if is_dataclass(value) and not isinstance(value, type):
-        return replace(value, **{part.name: _printable(getattr(value, part.name)) for part in fields(value)})
-    return value
 
 
 def _layout(report: Report, *, bar: str) -> RenderableType:

@@ -126,6 +126,12 @@ def test_weights_and_biases_that_are_not_the_layers_own_stay() -> None:
     prepared = prepare(load_model(model), {"x": rand(2, 3, 6, 6)})
     assert explain_refusals(prepared)["make_b"] == f"its weight '{weight}' is used elsewhere, too"
     net = Net()
+    broken = net.const(np.full((6, 6, 3, 3), np.inf, np.float32))
+    x = net.relu(net.conv("x", 3, 6, out="a"))
+    net.op("Where", net.const(np.array(True)), x, net.conv(x, 6, 6, weight=broken, out="b"), out="y")
+    prepared = prepare(load_model(net.model("y")), {"x": rand(2, 3, 6, 6)})
+    assert "holds NaN or infinity" in explain_refusals(prepared)["make_b"]
+    net = Net()
     bias = net.rand(6)
     x = net.op("Conv", net.conv("x", 3, 6, out="a"), net.rand(6, 6, 3, 3), bias, out="b", pads=[1] * 4)
     net.conv(net.op("Add", x, net.op("Reshape", bias, net.ints(1, 6, 1, 1))), 6, 4, out="y")
