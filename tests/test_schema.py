@@ -21,10 +21,11 @@ else:
 ROOT = Path(__file__).parents[1]
 
 VALUES = (
-    "true", "false", "0", "-1", "1", "2", "8", "2000", "1e17", "0.5", "1.0", "1.5", "0.01", '""', '"auto"',
-    '"none"', '"cpu"', '"hap"', '"prune"', '"params"', '"latency"', '"macs"', '"paper"', '"obs"', '"refit"', '"int8"',
-    '"imagenet"', '"imagnet"', '"a/recipe.toml"', '".toml"', '"recipe.json"', '"accuracy"', '"pack.mod:fn"',
-    '"pack.mod:"', '"x.onnx"', "[]", "[0.5]", "[0.9, 0.5]", "[0.0]", "[2]", '["a*", "b"]', '[""]', "[1]", '[["a"]]',
+    "true", "false", "0", "-1", "1", "2", "8", "2000", "1e17", "0.5", "1.0", "1.5", "0.01",
+    '""', '"auto"', '"none"', '"cpu"', '"hap"', '"prune"', '"params"', '"latency"', '"macs"', '"paper"',
+    '"obs"', '"refit"', '"int8"', '"imagenet"', '"imagnet"', '"a/recipe.toml"', '".toml"', '"recipe.json"',
+    '"accuracy"', '"pack.mod:fn"', '"pack.mod:"', '"x.onnx"',
+    "[]", "[0.5]", "[0.9, 0.5]", "[0.0]", "[2]", '["a*", "b"]', '[""]', "[1]", '[["a"]]',
     "{}", "{a = 1}", "2020-01-01",
 )  # fmt: skip
 """One value of every kind that TOML has, and those at the borders; none that is a number in quotes."""
