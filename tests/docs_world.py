@@ -42,7 +42,7 @@ class _Net(nn.Module):
         return self.head(x.mean((2, 3)))
 
 
-def _train(images: np.ndarray, labels: np.ndarray, *, width: int = 16, epochs: int = 15) -> _Net:
+def _train(images: np.ndarray, labels: np.ndarray, *, width: int = 32, epochs: int = 10) -> _Net:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         network = _Net(width)

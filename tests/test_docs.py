@@ -270,7 +270,8 @@ def options_of(command: click.Command) -> set[str]:
 
 
 def tools() -> Sequence[click.Command]:
-    names = {name for command in COMMANDS for name in re.findall(r"tools[./](\w+)", command.text)}
+    text = "".join(page.read_text(encoding="utf-8") for page in PAGES)
+    names = set(re.findall(r"python (?:-m tools\.|tools/)(\w+)", text))
     return [importlib.import_module(f"tools.{name}").main for name in sorted(names)]
 
 
@@ -280,7 +281,7 @@ def test_options_that_pages_mention_exist(page, scripts):
     known = options_of(cli.cli) | OTHERS_OPTIONS
     if page.parent.name == "docs":
         known = known.union(*map(options_of, tools()))
-    mentioned = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", page.read_text(encoding="utf-8")))
+    mentioned = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]+", page.read_text(encoding="utf-8")))
     assert mentioned <= known
 
 
