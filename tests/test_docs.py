@@ -25,7 +25,9 @@ from hap_onnx.config import (
     check_options,
     default_folder,
     default_output,
+    describe_options,
     files_of,
+    flag_of,
     read_config,
 )
 from tests.pages import PAGES, ROOT, Command, find_blocks, find_commands
@@ -229,7 +231,7 @@ def test_the_pages_are_found():
 def test_blocks_have_a_language_that_is_checked():
     known = {"sh", "python", "toml"}
     others = {block.language for block in BLOCKS} - known
-    assert all(re.match(r"\{(eval-rst|toctree|include|errors|click|options)\}", each) for each in others)
+    assert all(re.match(r"\{(eval-rst|toctree|include|errors|options)\}", each) for each in others)
 
 
 @pytest.fixture
@@ -339,3 +341,19 @@ def test_every_page_is_in_the_table_of_contents():
         if block.language == "{toctree}":
             listed |= {line for line in block.text.splitlines() if line and not line.startswith(":")}
     assert listed == {page.stem for page in PAGES if page.parent.name == "docs"} - {"index"}
+
+
+@pytest.mark.slow
+def test_the_site_is_built_without_a_warning_and_shows_every_option(tmp_path):
+    pytest.importorskip("furo")
+    build = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-n", "-q", "docs", str(tmp_path / "site")]
+    process = subprocess.run(build, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert process.returncode == 0, process.stderr
+    commands = (tmp_path / "site" / "cli.html").read_text(encoding="utf-8")
+    options = (tmp_path / "site" / "config.html").read_text(encoding="utf-8")
+    for name, command in cli.cli.commands.items():
+        for option in command.params:
+            if isinstance(option, click.Option):
+                assert f'id="cmdoption-hap-onnx-{name}-{option.opts[0].lstrip("-")}"' in commands
+    for option in describe_options("compress"):
+        assert f">{flag_of(option.name)[2:]}</span></code>" in options
