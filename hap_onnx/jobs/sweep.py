@@ -20,7 +20,8 @@ from hap_onnx.jobs.job import Job
 from hap_onnx.model.saving import make_folder, write_text
 from hap_onnx.model.temporary import remove_all_leftovers
 from hap_onnx.planning.plan import save_plan
-from hap_onnx.report.render import render_json, render_sweep_markdown
+from hap_onnx.report.markdown import render_sweep_markdown
+from hap_onnx.report.render import render_json
 from hap_onnx.report.summary import facts_before, installed_versions, write_report
 
 _log = logging.getLogger(__name__)

@@ -11,7 +11,7 @@ from sample_reports import compress_report, inspect_report, sweep_report, valida
 
 from hap_onnx.events import Event
 from hap_onnx.report import Conversion, Fidelity, Latency, ModelFacts, Quality, RoundRecovered
-from hap_onnx.report.render import EventPrinter, render_json, render_report, render_sweep_markdown
+from hap_onnx.report.render import EventPrinter, render_json, render_report
 
 
 def test_the_keys_of_a_compress_report_are_the_contract():
@@ -163,23 +163,10 @@ def test_an_unfinished_sweep_says_so_and_a_failed_one_offers_nothing():
     assert "hap-onnx apply" not in text
 
 
-def test_the_table_in_markdown_names_the_plans():
-    text = render_sweep_markdown(sweep_report())
-    table = [line.strip("|").split("|") for line in text.splitlines() if line.startswith("|")]
-    assert {len(row) for row in table} == {8}
-    assert [row[-1].strip() for row in table[2:]] == [
-        "", "keep-macs-0.90.json", "keep-macs-0.70.json", "keep-macs-0.50.json", "", "",
-    ]  # fmt: skip
-    assert [row[0].strip() for row in table[2:]] == ["", "\\*", "", "\\*", "x", "x"]
-    assert "- x 0.30: accuracy drops by 0.1272\n" in text
-    assert "(sweep.svg)" in text
-
-
 def test_a_sweep_of_a_model_with_an_odd_name_can_be_shown():
-    report = replace(sweep_report(), model="net\x1b[2J.onnx")
-    for text in (render_report(report, io.StringIO()), render_sweep_markdown(report)):
-        assert "\x1b" not in text
-        assert "net\\x1b[2J.onnx" in text
+    text = render_report(replace(sweep_report(), model="net\x1b[2J.onnx"), io.StringIO())
+    assert "\x1b" not in text
+    assert "net\\x1b[2J.onnx" in text
 
 
 # ---------------------------------------------------------------- events
