@@ -55,7 +55,24 @@ DEFAULT_EPOCHS = 20
 
 # ---------------------------------------------------------------- checks: (option name, value) -> value
 
-Check = Callable[[str, Any], Any]
+
+@dataclass(frozen=True)
+class Check:
+    """What an option may be: ``check(name, value)`` returns the value or raises UsageError.
+
+    ``schema`` says the same of what a TOML file holds, as JSON schema. It wants numbers where the check also
+    takes the text that a shell gives for them.
+    """
+
+    function: Callable[[str, Any], Any]
+    schema: Mapping[str, Any]
+
+    def __call__(self, name: str, value: Any) -> Any:
+        return self.function(name, value)
+
+
+def _accepts(**schema: Any) -> Callable[[Callable[[str, Any], Any]], Check]:
+    return lambda function: Check(function, schema)
 
 
 def flag_of(name: str) -> str:
@@ -79,6 +96,10 @@ def _number(name: str, value: Any, expected: str) -> float:
     return number
 
 
+_FRACTION = {"type": "number", "exclusiveMinimum": 0, "maximum": 1, "title": "a fraction"}
+
+
+@_accepts(**_FRACTION)
 def _check_fraction(name: str, value: Any) -> float:
     expected = "a fraction of the original in (0, 1]"
     number = _number(name, value, expected)
@@ -91,6 +112,7 @@ MAX_THREADS = 1024
 
 
 def _whole(minimum: int, maximum: int = 2**53) -> Check:
+    @_accepts(type="integer", minimum=minimum, maximum=maximum)
     def check(name: str, value: Any) -> int:
         expected = f"a whole number of at least {minimum}"
         number = _number(name, value, expected)
@@ -103,6 +125,7 @@ def _whole(minimum: int, maximum: int = 2**53) -> Check:
     return check
 
 
+@_accepts(anyOf=[{"type": "number", "minimum": 0}, {"const": "none"}])
 def _check_max_drop(name: str, value: Any) -> float | str:
     if value == "none":
         return "none"
@@ -113,6 +136,7 @@ def _check_max_drop(name: str, value: Any) -> float | str:
     return number
 
 
+@_accepts(anyOf=[{"const": "auto"}, {"type": "integer", "minimum": 1}])
 def _check_align(name: str, value: Any) -> int | str:
     if value == "auto":
         return "auto"
@@ -124,6 +148,7 @@ def _check_align(name: str, value: Any) -> int | str:
 
 
 def _one_of(choices: tuple[str, ...]) -> Check:
+    @_accepts(enum=list(choices))
     def check(name: str, value: Any) -> str:
         if not isinstance(value, str) or value not in choices:
             hint = _nearest(str(value), choices)
@@ -134,8 +159,10 @@ def _one_of(choices: tuple[str, ...]) -> Check:
 
 
 _FUNCTION = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
+_FUNCTION_WORD = {"type": "string", "pattern": f"^{_FUNCTION.pattern}$", "title": "package.module:function"}
 
 
+@_accepts(anyOf=[{"enum": list(METRICS)}, _FUNCTION_WORD])
 def _check_metric(name: str, value: Any) -> str:
     if isinstance(value, str) and (value in METRICS or _FUNCTION.fullmatch(value)):
         return value
@@ -146,12 +173,20 @@ def _check_metric(name: str, value: Any) -> str:
     )
 
 
+_PATH = {"type": "string", "minLength": 1}
+
+
+@_accepts(**_PATH)
 def _check_path(name: str, value: Any) -> Path:
     if not isinstance(value, (str, Path)) or not str(value):
         raise _wrong(name, "a path", value)
     return Path(value)
 
 
+_RECIPE_FILE = {"type": "string", "pattern": r".\.toml$", "title": "a .toml file"}
+
+
+@_accepts(anyOf=[{"enum": list(PREPROCESSES)}, _RECIPE_FILE])
 def _check_preprocess(name: str, value: Any) -> str | Path:
     if isinstance(value, str) and value in PREPROCESSES:
         return value
@@ -163,16 +198,24 @@ def _check_preprocess(name: str, value: Any) -> str | Path:
     )
 
 
+@_accepts(**_PATH)
 def _check_data(name: str, value: Any) -> Any:
-    return Path(value) if isinstance(value, str) else value  # arrays and iterables are checked when opened
+    # Arrays and iterables are checked when they are opened.
+    return _check_path(name, value) if isinstance(value, str) else value
 
 
+@_accepts(type="boolean")
 def _check_switch(name: str, value: Any) -> bool:
     if not isinstance(value, bool):
         raise _wrong(name, "true or false", value)
     return value
 
 
+_WORD = {"type": "string", "minLength": 1}
+_WORDS = {"anyOf": [_WORD, {"type": "array", "items": _WORD}]}
+
+
+@_accepts(**_WORDS)
 def _check_globs(name: str, value: Any) -> tuple[str, ...]:
     globs = (value,) if isinstance(value, str) else value
     if not isinstance(globs, Iterable) or isinstance(globs, (bytes, Mapping)):
@@ -183,6 +226,7 @@ def _check_globs(name: str, value: Any) -> tuple[str, ...]:
     return globs
 
 
+@_accepts(anyOf=[{"type": "boolean"}, _FRACTION, {"type": "array", "items": _FRACTION, "minItems": 1}])
 def _check_sweep(name: str, value: Any) -> tuple[float, ...] | None:
     """Return fractions in descending order; a switch stands for the usual ones."""
     if isinstance(value, bool):
@@ -200,6 +244,7 @@ def _check_sweep(name: str, value: Any) -> tuple[float, ...] | None:
     return tuple(sorted(set(ratios), reverse=True))
 
 
+@_accepts(**_WORDS)
 def _check_providers(name: str, value: Any) -> tuple[str, ...]:
     names = value.split(",") if isinstance(value, str) else value
     if not isinstance(names, Iterable) or isinstance(names, (bytes, Mapping)):
@@ -594,13 +639,18 @@ def read_config(path: str | Path, *, also: tuple[str, ...] = ()) -> dict[str, An
     options: dict[str, Any] = {}
     for key, value in table.items():
         name = key.replace("-", "_")
+        if name not in known and isinstance(value, dict):
+            raise UsageError(
+                f"{path}: there are no sections, but [{key}] begins one: options stand at the top of the file"
+            )
         if name not in known:
             spelt = tuple(word.replace("_", "-") for word in known)
             raise UsageError(f"{path}: unknown option {key!r}{_nearest(key, spelt)}")
         if name in options:
             raise UsageError(f"{path}: option {key!r} is given twice")
         try:
-            value = _check_path(name, value) if name in also else _check(_FIELDS[name], value)
+            is_data = name in also or _FIELDS[name].metadata["check"] is _check_data  # in a file, a path
+            value = _check_path(name, value) if is_data else _check(_FIELDS[name], value)
         except UsageError as error:
             raise UsageError(f"{path}: {error}") from error
         is_path = name in also or _FIELDS[name].metadata["is_path"]
