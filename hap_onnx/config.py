@@ -47,12 +47,32 @@ SWEEP_INDEX = "sweep.json"
 SWEEP_VIEWS = ("sweep.md", "sweep.svg")
 """What shows them; the index is written last."""
 
+REPORTS = ("report", "html", "summary")
+"""The options that name a file which the report goes to."""
+
 DEFAULT_MAX_DROP = 0.01
 DEFAULT_EPOCHS = 20
 
 # ---------------------------------------------------------------- checks: (option name, value) -> value
 
-Check = Callable[[str, Any], Any]
+
+@dataclass(frozen=True)
+class Check:
+    """What an option may be: ``check(name, value)`` returns the value or raises UsageError.
+
+    ``schema`` says the same of what a TOML file holds, as JSON schema. It wants numbers where the check also
+    takes the text that a shell gives for them.
+    """
+
+    function: Callable[[str, Any], Any]
+    schema: Mapping[str, Any]
+
+    def __call__(self, name: str, value: Any) -> Any:
+        return self.function(name, value)
+
+
+def _accepts(**schema: Any) -> Callable[[Callable[[str, Any], Any]], Check]:
+    return lambda function: Check(function, schema)
 
 
 def flag_of(name: str) -> str:
@@ -76,6 +96,10 @@ def _number(name: str, value: Any, expected: str) -> float:
     return number
 
 
+_FRACTION = {"type": "number", "exclusiveMinimum": 0, "maximum": 1, "title": "a fraction"}
+
+
+@_accepts(**_FRACTION)
 def _check_fraction(name: str, value: Any) -> float:
     expected = "a fraction of the original in (0, 1]"
     number = _number(name, value, expected)
@@ -88,6 +112,7 @@ MAX_THREADS = 1024
 
 
 def _whole(minimum: int, maximum: int = 2**53) -> Check:
+    @_accepts(type="integer", minimum=minimum, maximum=maximum)
     def check(name: str, value: Any) -> int:
         expected = f"a whole number of at least {minimum}"
         number = _number(name, value, expected)
@@ -100,6 +125,7 @@ def _whole(minimum: int, maximum: int = 2**53) -> Check:
     return check
 
 
+@_accepts(anyOf=[{"type": "number", "minimum": 0}, {"const": "none"}])
 def _check_max_drop(name: str, value: Any) -> float | str:
     if value == "none":
         return "none"
@@ -110,6 +136,7 @@ def _check_max_drop(name: str, value: Any) -> float | str:
     return number
 
 
+@_accepts(anyOf=[{"const": "auto"}, {"type": "integer", "minimum": 1}])
 def _check_align(name: str, value: Any) -> int | str:
     if value == "auto":
         return "auto"
@@ -121,6 +148,7 @@ def _check_align(name: str, value: Any) -> int | str:
 
 
 def _one_of(choices: tuple[str, ...]) -> Check:
+    @_accepts(enum=list(choices))
     def check(name: str, value: Any) -> str:
         if not isinstance(value, str) or value not in choices:
             hint = _nearest(str(value), choices)
@@ -131,8 +159,10 @@ def _one_of(choices: tuple[str, ...]) -> Check:
 
 
 _FUNCTION = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
+_FUNCTION_WORD = {"type": "string", "pattern": f"^{_FUNCTION.pattern}$", "title": "package.module:function"}
 
 
+@_accepts(anyOf=[{"enum": list(METRICS)}, _FUNCTION_WORD])
 def _check_metric(name: str, value: Any) -> str:
     if isinstance(value, str) and (value in METRICS or _FUNCTION.fullmatch(value)):
         return value
@@ -143,12 +173,20 @@ def _check_metric(name: str, value: Any) -> str:
     )
 
 
+_PATH = {"type": "string", "minLength": 1}
+
+
+@_accepts(**_PATH)
 def _check_path(name: str, value: Any) -> Path:
     if not isinstance(value, (str, Path)) or not str(value):
         raise _wrong(name, "a path", value)
     return Path(value)
 
 
+_RECIPE_FILE = {"type": "string", "pattern": r".\.toml$", "title": "a .toml file"}
+
+
+@_accepts(anyOf=[{"enum": list(PREPROCESSES)}, _RECIPE_FILE])
 def _check_preprocess(name: str, value: Any) -> str | Path:
     if isinstance(value, str) and value in PREPROCESSES:
         return value
@@ -160,16 +198,24 @@ def _check_preprocess(name: str, value: Any) -> str | Path:
     )
 
 
+@_accepts(**_PATH)
 def _check_data(name: str, value: Any) -> Any:
-    return Path(value) if isinstance(value, str) else value  # arrays and iterables are checked when opened
+    # Arrays and iterables are checked when they are opened.
+    return _check_path(name, value) if isinstance(value, str) else value
 
 
+@_accepts(type="boolean")
 def _check_switch(name: str, value: Any) -> bool:
     if not isinstance(value, bool):
         raise _wrong(name, "true or false", value)
     return value
 
 
+_WORD = {"type": "string", "minLength": 1}
+_WORDS = {"anyOf": [_WORD, {"type": "array", "items": _WORD}]}
+
+
+@_accepts(**_WORDS)
 def _check_globs(name: str, value: Any) -> tuple[str, ...]:
     globs = (value,) if isinstance(value, str) else value
     if not isinstance(globs, Iterable) or isinstance(globs, (bytes, Mapping)):
@@ -180,6 +226,7 @@ def _check_globs(name: str, value: Any) -> tuple[str, ...]:
     return globs
 
 
+@_accepts(anyOf=[{"type": "boolean"}, _FRACTION, {"type": "array", "items": _FRACTION, "minItems": 1}])
 def _check_sweep(name: str, value: Any) -> tuple[float, ...] | None:
     """Return fractions in descending order; a switch stands for the usual ones."""
     if isinstance(value, bool):
@@ -197,6 +244,7 @@ def _check_sweep(name: str, value: Any) -> tuple[float, ...] | None:
     return tuple(sorted(set(ratios), reverse=True))
 
 
+@_accepts(**_WORDS)
 def _check_providers(name: str, value: Any) -> tuple[str, ...]:
     names = value.split(",") if isinstance(value, str) else value
     if not isinstance(names, Iterable) or isinstance(names, (bytes, Mapping)):
@@ -398,6 +446,17 @@ class CompressConfig:
     report: Path | None = _option(
         None, _check_path, "Write the report as JSON.", section="Output", metavar="FILE.json", is_path=True
     )
+    html: Path | None = _option(
+        None, _check_path, "Write the report as one page for a browser, with the sensitivities that the plan "
+        "goes by.", section="Output", metavar="FILE.html", is_path=True,
+    )  # fmt: skip
+    html_images: bool = _switch(
+        "Show in --html, as small pictures, the images that the two models differ most on.", section="Output"
+    )
+    summary: Path | None = _option(
+        None, _check_path, "Write the report as Markdown, for a job summary or a comment on a pull request.",
+        section="Output", metavar="FILE.md", is_path=True,
+    )  # fmt: skip
     save_plan: Path | None = _option(
         None, _check_path, "Write the plan, with a .safetensors file beside it, for 'hap-onnx apply'.",
         section="Output", metavar="FILE.json", is_path=True,
@@ -420,6 +479,8 @@ class CompressConfig:
         for option in fields(self):
             value = getattr(self, option.name)
             object.__setattr__(self, option.name, _check(option, value))
+        if self.html_images and self.html is None:
+            raise UsageError("--html-images shows pictures in a page: give it a name with --html")
         if self.sweep is not None:
             self._check_sweep_alone()
         elif self.max_drop == "none" and not self.has_budget:
@@ -458,6 +519,8 @@ class CompressConfig:
             raise UsageError(f"--sweep has budgets of its own: leave {given[0]} away")
         if self.rounds > 1:
             raise UsageError("--sweep looks at sensitivities once, --rounds does anew: leave one away")
+        if self.html_images:
+            raise UsageError("--sweep compares no single samples: leave --html-images away")
         for name in ("dry_run", "save_plan"):
             if getattr(self, name):
                 raise UsageError(f"--sweep writes plans, and only plans: leave {flag_of(name)} away")
@@ -474,7 +537,7 @@ class CompressConfig:
 
     def at_point(self, ratio: float, folder: Path) -> CompressConfig:
         """Return the config of the job that is one point of the sweep in ``folder``."""
-        words: dict[str, Any] = {self.swept: ratio, "sweep": None, "objective": None, "report": None}
+        words: dict[str, Any] = {self.swept: ratio, **dict.fromkeys(("sweep", "objective", *REPORTS))}
         output = folder / f"{point_name(self.swept, ratio)}.onnx"
         return replace(self, output=output, keep_rejected=False, **words)
 
@@ -527,10 +590,15 @@ COMMAND_OPTIONS: Mapping[str, tuple[str, ...]] = {
     "inspect": (
         "align", "exclude", "only", "preprocess", "max_samples", "batch_size", "seed", "report", "json",
     ),
+    "analyze": (
+        "objective", "metric", "method", "sensitivity", "probes", "align", "latency_table", "exclude", "only",
+        "preprocess", "max_samples", "batch_size", "device", "providers", "threads", "seed", *REPORTS,
+        "work_dir", "json",
+    ),
     "apply": ("output", "report", "json"),
     "validate": (
         "max_drop", "metric", "allow_slower", "preprocess", "max_samples", "batch_size", "providers",
-        "threads", "seed", "report", "json",
+        "threads", "seed", *REPORTS, "json",
     ),
 }  # fmt: skip
 
@@ -571,13 +639,18 @@ def read_config(path: str | Path, *, also: tuple[str, ...] = ()) -> dict[str, An
     options: dict[str, Any] = {}
     for key, value in table.items():
         name = key.replace("-", "_")
+        if name not in known and isinstance(value, dict):
+            raise UsageError(
+                f"{path}: there are no sections, but [{key}] begins one: options stand at the top of the file"
+            )
         if name not in known:
             spelt = tuple(word.replace("_", "-") for word in known)
             raise UsageError(f"{path}: unknown option {key!r}{_nearest(key, spelt)}")
         if name in options:
             raise UsageError(f"{path}: option {key!r} is given twice")
         try:
-            value = _check_path(name, value) if name in also else _check(_FIELDS[name], value)
+            is_data = name in also or _FIELDS[name].metadata["check"] is _check_data  # in a file, a path
+            value = _check_path(name, value) if is_data else _check(_FIELDS[name], value)
         except UsageError as error:
             raise UsageError(f"{path}: {error}") from error
         is_path = name in also or _FIELDS[name].metadata["is_path"]
@@ -615,14 +688,22 @@ def plan_weights_path(plan: Path) -> Path:
     return plan.with_suffix(".safetensors")
 
 
-def files_of(config: CompressConfig, *, output: Path) -> dict[str, Path]:
+def reports_of(options: Mapping[str, Any]) -> dict[str, Path]:
+    """Return the files that the report goes to, by the option that asks for them."""
+    return {flag_of(name): options[name] for name in REPORTS if options.get(name) is not None}
+
+
+def files_of(config: CompressConfig, *, output: Path | None) -> dict[str, Path]:
     """Return all files that a job with this config may write, by the option that asks for them.
+
+    ``output`` is None where there is to be no model.
 
     The folder of a sweep is not among them: ``check_folder``.
     """
-    is_model = not config.dry_run and config.sweep is None
-    files = {"--output": output if is_model else None, "--report": config.report}
-    if config.keep_rejected and is_model:
+    is_model = not config.dry_run and config.sweep is None and output is not None
+    files = {"--output": output if is_model else None}
+    files |= reports_of({name: getattr(config, name) for name in REPORTS})
+    if config.keep_rejected and is_model and output is not None:
         files["--keep-rejected"] = rejected_path(output)
     if config.save_plan is not None:
         files["--save-plan"] = config.save_plan
@@ -680,16 +761,22 @@ def _check_possible(name: str, path: Path) -> None:
         raise UsageError(f"{name} {str(path)!r} cannot be a path ({error}): choose another name") from error
 
 
-def check_folder(folder: Path) -> None:
+def check_folder(folder: Path, others: Mapping[str, Path | None]) -> None:
     """Refuse, before any work is done, a folder that a sweep could not or must not write to.
 
-    Raises UsageError for one with other files in it, ValidationError for one that is not writable.
+    ``others`` maps what the user calls all else that the job writes to its path.
+
+    Raises UsageError for one with other files in it, now or later, ValidationError for one that is not
+    writable.
     """
     _check_possible("--output", folder)
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"--output {folder} is a file: a sweep needs the name of a folder")
     if folder.is_dir() and not (folder / SWEEP_INDEX).is_file() and any(_others_in(folder)):
         raise UsageError(f"--output {folder} holds other files: give a sweep a folder of its own")
+    for option, path in others.items():
+        if path is not None and Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder)):
+            raise UsageError(f"{option} {path} lies in the folder of the sweep: choose another place")
     if not folder.parent.is_dir():
         raise ValidationError(f"--output {folder} cannot be made: there is no folder {folder.parent}")
     if not os.access(folder if folder.is_dir() else folder.parent, os.W_OK):

@@ -1,15 +1,15 @@
-"""Everything that can go wrong, as one tree.
+"""Everything that can go wrong, as one tree::
 
-HapOnnxError                     exit code 1: the model or the data cannot be processed
-├── ModelError                   the input is not a model that can be loaded, run or compressed
-├── CalibrationError             the data does not fit the model, or is damaged or empty
-├── SurgeryError                 a result is not what its plan says (a bug in hap-onnx: please report)
-├── ValidationError              the result does not load or run in onnxruntime (a bug, too), has numbers
-│                                that are none, or cannot be written
-├── UsageError                   exit code 2: the request itself makes no sense
-└── TargetError                  exit code 3: nothing is written
-    ├── BudgetError              the budget cannot be reached
-    └── GateError                the quality or the speed gate is not met
+    HapOnnxError                     exit code 1: the model or the data cannot be processed
+    ├── ModelError                   the input is not a model that can be loaded, run or compressed
+    ├── CalibrationError             the data does not fit the model, or is damaged or empty
+    ├── SurgeryError                 a result is not what its plan says (a bug in hap-onnx: please report)
+    ├── ValidationError              the result does not load or run in onnxruntime (a bug, too), has numbers
+    │                                that are none, or cannot be written
+    ├── UsageError                   exit code 2: the request itself makes no sense
+    └── TargetError                  exit code 3: nothing is written
+        ├── BudgetError              the budget cannot be reached
+        └── GateError                the quality or the speed gate is not met
 
 Each message is one sentence that says what is wrong, where, what was expected and what to do. Memory that
 does not suffice is a MemoryError, whoever noticed it: no stage may take it for a property of the model.
@@ -32,7 +32,7 @@ class HapOnnxError(Exception):
 
 
 class ModelError(HapOnnxError):
-    """The input is not a model that can be loaded, run or compressed."""
+    """The model (or a plan) is missing, damaged, unsafe, or cannot be run or compressed."""
 
 
 class CalibrationError(HapOnnxError):
@@ -40,21 +40,21 @@ class CalibrationError(HapOnnxError):
 
 
 class SurgeryError(HapOnnxError):
-    """An edited graph broke a promise: a bug in hap-onnx."""
+    """The result is not what its plan says: a bug in hap-onnx, please report it."""
 
 
 class ValidationError(HapOnnxError):
-    """The result does not load or run in onnxruntime, or cannot be written."""
+    """The result does not load or run in onnxruntime, has numbers that are none, or cannot be written."""
 
 
 class UsageError(HapOnnxError, ValueError):
-    """The request itself makes no sense."""
+    """The request itself makes no sense; it is a ``ValueError``, too."""
 
     exit_code = 2
 
 
 class TargetError(HapOnnxError):
-    """A target was not met; nothing is written.
+    """A target is not met; nothing is written.
 
     ``report`` may hold the `CompressReport` of the refused model, or the `SweepReport` of a sweep of which no
     model is kept, so that the numbers can be shown.
@@ -65,11 +65,11 @@ class TargetError(HapOnnxError):
 
 
 class BudgetError(TargetError):
-    """The budget cannot be reached."""
+    """The budget cannot be reached; ``report`` may hold the numbers."""
 
 
 class GateError(TargetError):
-    """The quality or the speed gate is not met."""
+    """The quality or the speed gate is not met; ``report`` holds the numbers."""
 
 
 _NO_MEMORY = re.compile(

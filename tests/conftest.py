@@ -8,6 +8,7 @@ from uuid import uuid4
 import pytest
 
 from hap_onnx.jobs.machine import use_threads
+from tests.limited import LimitedRunner
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -29,3 +30,10 @@ def _one_thread() -> Iterator[None]:
     """Let torch use one thread: more are slower on small models, and sums then depend on the machine."""
     with use_threads(1):
         yield
+
+
+@pytest.fixture(scope="module")
+def runner() -> Iterator[LimitedRunner]:
+    """Run the command line within limits of time and memory."""
+    with LimitedRunner() as runner:
+        yield runner

@@ -136,7 +136,7 @@ def test_unknown_words_are_refused_with_the_nearest_right_one():
         CompressConfig(sensitivity="hutchison")
 
 
-@pytest.mark.parametrize("word", ["html", "teacher"])
+@pytest.mark.parametrize("word", ["teacher"])
 def test_options_of_later_releases_are_not_accepted(word):
     with pytest.raises(UsageError, match="no option"):
         CompressConfig.from_options({word: 1})
@@ -262,7 +262,20 @@ def test_toml_takes_both_spellings_and_paths_start_at_the_file(tmp_path):
         ("keep-macs = 2.0", "keep-macs must be a fraction"),
         ("keep-macs = 0.5\nkeep_macs = 0.4", "twice"),
         ("keep-macs = ", "not valid TOML"),
-        ("[compress]\nkeep-macs = 0.5", "unknown option 'compress'"),
+        ("[compress]\nkeep-macs = 0.5", r"no sections, but \[compress\] begins one"),
+        ("keep.macs = 0.5", r"no sections, but \[keep\] begins one"),
+        ("[keep-macs]\na = 1", "keep-macs must be a fraction"),
+        ("[[exclude]]\na = 1", "exclude must be a pattern or a list"),
+        ("keep-macs = [0.5]", "keep-macs must be a fraction"),
+        ("keep-macs = true", "keep-macs must be a fraction"),
+        ("sweep = [[0.5]]", "sweep must be a list of fractions"),
+        ("seed = 2020-01-01", "seed must be a whole number"),
+        ("max-drop = nan", "max-drop must be a number"),
+        ("output = 3", "output must be a path"),
+        ("val = 3", "val must be a path"),
+        ('val = ["a", "b"]', "val must be a path"),
+        ("val = {a = 1}", "val must be a path"),
+        ('val = ""', "val must be a path"),
         ('data = "x"', "unknown option 'data'"),
     ],
 )
@@ -271,6 +284,7 @@ def test_a_wrong_config_file_is_one_sentence_that_names_the_file(tmp_path, text,
     with pytest.raises(UsageError, match=message) as caught:
         read_config(path)
     assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
 
 
 def test_a_config_file_that_cannot_be_read(tmp_path):
@@ -297,26 +311,26 @@ def test_the_default_folder_of_a_sweep_lies_beside_the_model():
 
 
 def test_a_sweep_has_a_folder_of_its_own(tmp_path):
-    check_folder(tmp_path / "new")
+    check_folder(tmp_path / "new", {})
     (tmp_path / "empty").mkdir()
-    check_folder(tmp_path / "empty")
+    check_folder(tmp_path / "empty", {})
     with pytest.raises(UsageError, match="holds other files"):
-        check_folder(tmp_path)
+        check_folder(tmp_path, {})
     for name in ("sweep.svg", ".sweep.md.4711.tmp"):  # after a kill before the index was there
         (tmp_path / "empty" / name).write_text("unfinished")
-    check_folder(tmp_path / "empty")
+    check_folder(tmp_path / "empty", {})
     (tmp_path / "empty" / "sweep.txt").write_text("of the user")
     with pytest.raises(UsageError, match="holds other files"):
-        check_folder(tmp_path / "empty")
+        check_folder(tmp_path / "empty", {})
     (tmp_path / "empty" / "sweep.json").write_text("{}")
     (tmp_path / "empty" / "small.onnx").write_text("that was written from a plan")
-    check_folder(tmp_path / "empty")
+    check_folder(tmp_path / "empty", {})
     with pytest.raises(UsageError, match="is a file"):
-        check_folder(tmp_path / "empty" / "sweep.json")
+        check_folder(tmp_path / "empty" / "sweep.json", {})
     with pytest.raises(ValidationError, match="there is no folder"):
-        check_folder(tmp_path / "none" / "family")
+        check_folder(tmp_path / "none" / "family", {})
     with pytest.raises(UsageError, match="too long for a path"):
-        check_folder(tmp_path / ("a" * 5000))
+        check_folder(tmp_path / ("a" * 5000), {})
     assert files_of(CompressConfig(sweep=True, keep_rejected=True), output=tmp_path) == {}
 
 

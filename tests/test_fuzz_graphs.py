@@ -101,6 +101,14 @@ def test_outputs_that_are_nothing_but_rounding_are_no_failure() -> None:
     assert counts["cuts"]
 
 
+def test_a_merge_may_go_when_another_axis_is_tried_elsewhere() -> None:
+    """Two Reshapes that join channels: with the second axis of the one, the other has nothing to join."""
+    drawn = [0, 0, 0, 6, 0, 4, 0, 0, 0, 3, 0, 0, 5, 0, 1, 0, 0, 1, 1, 1, 0, 1, 0, 0, 1, 1, 0, 7, 0, 0, 28, 1]
+    model = random_model(Replayed([*drawn, 0, 1, 0, 2, *[0] * 12, 28, 2]))
+    assert [node.op_type for node in model.graph.node].count("Reshape") == 2
+    check_graph(model, seed=505802)
+
+
 def test_an_exception_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(self: Case, keep: np.ndarray) -> gs.Graph:
         raise ZeroDivisionError("no")

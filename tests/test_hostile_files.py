@@ -13,7 +13,7 @@ import os
 import struct
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -35,12 +35,6 @@ from tests.limited import LimitedRunner
 pytestmark = pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs limits of a process")
 
 Make = Callable[[Path], object]
-
-
-@pytest.fixture(scope="module")
-def runner() -> Iterator[LimitedRunner]:
-    with LimitedRunner() as runner:
-        yield runner
 
 
 @pytest.fixture

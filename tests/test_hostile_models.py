@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -13,12 +12,6 @@ from sample_models import images
 from tests.limited import LimitedRunner, Result
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs limits of a process")
-
-
-@pytest.fixture(scope="module")
-def runner() -> Iterator[LimitedRunner]:
-    with LimitedRunner() as runner:
-        yield runner
 
 
 @pytest.fixture

@@ -34,8 +34,9 @@ def text_of(found: Sequence[tuple[Run, Any]], network: str = "preresnet29") -> s
 
 
 def row_of(text: str, recipe: str) -> list[str]:
-    (row,) = (line for line in text.splitlines() if f" {recipe} " in line)
-    return [cell.strip() for cell in row.split("│")[1:-1]]
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in text.splitlines()]
+    (row,) = (cells for cells in rows if cells[:1] == [recipe])  # the title names the paper, too
+    return row
 
 
 def test_a_row_is_the_mean_of_its_seeds_with_the_spread() -> None:

@@ -308,7 +308,7 @@ def check_kill(
         if left := [name for name in _temporaries(place) if not name.startswith("work")]:
             yield f"left after {number.name}: {left}"
     for name, digest in outputs.items():
-        if Path(name).name.startswith("."):
+        if any(part.startswith(".") for part in Path(name).parts):
             continue  # what the next run removes
         if expected.get(name) != digest:
             yield f"{name} is there and is not what it should be"

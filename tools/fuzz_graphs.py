@@ -434,6 +434,8 @@ def normalisation(s: Sketch) -> None:
             return
         shape = s.shape(x)
         n = int(shape[1])
+        if kind in ("instance", "group", "group op") and all(size == 1 for size in shape[2:]):
+            return  # of a single number onnxruntime leaves its rounding error, magnified by the deviation
         if kind == "batch":
             s.keep(s.batch_norm(x))
         elif kind == "instance":

@@ -33,13 +33,12 @@ from hap_onnx.jobs.machine import use_threads, write_proto
 from hap_onnx.jobs.rounds import Candidate
 from hap_onnx.model.saving import save_model
 from hap_onnx.planning.choose import choose, predicted_costs
-from hap_onnx.planning.cost import METRICS
+from hap_onnx.planning.cost import LATENCY, MACS, METRICS
 from hap_onnx.runtime.latency import latency_feed, measure_latency
 from hap_onnx.runtime.metrics import choose_metric
 from hap_onnx.runtime.session import make_session, run_outputs
 from tools.peer import use_clock
 
-LATENCY = METRICS.index("latency")
 N_MADE_UP = 15
 
 
@@ -131,6 +130,7 @@ def check(
         folder = Path(name)
         by_time = open_job(model, data, {**words, "objective": "latency"}, folder)
         by_macs = open_job(model, data, {**words, "keep_macs": 0.5}, folder)
+        by_macs.times = by_time.times  # one table for the one file
         by_macs.rounds[0].losses = by_time.rounds[0].losses  # they are the same
         click.echo(compare_plans(model, by_time, n_plans, np.random.default_rng(seed), seconds))
         wanted = [(f"{ratio:g}", {"latency": ratio}) for ratio in latencies]
@@ -193,7 +193,7 @@ def make_and_time(
             found = time_apart(model, path, seconds, clock)
             low, high = found["ratio_low"], found["ratio_high"]
             costs = predicted_costs(here.prepared, here.setting.losses, candidate.compressed.choice)
-            macs = costs[METRICS.index("macs")] / full["macs"]
+            macs = costs[MACS] / full["macs"]
             verdict = "the gate refuses it" if low > 1 else ""
             bounds = f"{low:.3f} to {high:.3f}"
             rows.append([label, f"{macs:.2f}", f"{found['ratio']:.3f}", bounds, verdict])
@@ -227,6 +227,7 @@ def equal(
         words = {"max_samples": max_samples, "val": test, "seed": seed}
         by_macs = open_job(model, data, {**words, "keep_macs": 0.5}, folder)
         by_time = open_job(model, data, {**words, "objective": "latency"}, folder)
+        by_macs.times = by_time.times  # one table for the one file
         for ratio in ratios:
             macs = by_macs.rounds[0].sizes()["macs"]
             row = [f"{ratio:g}"]

@@ -142,8 +142,14 @@ def _refine(settle: Callable[[Choice], Flow], chosen: Flow, scale: _Scale) -> Fl
     queues = [sorted(names & poor)[:_MAX_RETRIES] for names in scale.components]
     for turn in range(max(map(len, queues), default=0)):
         of_turn = {queue[turn]: component for component, queue in enumerate(queues) if turn < len(queue)}
-        for axis in sorted({axis for name in of_turn for axis in chosen.merges[name].n_left}):
-            of_axis = {name: c for name, c in of_turn.items() if chosen.merges[name].axis != axis}
+        # Of what another mixture leaves frozen, a merge may have nothing left to choose.
+        here = {name: chosen.merges[name] for name in of_turn if name in chosen.merges}
+        for axis in sorted({axis for merge in here.values() for axis in merge.n_left}):
+            of_axis = {
+                name: of_turn[name]
+                for name in here
+                if name in chosen.merges and chosen.merges[name].axis != axis
+            }
             if not of_axis:
                 continue
             now = {name: merge.axis for name, merge in chosen.merges.items()}

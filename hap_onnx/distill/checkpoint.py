@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -14,7 +13,7 @@ import safetensors.torch
 from torch import Tensor
 
 from hap_onnx.errors import ValidationError
-from hap_onnx.model.temporary import beside, remove_leftovers
+from hap_onnx.model.temporary import folder_beside, remove_leftovers
 
 _log = logging.getLogger(__name__)
 _ENTRY = "hap_onnx"
@@ -42,23 +41,21 @@ class Progress:
 
 def save_state(path: Path, key: str, progress: Progress, tensors: dict[str, Tensor]) -> None:
     """Write a state; ``key`` says what it belongs to. Raises ValidationError if the disk does not take it."""
-    temporary = beside(path)
     remove_leftovers(path)
     entry = json.dumps({"key": key, **asdict(progress)})
     try:
         contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
-        safetensors.torch.save_file(contiguous, temporary, metadata={_ENTRY: entry})
-        with temporary.open("rb") as stream:
-            os.fsync(stream.fileno())
-        os.replace(temporary, path)
+        with folder_beside(path) as folder:
+            temporary = folder / path.name
+            safetensors.torch.save_file(contiguous, temporary, metadata={_ENTRY: entry})
+            with temporary.open("rb") as stream:
+                os.fsync(stream.fileno())
+            os.replace(temporary, path)
     except (OSError, safetensors.SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
         raise ValidationError(
             f"the state of training cannot be written to {path}: {reason}; check the folder and free space"
         ) from error
-    finally:
-        with suppress(OSError):
-            temporary.unlink()
 
 
 def load_state(path: Path, key: str) -> tuple[Progress, dict[str, Tensor]] | None:

@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
 from math import inf, isfinite
 from pathlib import Path
 
 import onnx_graphsurgeon as gs
 import torch
+from torch import Tensor
 
 from hap_onnx.data.calibration import Subset
 from hap_onnx.errors import BudgetError
 from hap_onnx.events import Event, OnEvent, ignore_event
 from hap_onnx.jobs.carry_out import Compressed, CutModel, compress_layers, cut_model, refit_layers
 from hap_onnx.planning.align import Align
-from hap_onnx.planning.choose import choose, residual_groups
-from hap_onnx.planning.cost import METRICS
+from hap_onnx.planning.choose import Choice, choose, residual_groups
+from hap_onnx.planning.cost import LATENCY
 from hap_onnx.planning.curves import output_distance
 from hap_onnx.planning.decide import LossModel
 from hap_onnx.planning.paper import choose_by_threshold
@@ -40,6 +42,8 @@ SLACK = 0.03
 AIM_TOLERANCE = 0.005
 """Plans for times that differ by less are all but the same."""
 N_BISECTIONS = 6
+KEPT_BYTES = 64 * 2**20
+"""Outputs of the original on the choose part are kept up to this size; larger ones are computed each time."""
 
 Budgets = Mapping[str, float | None]
 """Limits by metric: parameters and multiply-accumulates; of the original's latency, a fraction."""
@@ -78,6 +82,27 @@ class Setting:
     time: Callable[[Compressed], LatencyComparison] | None = None
     on_event: OnEvent = ignore_event
 
+    def expected(self) -> Iterable[Mapping[str, Tensor]]:
+        """Outputs of the original that count, of each batch of the choose part."""
+        return self._run_original() if self._kept is None else self._kept
+
+    def _run_original(self) -> Iterator[dict[str, Tensor]]:
+        twin = self.prepared.twin
+        for batch in self.choose.batches(self.batch_size):
+            with torch.no_grad():
+                outputs = twin(to_tensors(batch.inputs, twin))
+            yield {name: outputs[name] for name in self.scales}
+
+    @cached_property
+    def _kept(self) -> list[dict[str, Tensor]] | None:
+        kept, n_bytes = [], 0
+        for outputs in self._run_original():
+            n_bytes += sum(tensor.nbytes for tensor in outputs.values())
+            if n_bytes > KEPT_BYTES:
+                return None
+            kept.append(outputs)
+        return kept
+
     def note(self, text: str, *, kind: str = "note") -> None:
         """Tell the caller something that a user should know."""
         self.on_event(Event("compress", "warning" if kind == "warning" else "note", text))
@@ -90,8 +115,7 @@ def all_kinds(losses: LossModel) -> dict[str, dict[str, float]]:
 
 def sketch(setting: Setting, budgets: Budgets) -> Compressed:
     """Plan and cut only, by predicted times; raises BudgetError."""
-    limits = _absolute(setting, budgets)
-    return compress_layers(_plan(setting, limits, align=setting.align, whole=_whole(setting)))
+    return compress_layers(_plan(setting, budgets))
 
 
 def compress_to(setting: Setting, budgets: Budgets) -> Compressed:
@@ -145,16 +169,29 @@ def _absolute(setting: Setting, budgets: Budgets) -> Budgets:
 def predicted_latency(setting: Setting) -> float:
     """Picoseconds that the model takes from which candidates are made, by the times of its nodes."""
     cost = setting.losses.cost
-    return float(cost.totals(cost.sizes)[METRICS.index("latency")])
+    return float(cost.totals(cost.sizes)[LATENCY])
 
 
-def _plan(setting: Setting, budgets: Budgets, *, align: Align, whole: Collection[str]) -> CutModel:
-    prepared, losses = setting.prepared, setting.losses
+def choose_within(
+    setting: Setting, budgets: Budgets, *, align: Align | None = None, whole: Collection[str] | None = None
+) -> Choice:
+    """Plan by expected losses alone; ``budgets`` as ``compress_to`` takes them. Raises BudgetError.
+
+    ``align`` and ``whole`` are the setting's own unless they are given.
+    """
+    prepared, losses, limits = setting.prepared, setting.losses, _absolute(setting, budgets)
     if setting.preset == "paper":
-        choice = choose_by_threshold(prepared, losses, budgets, kinds=setting.kinds)
-    else:
-        choice = choose(prepared, losses, budgets, align=align, whole=whole, kinds=setting.kinds)
-    return cut_model(prepared, choice, losses.implants)
+        return choose_by_threshold(prepared, losses, limits, kinds=setting.kinds)
+    align = setting.align if align is None else align
+    whole = _whole(setting) if whole is None else whole
+    return choose(prepared, losses, limits, align=align, whole=whole, kinds=setting.kinds)
+
+
+def _plan(
+    setting: Setting, budgets: Budgets, *, align: Align | None = None, whole: Collection[str] | None = None
+) -> CutModel:
+    choice = choose_within(setting, budgets, align=align, whole=whole)
+    return cut_model(setting.prepared, choice, setting.losses.implants)
 
 
 def _plan_fast(setting: Setting, budgets: Budgets, *, whole: Collection[str]) -> tuple[CutModel, Compressed]:
@@ -208,7 +245,7 @@ def _plan_in_time(
     fits, too_slow = 0.0, inf  # the largest aim that was met so far, and the least that was not
     for _ in range(MAX_TIMED):
         try:
-            cut = _plan_at(setting, budgets, aim, whole=whole)
+            cut = _plan(setting, {**budgets, "latency": aim}, whole=whole)
         except BudgetError:
             if found:
                 break
@@ -242,22 +279,17 @@ def _plan_in_time(
     )
 
 
-def _plan_at(setting: Setting, budgets: Budgets, ratio: float, *, whole: Collection[str]) -> CutModel:
-    limits = _absolute(setting, {**budgets, "latency": ratio})
-    return _plan(setting, limits, align=setting.align, whole=whole)
-
-
 def _plan_least(
     setting: Setting, budgets: Budgets, too_low: float, *, whole: Collection[str]
 ) -> tuple[CutModel, float]:
     """Find the least predicted latency for which there is a plan; raises BudgetError if there is none."""
     high = setting.base_ratio
-    found = _plan_at(setting, budgets, high, whole=whole)
+    found = _plan(setting, {**budgets, "latency": high}, whole=whole)
     low = too_low
     for _ in range(N_BISECTIONS):
         middle = (low + high) / 2
         try:
-            found, high = _plan_at(setting, budgets, middle, whole=whole), middle
+            found, high = _plan(setting, {**budgets, "latency": middle}, whole=whole), middle
         except BudgetError:
             low = middle
     return found, high
@@ -292,7 +324,7 @@ def distance(setting: Setting, graph: gs.Graph) -> float:
     """Distance of the outputs to the original's, per sample of the choose part; infinite if no number."""
     twin, total = build_twin(graph, device=setting.device), 0.0
     with torch.no_grad():
-        for batch in setting.choose.batches(setting.batch_size):
-            tensors = to_tensors(batch.inputs, twin)
-            total += output_distance(twin(tensors), setting.prepared.twin(tensors), setting.scales)
+        batches = setting.choose.batches(setting.batch_size)
+        for batch, expected in zip(batches, setting.expected(), strict=True):
+            total += output_distance(twin(to_tensors(batch.inputs, twin)), expected, setting.scales)
     return total / setting.choose.n_samples if isfinite(total) else inf

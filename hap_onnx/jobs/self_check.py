@@ -354,40 +354,53 @@ def _check_twin(result: Result, original: Session, session: Session, feed: Feed)
 
 def _differences(twin: Twin, session: Session, feed: Feed, model: AnyModel) -> list[str]:
     """The floating-point outputs in which a twin and onnxruntime, which has loaded ``model``, differ."""
-    with torch.no_grad():
-        ours = twin(to_tensors(feed.inputs, twin))
-    theirs = session.run(session.prepare(feed.inputs))
-    other = theirs
-    if find_quantized(proto_of(model)) is not None:  # numbers on the border of two steps: rounded either way
-        unfused = make_session(model, providers="cpu", threads=1, optimise=False)
-        other = unfused.run(unfused.prepare(feed.inputs))
+    both = run_both(twin, session, feed.inputs, model, lambda one: one.run(one.prepare(feed.inputs)))
     return [
         name
-        for name, array in theirs.items()
-        if array.dtype.kind == "f"
-        and not _is_close(ours[name], array, more=step_tolerance(array, other[name]))
+        for name, ours, theirs, allowed in both
+        if theirs.dtype.kind == "f" and not _is_close(ours, theirs, allowed)
     ]
 
 
-def step_tolerance(theirs: NDArray[np.generic], unfused: NDArray[np.generic]) -> float:
+def run_both(
+    twin: Twin, session: Session, inputs: Arrays, model: AnyModel, run: Callable[[Session], Arrays]
+) -> Iterator[tuple[str, Tensor, NDArray[np.generic], float]]:
+    """Yield each output of numbers as a twin and as onnxruntime computes it, and how far they may be apart.
+
+    Args:
+        session: ``model``, loaded.
+        run: runs a session on ``inputs``.
+    """
+    with torch.no_grad():
+        ours = twin(to_tensors(inputs, twin))
+    theirs = run(session)
+    other = theirs
+    if find_quantized(proto_of(model)) is not None:  # numbers on the border of two steps: rounded either way
+        other = run(make_session(model, providers="cpu", threads=1, optimise=False))
+    for name, array in theirs.items():
+        if array.dtype.kind not in "OSU":
+            yield name, ours[name], array, _tolerance(array) + _step_tolerance(array, other[name])
+
+
+def _step_tolerance(theirs: NDArray[np.generic], unfused: NDArray[np.generic]) -> float:
     """Return how much farther the twin of a quantized model may be off: by what fusing changes."""
     difference = np.abs(unfused.astype(np.float64) - theirs.astype(np.float64))
     return STEP_TOLERANCE * float(difference[np.isfinite(difference)].max(initial=0.0))
 
 
-def twin_tolerance(theirs: NDArray[np.generic]) -> float:
+def _tolerance(theirs: NDArray[np.generic]) -> float:
     """Return how far a twin may be from an output of onnxruntime: rounding, of the model's own type."""
     relative = TWIN_TOLERANCE if theirs.dtype in (np.float32, np.float64) else TWIN_TOLERANCE_16_BITS
     numbers = np.abs(theirs.astype(np.float64))
     return relative * max(float(numbers[np.isfinite(numbers)].max(initial=0.0)), 1e-6)
 
 
-def _is_close(ours: Tensor, theirs: NDArray[np.generic], *, more: float = 0.0) -> bool:
+def _is_close(ours: Tensor, theirs: NDArray[np.generic], allowed: float) -> bool:
     found, expected = ours.detach().cpu().double().numpy(), theirs.astype(np.float64)
     if found.shape != expected.shape:
         return False
     finite = np.isfinite(expected)
-    return bool(np.abs(found - expected)[finite].max(initial=0.0) <= twin_tolerance(theirs) + more)
+    return bool(np.abs(found - expected)[finite].max(initial=0.0) <= allowed)
 
 
 def _first_difference(model: AnyModel, twin: Twin, feed: Feed) -> Step | None:
@@ -409,7 +422,9 @@ def _first_difference(model: AnyModel, twin: Twin, feed: Feed) -> Step | None:
 
     def compare(step: Step, index: int, tensor: Tensor) -> Tensor:
         array = theirs.get(step.outputs[index])
-        if not found and array is not None and array.dtype.kind == "f" and not _is_close(tensor, array):
+        if found or array is None or array.dtype.kind != "f":
+            return tensor
+        if not _is_close(tensor, array, _tolerance(array)):
             found.append(step)
         return tensor
 

@@ -38,6 +38,20 @@ def beside_with_data(path: Path, digest: str) -> Path:
     return beside(path, f"{digest[:12]}.tmp.onnx")
 
 
+@contextmanager
+def folder_beside(path: Path) -> Iterator[Path]:
+    """Yield a hidden folder beside ``path``, for what libraries write under names of their own.
+
+    It goes at the end. Raises OSError if there cannot be one.
+    """
+    folder = beside(path, "tmp.d")
+    folder.mkdir()
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 def data_path(path: Path, digest: str) -> Path:
     """Return where the external data of a model goes: the name follows from the content."""
     return path.with_name(f"{path.stem}-{digest[:12]}.data")
@@ -92,7 +106,10 @@ def _is_gone(found: re.Match[str]) -> bool:
 
 
 def _remove_file(file: Path, target: Path, digest: str | None) -> None:
-    """Remove a temporary file, and the data that a temporary model was the first to need."""
+    """Remove a temporary file or folder, and the data that a temporary model was the first to need."""
+    if file.is_dir() and not file.is_symlink():
+        shutil.rmtree(file, ignore_errors=True)
+        return
     try:
         file.unlink()
     except OSError:

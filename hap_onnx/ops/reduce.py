@@ -91,7 +91,7 @@ def _make_reduction(op_type: str) -> Callable[..., Tensor]:
         over = normalise_axes(as_ints(axes), x.ndim)
         if not over and (noop_with_empty_axes or x.ndim == 0):
             return on_elements(x) if on_elements else x
-        return function(x, over or list(range(x.ndim)), bool(keepdims))
+        return function(x, over or list(range(x.ndim)), keepdims == 1)  # no other number is true
 
     reduce.__name__ = reduce.__qualname__ = op_type
     return reduce
@@ -118,7 +118,7 @@ def _flow_reduce(node: gs.Node, flow: Flow) -> None:
     if found.axis in reduced:
         flow.freeze(found, node, f"{node.op} runs over the channels")
         return
-    keepdims = int(node.attrs.get("keepdims", 1))
+    keepdims = node.attrs.get("keepdims", 1) == 1
     axis = found.axis if keepdims else found.axis - sum(a < found.axis for a in reduced)
     flow.put(node.outputs[0], axis, found.ids)
 
@@ -133,7 +133,7 @@ def ArgMax(x: Tensor, *, axis: int = 0, keepdims: int = 1, select_last_index: in
     index = first_max(x.flip(axis) if select_last_index else x, axis)
     if select_last_index:
         index = x.shape[axis] - 1 - index
-    return index if keepdims else index.squeeze(axis)
+    return index if keepdims == 1 else index.squeeze(axis)
 
 
 @run_op("ArgMin")
@@ -152,7 +152,7 @@ def _flow_arg(node: gs.Node, flow: Flow) -> None:
     if found.axis == axis:
         flow.freeze(found, node, f"{node.op} counts positions of the channel axis")
         return
-    keepdims = int(node.attrs.get("keepdims", 1))
+    keepdims = node.attrs.get("keepdims", 1) == 1
     flow.put(node.outputs[0], found.axis - int(not keepdims and axis < found.axis), found.ids)
 
 

@@ -184,20 +184,30 @@ def _choice(
 
 def predicted_costs(prepared: PreparedModel, model: LossModel, choice: Choice) -> Ints:
     """Return what a choice costs, in the order of ``METRICS``, without carrying it out."""
+    widths = [len(decision.keep) for decision in choice.decisions]
+    implants = {entry.node: (entry.kind, entry.rank) for entry in choice.replacements}
+    return costs_with(prepared, model, widths, implants)
+
+
+def costs_with(
+    prepared: PreparedModel,
+    model: LossModel,
+    widths: Sequence[int] | Ints,
+    implants: Mapping[str, tuple[str, int]],
+) -> Ints:
+    """Return costs, in the order of ``METRICS``, at the width of each group with some layers replaced.
+
+    ``implants`` holds kind and rank by node.
+    """
     nodes = {node.name: node for node in prepared.graph.nodes}
-    replaced = {entry.node: entry for entry in choice.replacements}
     tables = []
     for terms in model.cost.layers:
-        entry = replaced.get(terms.node)
-        if entry is None:
+        if terms.node not in implants:
             tables.append(terms.dense)
             continue
-        layer = model.implants[terms.node].layer
-        form = layer.kind(entry.kind)
-        tables.append(
-            implant_costs(layer, form, entry.rank, nodes[terms.node], prepared.shapes, times=model.times)
-        )
-    widths = [len(decision.keep) for decision in choice.decisions]
+        layer, (kind, rank) = model.implants[terms.node].layer, implants[terms.node]
+        node, form = nodes[terms.node], layer.kind(kind)
+        tables.append(implant_costs(layer, form, rank, node, prepared.shapes, times=model.times))
     return model.cost.totals(widths, np.stack(tables) if tables else None)
 
 
@@ -207,6 +217,13 @@ def predicted_losses(model: LossModel, decisions: tuple[GroupDecision, ...]) -> 
         decision.group: float(curve.loss[len(decision.keep)])
         for decision, curve in zip(decisions, model.curves, strict=True)
     }
+
+
+def group_roles(prepared: PreparedModel) -> dict[str, str]:
+    """Say of each group, by name, what it is: ``inner``, ``residual`` or ``heads``."""
+    roles = {group.name: "inner" for group in prepared.coupling.groups}
+    roles |= dict.fromkeys(residual_groups(prepared), "residual")
+    return roles | dict.fromkeys(head_groups(prepared), "heads")
 
 
 def residual_groups(prepared: PreparedModel) -> frozenset[str]:

@@ -32,6 +32,7 @@ Ints = NDArray[np.int64]
 METRICS = ("params", "macs", "latency")
 """The order of the costs wherever they are in one array; latency in picoseconds, 0 if nothing was timed."""
 N_METRICS = len(METRICS)
+PARAMS, MACS, LATENCY = range(N_METRICS)
 
 
 @dataclass(frozen=True)
@@ -127,11 +128,18 @@ class CostModel:
 
     def params(self, widths: Sequence[int] | Ints) -> int:
         """Count the elements of float initializers at these widths, one per group."""
-        return int(self.totals(widths)[0])
+        return int(self.totals(widths)[PARAMS])
 
     def macs(self, widths: Sequence[int] | Ints) -> int:
         """Count the multiply-accumulates at the probe shape at these widths."""
-        return int(self.totals(widths)[1])
+        return int(self.totals(widths)[MACS])
+
+    def savings(self) -> Ints:
+        """Return what each group saves if all but one of its channels go [n_groups, n_metrics]."""
+        sizes = np.array(self.sizes, np.int64)
+        widths = np.tile(sizes, (len(sizes), 1))
+        np.fill_diagonal(widths, np.minimum(sizes, 1))
+        return self.totals(sizes) - self.totals(widths)
 
     def totals(self, widths: Sequence[int] | Ints, coefficients: Ints | None = None) -> Ints:
         """Return all costs [..., n_metrics] for widths [..., n_groups].

@@ -23,7 +23,17 @@ from hap_onnx.coupling.channels import Coupling
 from hap_onnx.model.measure import Shapes, constants_of, is_float_type, node_macs, weights_of
 from hap_onnx.ops.linear import linear_form
 from hap_onnx.ops.registry import find_macs
-from hap_onnx.planning.cost import N_METRICS, AxisLength, CostModel, CostTerm, Ints, LayerTerms
+from hap_onnx.planning.cost import (
+    LATENCY,
+    MACS,
+    N_METRICS,
+    PARAMS,
+    AxisLength,
+    CostModel,
+    CostTerm,
+    Ints,
+    LayerTerms,
+)
 from hap_onnx.planning.times import NodeTimes
 
 
@@ -77,7 +87,7 @@ def cost_model(
         if name not in outputs and not any(user in whole.alive for user in users):
             continue
         dies = {g for g, rest in without.items() if name not in outputs and rest.alive.isdisjoint(users)}
-        builder.add(0, tuple(tensor.shape), sliced[name], dies)
+        builder.add(PARAMS, tuple(tensor.shape), sliced[name], dies)
 
     for node in graph.nodes:
         if node.name in whole.alive:
@@ -87,10 +97,10 @@ def cost_model(
                 builder.add_layer(node.name, found_layers[node.name], dies, dense_times)
                 continue
             shape, axes = _macs_axes(node, network, sliced)
-            builder.add(1, shape, axes, dies)
+            builder.add(MACS, shape, axes, dies)
             if times is not None:
                 for picoseconds, lengths in _time_terms(node, times, network, sliced):
-                    builder.add_product(2, picoseconds, lengths, dies)
+                    builder.add_product(LATENCY, picoseconds, lengths, dies)
 
     for group, rest in without.items():
         for name in rest.new_constants:
@@ -101,7 +111,7 @@ def cost_model(
             }
             read = network.dead_read_behind(name, group)
             shape, axes = network.bias_left(read)
-            builder.add(0, shape, axes, dies, born_with=group)
+            builder.add(PARAMS, shape, axes, dies, born_with=group)
     return builder.build(tuple(group.size for group in coupling.groups), removable)
 
 
@@ -225,9 +235,9 @@ class _TermBuilder:
         """Add the terms of a layer, all of which vanish with the same groups; ``times`` [4] as it is."""
         n_in, n_out = (self._axes.setdefault(length, len(self._axes)) for length in layer.lengths)
         dense = np.zeros((4, N_METRICS), np.int64)
-        dense[0, :2] = layer.dense
+        dense[0, [PARAMS, MACS]] = layer.dense
         if times is not None:
-            dense[:, 2] = times
+            dense[:, LATENCY] = times
         terms = [
             CostTerm(params, macs, axes, frozenset(dies_with), latency=latency)
             for (params, macs, latency), axes in zip(

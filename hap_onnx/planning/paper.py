@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 
 from hap_onnx.errors import BudgetError
 from hap_onnx.implants.factors import factorise
-from hap_onnx.implants.loss import ImplantLayer, cut_layer, rank_coefficients, sole_group
-from hap_onnx.planning.choose import Choice, Slots, keep_mask
+from hap_onnx.implants.loss import ImplantLayer, cut_layer, sole_group
+from hap_onnx.planning.choose import Choice, Slots, costs_with, keep_mask
 from hap_onnx.planning.cost import METRICS
 from hap_onnx.planning.decide import LossModel
 from hap_onnx.planning.plan import GroupDecision, NodeReplacement
@@ -106,26 +106,13 @@ class _Recipe:
         return np.setdiff1d(below, implants), implants
 
     def totals(self, removed: Ints, implants: Ints) -> Ints:
-        """Params and MACs of the model without ``removed`` and with ``implants``."""
+        """Costs of the model without ``removed`` and with ``implants``."""
         sizes = np.array(self.model.cost.sizes, np.int64)
         widths = sizes - np.bincount(self.group_of[removed], minlength=len(sizes))
         counts = np.bincount(self.group_of[implants], minlength=len(sizes))
-        nodes = {node.name: node for node in self.prepared.graph.nodes}
-        rank_of = {layer.node: int(counts[group]) for group, layer in self.layer_of.items()}
-        tables = []
-        for terms in self.model.cost.layers:
-            layer, rank = self.model.implants[terms.node].layer, rank_of.get(terms.node, 0)
-            if not rank:
-                tables.append(terms.dense)
-                continue
-            form = layer.kind("pointwise")
-            tables.append(
-                rank_coefficients(
-                    form, rank, nodes[layer.node], self.prepared.shapes, n_groups=1, n_taps=layer.form.n_taps
-                )
-            )
-        coefficients = np.stack(tables) if tables else None
-        return self.model.cost.totals(widths, coefficients)
+        ranks = {layer.node: int(counts[group]) for group, layer in self.layer_of.items()}
+        pointwise = {node: ("pointwise", rank) for node, rank in ranks.items() if rank}
+        return costs_with(self.prepared, self.model, widths, pointwise)
 
     def choice(self, removed: Ints, implants: Ints) -> Choice:
         """The decision in the words of a plan."""

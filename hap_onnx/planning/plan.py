@@ -10,8 +10,8 @@ import errno
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Iterable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -27,7 +27,7 @@ from hap_onnx.config import plan_weights_path
 from hap_onnx.coupling.channels import Coupling
 from hap_onnx.errors import ModelError, UsageError, ValidationError
 from hap_onnx.implants.factors import KINDS
-from hap_onnx.model.temporary import beside, remove_leftovers
+from hap_onnx.model.temporary import folder_beside, remove_leftovers
 from hap_onnx.text_files import read_text
 
 PLAN_SCHEMA = "hap-onnx/plan/1"
@@ -238,28 +238,25 @@ def save_plan(plan: CompressionPlan, path: str | Path) -> None:
     weights_path = plan_weights_path(path)
     if weights_path == path:
         raise UsageError(f"{path} is the name of the plan's weights: give the plan one that ends in .json")
-    temporary = [beside(target) for target in (weights_path, path)]
     try:
-        for target in (weights_path, path):
-            remove_leftovers(target)
-        stored = {name: _as_storable(array) for name, array in _all_weights(plan).items()}
-        safetensors.numpy.save_file(stored, temporary[0])
-        document = _to_document(plan, _hash_file(temporary[0]))
-        text = json.dumps(document, sort_keys=True, indent=1, allow_nan=False) + "\n"
-        temporary[1].write_text(text, encoding="utf-8")
-        for file in temporary:
-            _sync(file)
-        os.replace(temporary[0], weights_path)
-        os.replace(temporary[1], path)  # last: a plan that is there is complete
+        remove_leftovers(path)
+        with folder_beside(path) as folder:
+            temporary = folder / weights_path.name, folder / path.name
+            stored = {name: _as_storable(array) for name, array in _all_weights(plan).items()}
+            safetensors.numpy.save_file(stored, temporary[0])
+            document = _to_document(plan, _hash_file(temporary[0]))
+            text = json.dumps(document, sort_keys=True, indent=1, allow_nan=False) + "\n"
+            temporary[1].write_text(text, encoding="utf-8")
+            shutil.copymode(temporary[1], temporary[0])  # safetensors lets nobody else read
+            for file in temporary:
+                _sync(file)
+            os.replace(temporary[0], weights_path)
+            os.replace(temporary[1], path)  # last: a plan that is there is complete
     except (OSError, safetensors.SafetensorError) as error:
         raise ValidationError(
             f"{path} cannot be written ({getattr(error, 'strerror', None) or error}); "
             "check the folder, its permissions and the free space"
         ) from error
-    finally:
-        for leftover in temporary:
-            with suppress(OSError):
-                leftover.unlink()
 
 
 def load_plan(path: str | Path) -> CompressionPlan:

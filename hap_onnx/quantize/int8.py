@@ -39,7 +39,7 @@ PERCENTILE = 99.999
 _CHUNK = 64  # samples whose activations are kept at once while their histograms grow
 
 _METHODS: Mapping[str, tuple[CalibrationMethod, dict[str, Any]]] = {
-    "minmax": (CalibrationMethod.MinMax, {"max_intermediate_outputs": 8}),
+    "minmax": (CalibrationMethod.MinMax, {}),
     "percentile": (CalibrationMethod.Percentile, {"percentile": PERCENTILE, "symmetric": False}),
 }
 _ERRORS = (ValueError, TypeError, RuntimeError, KeyError, AttributeError, NotImplementedError)
@@ -103,18 +103,25 @@ def calibrate(
 def _chunks(
     feeds: Iterable[Mapping[str, np.ndarray]],
 ) -> Iterator[list[Mapping[str, np.ndarray]]]:
-    """Yield feeds in lists of about ``_CHUNK`` samples: histograms are made of one list at a time."""
+    """Yield feeds in lists of about ``_CHUNK`` samples: histograms are made of one list at a time.
+
+    Those of a list have the same shapes, since onnxruntime makes one array of what comes out of them.
+    """
     chunk: list[Mapping[str, np.ndarray]] = []
     n_samples = 0
     for feed in feeds:
+        if chunk and (n_samples >= _CHUNK or _shapes(feed) != _shapes(chunk[0])):
+            yield chunk
+            chunk, n_samples = [], 0
         chunk.append(feed)
         first = next(iter(feed.values()), np.zeros(1))
         n_samples += len(first) if first.ndim else 1
-        if n_samples >= _CHUNK:
-            yield chunk
-            chunk, n_samples = [], 0
     if chunk:
         yield chunk
+
+
+def _shapes(feed: Mapping[str, np.ndarray]) -> list[tuple[int, ...]]:
+    return [array.shape for array in feed.values()]
 
 
 def quantize_to_int8(model: ModelProto, recipe: Recipe) -> ModelProto:

@@ -22,6 +22,7 @@ from hap_onnx.refit.rows import Options, Rows
 from hap_onnx.refit.schedule import ImplantFit
 from hap_onnx.refit.solve import solve
 from hap_onnx.refit.spec import FittedImplant, ImplantSpec
+from hap_onnx.sensitivity.semidefinite import is_definite
 from hap_onnx.twin import Step
 
 DAMPING = 1e-3
@@ -74,7 +75,8 @@ def _fit_factors(
     matrix, bias = weights[:, :n_features].mT, weights[:, n_features:]  # bias [g, 1, O], or nothing
     center = None if problem.bias is None else mean[:, :n_features]
     if gram is not None:
-        metric = _measure(gram[:, :n_features, :n_features] / rows.n_rows(), center, metric)
+        moments = gram[:, :n_features, :n_features] / rows.n_rows()
+        metric = _measure(rows, moments, None if problem.bias is None else mean, metric)
     factors = _factorise(matrix, metric, spec)
     if center is not None:
         bias = bias + ((matrix - factors.dense) @ center[:, :, None]).mT
@@ -106,19 +108,32 @@ def _solve_second(
     return fitted[:, : second.shape[2]].mT.contiguous(), fitted[:, second.shape[2] :]
 
 
-def _measure(inputs: Tensor, center: Tensor | None, known: Metric) -> Metric:
-    """Return the metric of the inputs that the layer gets, of their second moments [g, F, F] (overwritten).
+def _measure(rows: Rows, moments: Tensor, mean: Tensor | None, known: Metric) -> Metric:
+    """Return the metric of the inputs that the layer gets.
 
-    ``center`` is what the bias takes up; gradients are those of the ``known`` metric.
+    ``moments`` [g, F, F], the second ones, are overwritten; ``mean`` [g, F or F + 1] is that of the rows, if
+    the bias takes it up. Gradients, and all where inputs tell nothing, are those of the ``known`` metric.
     """
-    diagonal = inputs.diagonal(dim1=1, dim2=2)
+    n_features = moments.shape[1]
+    diagonal = moments.diagonal(dim1=1, dim2=2)
     diagonal.add_(ROUNDING * diagonal.mean(1, keepdim=True))
-    if center is not None:
-        inputs.baddbmm_(center[:, :, None], center[:, None], alpha=-1)
+    if mean is None:
+        return _damped(moments, known) or known
+    center = mean[:, :n_features]
+    found = _damped(moments.baddbmm_(center[:, :, None], center[:, None], alpha=-1), known)
+    if found is None:  # what varies is lost in the rounding of much larger means
+        around = rows.gram(less=mean)[:, :n_features, :n_features]
+        found = _damped(around / rows.n_rows(), known)
+    return found or known
+
+
+def _damped(inputs: Tensor, known: Metric) -> Metric | None:
+    """Return the metric of a covariance of inputs [g, F, F], None if it is none."""
     if known.inputs.ndim == 2:
         inputs = inputs.diagonal(dim1=1, dim2=2)
     gradients = known.gradients.to(inputs.device)
-    return replace(make_metric(inputs, gradients, damping=DAMPING), gradients=gradients)
+    metric = replace(make_metric(inputs, gradients, damping=DAMPING), gradients=gradients)
+    return metric if is_definite(metric.inputs) else None
 
 
 def _expand(first: Tensor, x: Tensor, *, n_features: int, n_taps: int) -> Tensor:

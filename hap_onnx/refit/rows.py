@@ -80,11 +80,11 @@ class Rows:
         """Mean of x, float64 [g, F]."""
         return torch.stack([x.sum(1, dtype=torch.float64) for x, _, _ in self.parts()]).sum(0) / self.n_rows()
 
-    def gram(self) -> Tensor:
-        """Sum of x x^T, float64 [g, F, F]."""
+    def gram(self, *, less: Tensor | None = None) -> Tensor:
+        """Sum of x x^T, float64 [g, F, F], of x ``less`` a vector [g, F]."""
         gram: Tensor | None = None
         for x, _, _ in self.parts():  # more rows at once would lose digits: products are summed in float32
-            gram = add_gram(gram, x)
+            gram = add_gram(gram, x if less is None else x - less[:, None].to(x))
         assert gram is not None
         return mirror_gram(gram)
 

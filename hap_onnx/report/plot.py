@@ -20,11 +20,20 @@ _COSTS = {"params": "parameters", "macs": "multiply-accumulates", "latency": "la
 
 
 def draw_sweep(report: SweepReport) -> str:
-    """Return quality over cost, with 95 % intervals, as SVG; the same report gives the same text.
+    """Return quality over cost, with 95 % intervals, as SVG; the same report gives the same text."""
+    figure = sweep_figure(report, (6.4, 4.0))
+    buffer = io.StringIO()
+    with rc_context({"svg.hashsalt": "hap-onnx"}):  # names of parts that do not change from run to run
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    return buffer.getvalue()
+
+
+def sweep_figure(report: SweepReport, size: tuple[float, float]) -> Figure:
+    """Draw quality over cost in a figure of ``size``, in inches.
 
     Points that no other beats are filled and joined by a line; those that were refused are crosses.
     """
-    figure = Figure(figsize=(6.4, 4.0), layout="constrained")
+    figure = Figure(figsize=size, layout="constrained")
     axes = figure.add_subplot()
     measured = [point for point in report.points if point.quality is not None]
     _draw_original(axes, measured)
@@ -35,10 +44,7 @@ def draw_sweep(report: SweepReport) -> str:
     refused = [point for point in measured if point.refused is not None]
     _draw_points(axes, report, refused, color=_INK, marker="x", label="refused")
     _dress(axes, report, measured)
-    buffer = io.StringIO()
-    with rc_context({"svg.hashsalt": "hap-onnx"}):  # names of parts that do not change from run to run
-        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-    return buffer.getvalue()
+    return figure
 
 
 def _scale(metric: str) -> float:

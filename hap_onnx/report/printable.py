@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import unicodedata
+from collections.abc import Mapping
+from dataclasses import fields, is_dataclass, replace
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 _HARMFUL = frozenset(("Cc", "Cf", "Cs", "Zl", "Zp"))
 
@@ -19,6 +24,21 @@ def printable(text: str, *, keep: str = "") -> str:
         letter if letter in keep or unicodedata.category(letter) not in _HARMFUL else _escape(letter)
         for letter in text
     )
+
+
+def printable_parts(value: T) -> T:
+    """Return a report, or a part of one, with all its texts printable: names in it come from files."""
+    found: Any = value
+    if isinstance(value, str):
+        found = printable(value)
+    elif isinstance(value, (tuple, list)):
+        found = type(value)(map(printable_parts, value))
+    elif isinstance(value, Mapping):
+        found = {printable_parts(key): printable_parts(item) for key, item in value.items()}
+    elif is_dataclass(value) and not isinstance(value, type):
+        parts = {part.name: printable_parts(getattr(value, part.name)) for part in fields(value)}
+        found = replace(value, **parts)
+    return found
 
 
 def _escape(letter: str) -> str:

@@ -16,6 +16,18 @@ def cholesky(matrix: Tensor) -> Tensor:
 
     Raises ValueError if it is further from that than the largest ridge.
     """
+    root = _root(matrix)
+    if root is None:
+        raise ValueError("a covariance of the metric is not positive semidefinite: damp it (make_metric)")
+    return root
+
+
+def is_definite(matrix: Tensor) -> bool:
+    """Say whether ``cholesky`` finds a root of a stack of matrices, or of diagonals [g, n]."""
+    return bool((matrix > 0).all()) if matrix.ndim == 2 else _root(matrix) is not None
+
+
+def _root(matrix: Tensor) -> Tensor | None:
     mean = matrix.diagonal(dim1=1, dim2=2).mean(1)
     scale = torch.where(mean > 0, mean, 1)[:, None, None]
     identity = torch.eye(matrix.shape[1], dtype=matrix.dtype, device=matrix.device)
@@ -23,7 +35,7 @@ def cholesky(matrix: Tensor) -> Tensor:
         root, info = torch.linalg.cholesky_ex(matrix + ridge * scale * identity)
         if not info.any():
             return root
-    raise ValueError("a covariance of the metric is not positive semidefinite: damp it (make_metric)")
+    return None
 
 
 def eigh_descending(matrix: Tensor) -> tuple[Tensor, Tensor]:

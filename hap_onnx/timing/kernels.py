@@ -8,11 +8,12 @@ from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime as ort
 
-from hap_onnx.errors import ModelError
+from hap_onnx.errors import ModelError, ValidationError
 from hap_onnx.model.temporary import temporary_folder
 from hap_onnx.runtime.session import ORT_ERRORS, Model, explain, load
 
@@ -47,6 +48,7 @@ def time_kernels(
 
     Raises:
         ModelError: onnxruntime cannot load or run the model.
+        ValidationError: what the profiler wrote is not whole.
     """
     with temporary_folder("profile") as folder:
         prefix = f"{folder}/profile"
@@ -57,7 +59,7 @@ def time_kernels(
                 _run(session, feed)
         except ORT_ERRORS as error:
             raise ModelError(f"{_LABEL} does not run in onnxruntime: {explain(error)}") from error
-        events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
+        events = _read_events(Path(session.end_profiling()))
     durations: dict[tuple[str, str], list[float]] = defaultdict(list)
     for event in events:
         if event.get("cat") == "Node" and event["name"].endswith(_SUFFIX):
@@ -67,6 +69,16 @@ def time_kernels(
         Kernel(name, op_type, _middle_mean(np.array(times[1:] or times)))  # the first run warms up
         for (name, op_type), times in durations.items()
     )
+
+
+def _read_events(path: Path) -> list[dict[str, Any]]:
+    try:
+        events: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:  # onnxruntime itself does not say that it could not write
+        raise ValidationError(
+            f"the times of layers that onnxruntime wrote to {path} are not whole: is there room for them?"
+        ) from error
+    return events
 
 
 def time_run(session: ort.InferenceSession, feed: Mapping[str, np.ndarray], *, seconds: float) -> float:

@@ -127,7 +127,7 @@ def read_table(path: Path, machine: Machine) -> LatencyTable:
         content = json.loads(read_text(path))
     except FileNotFoundError:
         return LatencyTable(machine)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:  # also lists inside of lists
         raise ModelError(f"the latency table {path} cannot be read ({error}); name another") from error
     try:
         if content["schema"] != SCHEMA:
@@ -179,8 +179,9 @@ def _to_text(table: LatencyTable) -> str:
 class KeptTable:
     """A table, and the file in which it is kept, if there is one.
 
-    A table that nobody named may be lost, and is begun anew where it does not fit. In a cache are times of
-    single layers only: those of whole models would outlive the moment in which the machine was busy.
+    A table that nobody named may be lost, and is begun anew where it does not fit; of a cache that is no
+    news. In a cache are times of single layers only: those of whole models would outlive the moment in which
+    the machine was busy.
 
     Raises:
         UsageError, ModelError: see ``read_table``; not unless the table ``was_named``.
@@ -195,6 +196,7 @@ class KeptTable:
         is_cache: bool = False,
     ) -> None:
         self._path, self._is_cache, self._was_named = path, is_cache, was_named and not is_cache
+        self._level = logging.INFO if is_cache else logging.WARNING
         self._written = ""
         self.table = LatencyTable(machine)
         if path is not None:
@@ -203,7 +205,7 @@ class KeptTable:
             except (ModelError, UsageError) as error:
                 if self._was_named:
                     raise
-                _log.warning("not used: %s", error)
+                _log.log(self._level, "not used: %s", error)
 
     def save(self) -> None:
         """Write what was added, if anything was; raises ValidationError, but not for a cache."""
@@ -219,7 +221,7 @@ class KeptTable:
         except ValidationError as error:
             if self._was_named:
                 raise
-            _log.warning("times are not kept: %s", error)
+            _log.log(self._level, "times are not kept: %s", error)
 
 
 def _positive(value: float) -> float:

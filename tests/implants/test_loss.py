@@ -28,7 +28,7 @@ from hap_onnx.implants.loss import (
     weight_overrides,
 )
 from hap_onnx.model.model_io import load_model
-from hap_onnx.planning.curves import Fork, run_forks
+from hap_onnx.planning.curves import Fork, Measured, run_forks
 from hap_onnx.prepare import prepare
 from hap_onnx.surgery.grafting import insert_implants
 from tests.helpers import rand
@@ -125,6 +125,12 @@ def test_weights_and_biases_that_are_not_the_layers_own_stay() -> None:
     model = net.model("y")
     prepared = prepare(load_model(model), {"x": rand(2, 3, 6, 6)})
     assert explain_refusals(prepared)["make_b"] == f"its weight '{weight}' is used elsewhere, too"
+    net = Net()
+    broken = net.const(np.full((6, 6, 3, 3), np.inf, np.float32))
+    x = net.relu(net.conv("x", 3, 6, out="a"))
+    net.op("Where", net.const(np.array(True)), x, net.conv(x, 6, 6, weight=broken, out="b"), out="y")
+    prepared = prepare(load_model(net.model("y")), {"x": rand(2, 3, 6, 6)})
+    assert "holds NaN or infinity" in explain_refusals(prepared)["make_b"]
     net = Net()
     bias = net.rand(6)
     x = net.op("Conv", net.conv("x", 3, 6, out="a"), net.rand(6, 6, 3, 3), bias, out="b", pads=[1] * 4)
@@ -232,7 +238,7 @@ def test_measured_losses_are_those_of_models_that_compute_the_product() -> None:
         start = next(i for i, step in enumerate(twin.steps) if step.name == node.name)
         measured = run_forks(
             twin, one.subset, [Fork(("one", 3), start, overrides)], scales=one.scales, batch_size=64
-        )["one", 3]
+        )["one", 3].loss
         # By hand: the change of the layer, through the rest of the model, which is linear.
         x = next(iter(one.subset.batches(400))).inputs["x"].astype(np.float64)
         weights = [one.nodes[name].inputs[1].values.astype(np.float64) for name in ("make_a", "make_b")]
@@ -291,7 +297,7 @@ def test_outputs_that_are_not_finite_are_a_huge_loss(monkeypatch: pytest.MonkeyP
     for value in (np.nan, np.inf):
         monkeypatch.setattr(
             "hap_onnx.implants.loss.run_forks",
-            lambda twin, subset, forks, value=value, **options: {fork.key: value for fork in forks},
+            lambda twin, subset, forks, value=value, **options: {fork.key: Measured(value) for fork in forks},
         )
         for losses in measure(one).values():
             found = losses.correct(losses.predicted)

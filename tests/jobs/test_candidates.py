@@ -53,6 +53,22 @@ def timing(ratio: float) -> LatencyComparison:
     return LatencyComparison(1.0, ratio, ratio, ratio - 0.01, ratio + 0.01, 11, 1, "CPUExecutionProvider", 1)
 
 
+def test_the_original_runs_once_unless_its_outputs_are_large(monkeypatch: pytest.MonkeyPatch) -> None:
+    one = job()
+    graph = sketch(setting(one), one.budgets(macs=0.6)).finished()
+    twin, calls = one.prepared.twin, list[int]()
+    found = []
+    for limit, n_calls in ((candidates.KEPT_BYTES, 2), (0, 5)):
+        monkeypatch.setattr(candidates, "KEPT_BYTES", limit)
+        of = setting(one, batch_size=10)
+        hook = twin.register_forward_pre_hook(lambda *_: calls.append(1))
+        found += [distance(of, graph) for _ in range(2)]
+        hook.remove()
+        assert len(calls) == n_calls
+        calls.clear()
+    assert len(set(found)) == 1
+
+
 def test_the_distance_is_that_of_held_out_outputs() -> None:
     one = job()
     compressed = sketch(setting(one), one.budgets(macs=0.6))

@@ -99,6 +99,20 @@ def test_a_plan_gives_the_same_bytes_without_data(tmp_path, labelled, kind):
     assert report["then"]["compressed"]["bytes"] > report["after"]["bytes"]
 
 
+@pytest.mark.parametrize(("batch", "n"), [("N", 80), (1, 110)])
+def test_the_last_batch_may_be_short_and_batches_may_be_of_one_sample(tmp_path, batch, n):
+    model = write(tmp_path, residual_cnn(batch=batch))
+    report = compress(model, {"x": images(n)}, keep_macs=0.6, then="int8", **FAST | {"batch_size": 32})
+    assert report.then is not None
+    assert report.then.both.bytes < report.then.compressed.bytes
+
+
+def test_what_implants_add_to_a_small_file_does_not_make_its_size_unreachable(tmp_path, labelled):
+    report = compress(write(tmp_path), labelled, max_bytes=14_000, then="int8", **FULL | {"recover": "none"})
+    assert 8_000 < (tmp_path / "net.hap.onnx").stat().st_size <= 14_000
+    assert report.budget.reached["max_bytes"] <= 14_000
+
+
 @pytest.mark.slow
 def test_the_same_run_gives_the_same_bytes(tmp_path, labelled):
     model = write(tmp_path)

@@ -17,7 +17,8 @@ from sample_models import fix_speed, images, residual_cnn, timing, with_labels, 
 from sample_reports import FIDELITY, QUALITY
 
 import hap_onnx
-from hap_onnx import apply_plan, compress, sweep
+from hap_onnx import apply_plan, cli, compress, sweep
+from hap_onnx.config import flag_of
 from hap_onnx.errors import BudgetError, GateError, UsageError
 from hap_onnx.events import Event
 from hap_onnx.jobs import machine, rounds
@@ -333,6 +334,27 @@ def test_the_folder_of_something_else_is_refused_before_any_work(
         compress(model, data, sweep=True, **FAST)
     with pytest.raises(UsageError, match="at least one fraction"):
         sweep(model, data, sweep=False, **FAST)
+
+
+def test_the_folder_is_for_the_sweep_alone(
+    model: Path, data: dict[str, np.ndarray], tmp_path: Path
+) -> None:
+    """A report would take the place of a plan, and a work folder keep the next run out."""
+    folder = tmp_path / "s"
+    for again in (False, True):
+        if again:
+            sweep(model, data, sweep=(0.5,), output=folder, **FAST)
+        before = names_in(folder) if again else set()
+        for name, value in (
+            ("report", "keep-macs-0.50.json"), ("latency_table", "sweep.json"), ("work_dir", "."),
+            ("work_dir", "w"),
+        ):  # fmt: skip
+            flag = flag_of(name)
+            with pytest.raises(UsageError, match=f"{flag} .* lies in the folder of the sweep"):
+                sweep(model, data, sweep=(0.5,), output=folder, **{name: folder / value}, **FAST)
+            arguments = ["compress", str(model), "--data", "x.npz", "--sweep", "0.5", "-o", str(folder)]
+            assert cli.main([*arguments, flag, str(folder / value)]) == 2
+            assert (names_in(folder) if folder.exists() else set()) == before
 
 
 # --- which points are best ---

@@ -36,6 +36,12 @@ def test_reduction_equals_onnxruntime(op_type: str, axes: list[int] | None, keep
     check_node(op_type, x, given, constants=() if axes is None else (1,), opset=18, keepdims=keepdims)
 
 
+@pytest.mark.parametrize("op_type", ["ReduceSum", "ArgMax"])
+def test_only_a_one_keeps_dimensions_as_in_onnxruntime(op_type: str) -> None:
+    attributes = {"axes": [1]} if op_type == "ReduceSum" else {"axis": 1}
+    check_node(op_type, rand(2, 3, 4), opset=11, keepdims=7, **attributes)
+
+
 @pytest.mark.parametrize("op_type", REDUCTIONS)
 def test_reduction_of_no_axes_equals_onnxruntime(op_type: str) -> None:
     x = np.abs(rand(2, 3)) + 0.1

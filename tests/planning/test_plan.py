@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 import pytest
+import safetensors.numpy
 from helpers import make_coupling
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -23,6 +25,7 @@ from hap_onnx.planning.plan import (
     plan_hash,
     save_plan,
 )
+from tests.forks import run_fork
 
 # --- decisions ---
 
@@ -543,6 +546,30 @@ def test_saving_fails_cleanly(tmp_path: Path) -> None:
     with pytest.raises(ValidationError, match="cannot be written"):
         save_plan(make_plan(), tmp_path / "p.json")
     assert not [file.name for file in tmp_path.iterdir() if file.name.startswith(".")]
+
+
+def test_whoever_may_read_the_plan_may_read_its_weights(tmp_path: Path) -> None:
+    save_plan(make_plan(), tmp_path / "p.json")
+    modes = {(tmp_path / name).stat().st_mode & 0o777 for name in ("p.json", "p.safetensors")}
+    (tmp_path / "other").touch()
+    assert modes == {(tmp_path / "other").stat().st_mode & 0o777}
+
+
+def test_what_the_library_of_weights_had_begun_when_it_was_killed_is_removed(tmp_path: Path) -> None:
+    """It writes under names of its own, which say nothing."""
+
+    def save_and_die(tensors: object, path: Path) -> None:
+        Path(path).with_name(".tmpAbCdEf").write_bytes(b"half")
+        os._exit(7)
+
+    def work() -> None:
+        safetensors.numpy.save_file = save_and_die
+        save_plan(make_plan(), tmp_path / "p.json")
+
+    assert run_fork(work).code == 7
+    assert list(tmp_path.rglob(".tmpAbCdEf"))
+    save_plan(make_plan(), tmp_path / "p.json")
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["p.json", "p.safetensors"]
 
 
 def test_weights_of_rounds_are_kept_apart_whatever_their_names(tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from sample_models import images, residual_cnn
 from hap_onnx.errors import ModelError
 from hap_onnx.quantize import Recipe, carry_out, check_model_for, preview, upgrade_note
 from hap_onnx.quantize.int8 import calibrate
+from hap_onnx.quantize.recipe import CALIBRATIONS
 from hap_onnx.runtime.session import make_session
 from hap_onnx.runtime.soundness import check_model
 from tests.helpers import make_model, node, rand
@@ -77,6 +78,27 @@ def test_calibration_looks_at_all_samples():
     assert high == 100.0
     assert low == min(feed["x"].min() for feed in data)
     assert calibrate(model, data, method="percentile")["x"][1] <= 100.0
+
+
+@pytest.mark.parametrize("method", CALIBRATIONS)
+@pytest.mark.parametrize("n_feeds", [3, 8, 64, 70])
+def test_no_sample_is_lost_when_they_come_one_by_one(method, n_feeds):
+    data = feeds(n_feeds, size=1)
+    data[0]["x"][0, 0, 0, 0] = 50.0
+    low, high = calibrate(residual_cnn(batch=1), data, method=method)["x"]
+    if method == "minmax":
+        assert (low, high) == (min(feed["x"].min() for feed in data), 50.0)
+    else:
+        assert 4 < high <= 50.0
+
+
+@pytest.mark.parametrize("method", CALIBRATIONS)
+def test_feeds_may_differ_in_size(method):
+    together = calibrate(residual_cnn(), feeds(48, size=48), method=method)
+    apart = calibrate(residual_cnn(), feeds(48, size=32), method=method)
+    assert apart.keys() == together.keys()
+    for name, bounds in together.items():
+        assert apart[name] == pytest.approx(bounds, rel=0.02, abs=0.02)
 
 
 def test_percentiles_leave_out_what_is_rare():

@@ -363,6 +363,23 @@ def test_inputs_that_hardly_vary(spread: float) -> None:
     assert relative_error(run(graft(graph, found), x), run(graph, x)) < 1e-4
 
 
+@pytest.mark.parametrize("kind", ["full", "diagonal"])
+def test_what_varies_counts_beside_means_that_are_far_larger(kind: str) -> None:
+    """In second moments summed in float32 it is lost, and what is left is no covariance."""
+    x = (rand(8192, 4, seed=3) @ rand(4, 64, seed=4)).astype(np.float32)
+    x[:, :6] = 0.01 * x[:, :6] + np.linspace(11_111.1, 23_456.7, 6, dtype=np.float32)
+    weight = rand(64, 80, seed=1)
+    weight[:6] *= 1e-4
+    graph = graph_of(one_layer("Gemm", weight, 0))
+    spec = spec_of(graph, "make_y", "lowrank", 4)
+    if kind == "diagonal":
+        known = Metric(torch.ones(1, 64, dtype=torch.float64), spec.make_metric().gradients)
+        spec = replace(spec, make_metric=lambda: known)
+    found = refit_with(graph, graph.copy(), {"make_y": spec}, x, batch_size=8192)
+    ours, expected = run(graft(graph, found), x), run(graph, x)
+    assert relative_error(ours - ours.mean(0), expected - expected.mean(0)) < 0.02
+
+
 def test_diagonal_metrics_stay_diagonal() -> None:
     """With independent inputs the diagonal of the covariance is all of it."""
     x = (whiten(rand(300, 8)) * np.arange(1, 9)).astype(np.float32)

@@ -10,6 +10,7 @@ from hap_onnx.sensitivity.semidefinite import (
     add_gram,
     cholesky,
     eigh_descending,
+    is_definite,
     mirror_gram,
     ratio,
     scale_of,
@@ -37,6 +38,8 @@ def test_zero_has_a_root_and_a_negative_matrix_has_none() -> None:
     assert bool((cholesky(torch.zeros(1, 3, 3).double()).diagonal(dim1=1, dim2=2) > 0).all())
     with pytest.raises(ValueError, match="not positive semidefinite"):
         cholesky(-torch.eye(3).double()[None])
+    assert [is_definite(scale * torch.eye(3).double()[None]) for scale in (1, -1)] == [True, False]
+    assert [is_definite(torch.tensor([[1.0, x]])) for x in (1e-9, 0.0, -1.0)] == [True, False, False]
 
 
 def test_eigenvalues_descend_and_are_not_negative() -> None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
+
 import numpy as np
+import onnxruntime as ort
 import pytest
 from onnx import helper
 
-from hap_onnx.errors import ModelError
+from hap_onnx.errors import ModelError, ValidationError
 from hap_onnx.timing.kernels import time_kernels
 from tests.runtime.cases import build, x_of, y_of
 
@@ -34,3 +37,16 @@ def test_what_does_not_run_is_a_model_error() -> None:
         time_kernels(products(8), {"x": np.ones((64, 255), np.float32)}, **WHERE)
     with pytest.raises(ModelError, match="does not load"):
         time_kernels(build([helper.make_node("Nothing", ["x"], ["y"])], [x_of(1)], [y_of(1)]), {}, **WHERE)
+
+
+def test_a_profile_that_is_cut_off_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    end_profiling = ort.InferenceSession.end_profiling
+
+    def cut_off(session: ort.InferenceSession) -> str:
+        path = end_profiling(session)
+        os.truncate(path, os.path.getsize(path) // 2)  # as on a full disk, of which onnxruntime says nothing
+        return path
+
+    monkeypatch.setattr(ort.InferenceSession, "end_profiling", cut_off)
+    with pytest.raises(ValidationError, match="not whole: is there room for them"):
+        time_kernels(products(8), {"x": np.ones((64, 256), np.float32)}, **WHERE)

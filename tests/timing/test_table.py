@@ -82,9 +82,10 @@ def test_damaged_tables_are_refused(tmp_path: Path, change, message: str) -> Non
 
 def test_what_is_no_json_or_of_another_machine_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "t.json"
-    path.write_bytes(b"\xff\x00{")
-    with pytest.raises(ModelError, match="cannot be read"):
-        read_table(path, HERE)
+    for content in (b"\xff\x00{", b"[" * 200_000):
+        path.write_bytes(content)
+        with pytest.raises(ModelError, match="cannot be read"):
+            read_table(path, HERE)
     write_table(replace(example(), machine=replace(HERE, threads=4)), path)
     with pytest.raises(UsageError, match=r"measured with .* 4 threads .* --latency-table"):
         read_table(path, HERE)
@@ -105,6 +106,15 @@ def test_a_cache_keeps_layers_only_and_may_be_lost(tmp_path: Path) -> None:
     again = KeptTable(HERE, path, is_cache=True).table
     assert (again.times, again.models, again.comparisons) == ({"Gemm": {(1, 2): 3.0}}, {}, {})
     assert kept.table.comparisons, "the job itself still has them"
+
+
+def test_a_cache_that_does_not_fit_is_no_news(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "t.json"
+    for words, n_warnings in (({"is_cache": True}, 0), ({"was_named": False}, 1)):
+        path.write_text("no table")
+        caplog.clear()
+        KeptTable(HERE, path, **words)
+        assert len([entry for entry in caplog.records if entry.levelname == "WARNING"]) == n_warnings
 
 
 def test_only_a_table_that_was_named_must_be_writable(tmp_path: Path) -> None:

@@ -1,0 +1,42 @@
+"""A report as one HTML page that needs nothing else: no network, no scripts, no files beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from hap_onnx.report import AnalyzeReport, CompressReport, SweepReport, ValidateReport
+
+ReportOnPage = CompressReport | AnalyzeReport | SweepReport | ValidateReport
+
+
+def render_html(report: ReportOnPage, *, images: Mapping[int, bytes] | None = None) -> str:
+    """Return a report as a page; the same report gives the same text.
+
+    Importing what draws takes a moment, so that is done here.
+
+    Args:
+        images: PNG files by ``WorstSample.index``, shown beside the samples on which the models differ most.
+
+    Raises:
+        ValueError: if an image is no PNG file.
+    """
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    from hap_onnx.report.html.pages import make_page
+
+    environment = Environment(
+        loader=PackageLoader("hap_onnx.report.html", "."),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters["tight"] = _tight
+    page = make_page(report, images or {})
+    return environment.get_template("page.html.jinja").render(page=page)
+
+
+def _tight(text: str) -> str:
+    """Keep signs of per cent on the line of their number."""
+    return text.replace(" %", "\N{NO-BREAK SPACE}%")
