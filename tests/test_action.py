@@ -21,8 +21,6 @@ import pytest
 import yaml
 from helpers import make_model, node, rand
 
-from hap_onnx.config import COMMAND_OPTIONS
-
 ROOT = Path(__file__).parents[1]
 ACTION = yaml.safe_load((ROOT / "action.yml").read_text(encoding="utf-8"))
 STEPS = ACTION["runs"]["steps"]
@@ -329,10 +327,6 @@ def test_the_cache_depends_on_model_data_config_and_options(runner):
 # ---------------------------------------------------------------- with hap-onnx itself
 
 
-# Until the option is there.
-needs_summary = pytest.mark.skipif("summary" not in COMMAND_OPTIONS["validate"], reason="no --summary yet")
-
-
 @pytest.fixture
 def network(runner):
     """A model that can be compressed, data for it, and a damaged copy, in the workspace."""
@@ -349,7 +343,6 @@ def network(runner):
     return runner.workspace / "net.onnx"
 
 
-@needs_summary
 def test_a_model_is_compressed(runner, network):
     code = runner.run(
         install="false", model="net.onnx", data="calib.npz", keep_params="0.7", output="a $(b) 'c'.onnx",
@@ -371,7 +364,6 @@ def test_a_model_is_compressed(runner, network):
     assert Path(outputs["summary"]).read_text(encoding="utf-8") == text
 
 
-@needs_summary
 @pytest.mark.slow
 def test_a_gate_that_is_not_met_fails_the_step_with_its_figures(runner, network):
     code = runner.run(
@@ -388,7 +380,6 @@ def test_a_gate_that_is_not_met_fails_the_step_with_its_figures(runner, network)
     assert "**Nothing was written.** R2 drops by" in text
 
 
-@needs_summary
 @pytest.mark.parametrize(
     ("candidate", "code", "mark"),
     [pytest.param("net.onnx", 0, "✅", marks=pytest.mark.slow), ("bad.onnx", 3, "❌")],
