@@ -26,12 +26,13 @@ if TYPE_CHECKING:
         UsageError,
         ValidationError,
     )
-    from hap_onnx.pipeline import apply_plan, compress, inspect, load_twin, sweep, validate
-    from hap_onnx.report import CompressReport, InspectReport, SweepReport, ValidateReport
+    from hap_onnx.pipeline import analyze, apply_plan, compress, inspect, load_twin, sweep, validate
+    from hap_onnx.report import AnalyzeReport, CompressReport, InspectReport, SweepReport, ValidateReport
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "AnalyzeReport",
     "BudgetError",
     "CalibrationError",
     "CompressConfig",
@@ -47,6 +48,7 @@ __all__ = [
     "ValidateReport",
     "ValidationError",
     "__version__",
+    "analyze",
     "apply_plan",
     "compress",
     "inspect",
@@ -56,9 +58,9 @@ __all__ = [
 ]
 
 _HOMES = {
-    "hap_onnx.pipeline": ("apply_plan", "compress", "inspect", "load_twin", "sweep", "validate"),
+    "hap_onnx.pipeline": ("analyze", "apply_plan", "compress", "inspect", "load_twin", "sweep", "validate"),
     "hap_onnx.config": ("CompressConfig",),
-    "hap_onnx.report": ("CompressReport", "InspectReport", "SweepReport", "ValidateReport"),
+    "hap_onnx.report": ("AnalyzeReport", "CompressReport", "InspectReport", "SweepReport", "ValidateReport"),
     "hap_onnx.errors": tuple(name for name in __all__ if name.endswith("Error")),
 }
 

@@ -36,6 +36,7 @@ from hap_onnx.config import (
     flag_of,
     plan_weights_path,
     read_config,
+    reports_of,
 )
 from hap_onnx.crashes import speak_of_crashes
 from hap_onnx.errors import GateError, HapOnnxError, TargetError, ValidationError, is_out_of_memory
@@ -125,10 +126,13 @@ class Session:
             from hap_onnx import pipeline
         return pipeline
 
-    def load_plots(self) -> None:
+    def load_views(self, *, plot: bool = False, html: bool = False) -> None:
         """Import what draws, which else would be done in the middle of a job."""
         with self.signals.hold():
-            import hap_onnx.report.plot  # noqa: F401
+            if plot:
+                import hap_onnx.report.plot
+            if html:
+                import hap_onnx.report.html  # noqa: F401
 
     @contextmanager
     def events(self) -> Iterator[OnEvent]:
@@ -145,11 +149,15 @@ class Session:
             with _logging(self.verbose, printer.log_handler()):
                 yield on_event
 
-    def show(self, report: Report, *, as_json: bool) -> None:
-        """Print a report on stdout."""
+    def show(
+        self, report: Report, *, as_json: bool, data: Any = None, options: Mapping[str, Any] | None = None
+    ) -> None:
+        """Print a report on stdout, and what to run next after a command with this data and these options."""
+        from hap_onnx.report.advice import next_step
         from hap_onnx.report.render import render_json, render_report
 
-        text = render_json(report) if as_json else render_report(report, sys.stdout)
+        advice = None if self.quiet else next_step(report, data=data, options=options)
+        text = render_json(report) if as_json else render_report(report, sys.stdout, advice=advice)
         try:
             click.echo(text, nl=False)
             sys.stdout.flush()
@@ -355,6 +363,7 @@ DATA_HELP = (
     help="Make trained ONNX models smaller and faster, without their training code.\n\n"
     "\b\nThe usual way:\n"
     "  hap-onnx inspect  model.onnx                         what can shrink, and what cannot\n"
+    "  hap-onnx analyze  model.onnx --data calib/           what shrinking would cost, and where\n"
     "  hap-onnx compress model.onnx --data calib/           the smallest model within one point\n"
     "  hap-onnx compress model.onnx --data calib/ --keep-macs 0.5\n"
     "  hap-onnx validate model.onnx model.hap.onnx --data test/\n\n"
@@ -410,8 +419,7 @@ def compress(session: Session, model: Path, data: Path | None, config: Path | No
         session.left += f" at {output}"
         session.hint = f"; the same command goes on from {wanted.work_dir}"
     pipeline = session.load_pipeline()
-    if is_sweep:
-        session.load_plots()
+    session.load_views(plot=is_sweep, html=wanted.html is not None)
     function = pipeline.sweep if is_sweep else pipeline.compress
     try:
         with session.events() as on_event:
@@ -421,7 +429,7 @@ def compress(session: Session, model: Path, data: Path | None, config: Path | No
         if error.report is not None:  # the numbers behind the refusal
             session.show(error.report, as_json=wanted.json)
         raise
-    session.show(report, as_json=wanted.json)
+    session.show(report, as_json=wanted.json, data=data, options=given)
 
 
 def _counting(session: Session, folder: Path, on_event: OnEvent) -> OnEvent:
@@ -449,6 +457,22 @@ def _counting(session: Session, folder: Path, on_event: OnEvent) -> OnEvent:
 @_data_option(required=False, text=DATA_HELP)
 def inspect(session: Session, model: Path, data: Path | None, **options: Any) -> None:
     _report_only(session, "inspect", (model, data), options, inputs={"MODEL": model, "--data": data})
+
+
+@_command(
+    "analyze",
+    summary="Show how sensitive MODEL is to each channel group and layer, and what sizes would cost.\n\n"
+    "Changes nothing: channels are removed and layers replaced for trial only, one at a time, and the "
+    "outputs compared. With the same --work-dir, data and seed, 'hap-onnx compress' starts from what was "
+    "found here.",
+    examples="hap-onnx analyze model.onnx --data calib.npz\n"
+    "hap-onnx analyze model.onnx --data calib/ --html sensitivity.html --work-dir work\n"
+    "hap-onnx analyze model.onnx --data calib/ --sensitivity hutchinson --objective params --json",
+)
+@_MODEL
+@_data_option(required=True, text=DATA_HELP)
+def analyze(session: Session, model: Path, data: Path, **options: Any) -> None:
+    _report_only(session, "analyze", (model, data), options, inputs={"MODEL": model, "--data": data})
 
 
 @_command(
@@ -485,7 +509,9 @@ def validate(session: Session, reference: Path, candidate: Path, data: Path, **o
     return 0
 
 
-_LIBRARY_NAMES = {"inspect": "inspect", "apply": "apply_plan", "validate": "validate"}
+_LIBRARY_NAMES = {
+    "inspect": "inspect", "analyze": "analyze", "apply": "apply_plan", "validate": "validate",
+}  # fmt: skip
 
 
 def _report_only(
@@ -499,12 +525,13 @@ def _report_only(
     """Call the library's function of a command, show its report and return it."""
     given = _given(options, command=command)
     as_json = given.pop("json", False)
-    outputs = {flag_of(name): given[name] for name in ("output", "report") if name in given}
-    check_outputs(outputs, inputs=inputs)
+    outputs = {flag_of(name): given[name] for name in ("output", "latency_table") if name in given}
+    check_outputs({**outputs, **reports_of(given)}, inputs=inputs)
     function = getattr(session.load_pipeline(), _LIBRARY_NAMES[command])
+    session.load_views(html="html" in given)
     with session.events() as on_event:
         report = function(*positional, on_event=on_event, **given)
-    session.show(report, as_json=as_json)
+    session.show(report, as_json=as_json, data=inputs.get("--data"), options=given)
     return report
 
 
@@ -520,5 +547,5 @@ def explain_failure(report: ValidateReport) -> str:
     return "; ".join(reasons) or "see the report"
 
 
-for _each in (compress, inspect, apply, validate):
+for _each in (compress, inspect, analyze, apply, validate):
     cli.add_command(_each)

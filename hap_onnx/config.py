@@ -47,6 +47,9 @@ SWEEP_INDEX = "sweep.json"
 SWEEP_VIEWS = ("sweep.md", "sweep.svg")
 """What shows them; the index is written last."""
 
+REPORTS = ("report", "html", "summary")
+"""The options that name a file which the report goes to."""
+
 DEFAULT_MAX_DROP = 0.01
 DEFAULT_EPOCHS = 20
 
@@ -443,6 +446,17 @@ class CompressConfig:
     report: Path | None = _option(
         None, _check_path, "Write the report as JSON.", section="Output", metavar="FILE.json", is_path=True
     )
+    html: Path | None = _option(
+        None, _check_path, "Write the report as one page for a browser, with the sensitivities that the plan "
+        "goes by.", section="Output", metavar="FILE.html", is_path=True,
+    )  # fmt: skip
+    html_images: bool = _switch(
+        "Show in --html, as small pictures, the images that the two models differ most on.", section="Output"
+    )
+    summary: Path | None = _option(
+        None, _check_path, "Write the report as Markdown, for a job summary or a comment on a pull request.",
+        section="Output", metavar="FILE.md", is_path=True,
+    )  # fmt: skip
     save_plan: Path | None = _option(
         None, _check_path, "Write the plan, with a .safetensors file beside it, for 'hap-onnx apply'.",
         section="Output", metavar="FILE.json", is_path=True,
@@ -465,6 +479,8 @@ class CompressConfig:
         for option in fields(self):
             value = getattr(self, option.name)
             object.__setattr__(self, option.name, _check(option, value))
+        if self.html_images and self.html is None:
+            raise UsageError("--html-images shows pictures in a page: give it a name with --html")
         if self.sweep is not None:
             self._check_sweep_alone()
         elif self.max_drop == "none" and not self.has_budget:
@@ -503,6 +519,8 @@ class CompressConfig:
             raise UsageError(f"--sweep has budgets of its own: leave {given[0]} away")
         if self.rounds > 1:
             raise UsageError("--sweep looks at sensitivities once, --rounds does anew: leave one away")
+        if self.html_images:
+            raise UsageError("--sweep compares no single samples: leave --html-images away")
         for name in ("dry_run", "save_plan"):
             if getattr(self, name):
                 raise UsageError(f"--sweep writes plans, and only plans: leave {flag_of(name)} away")
@@ -519,7 +537,7 @@ class CompressConfig:
 
     def at_point(self, ratio: float, folder: Path) -> CompressConfig:
         """Return the config of the job that is one point of the sweep in ``folder``."""
-        words: dict[str, Any] = {self.swept: ratio, "sweep": None, "objective": None, "report": None}
+        words: dict[str, Any] = {self.swept: ratio, **dict.fromkeys(("sweep", "objective", *REPORTS))}
         output = folder / f"{point_name(self.swept, ratio)}.onnx"
         return replace(self, output=output, keep_rejected=False, **words)
 
@@ -572,10 +590,15 @@ COMMAND_OPTIONS: Mapping[str, tuple[str, ...]] = {
     "inspect": (
         "align", "exclude", "only", "preprocess", "max_samples", "batch_size", "seed", "report", "json",
     ),
+    "analyze": (
+        "objective", "metric", "method", "sensitivity", "probes", "align", "latency_table", "exclude", "only",
+        "preprocess", "max_samples", "batch_size", "device", "providers", "threads", "seed", *REPORTS,
+        "work_dir", "json",
+    ),
     "apply": ("output", "report", "json"),
     "validate": (
         "max_drop", "metric", "allow_slower", "preprocess", "max_samples", "batch_size", "providers",
-        "threads", "seed", "report", "json",
+        "threads", "seed", *REPORTS, "json",
     ),
 }  # fmt: skip
 
@@ -665,14 +688,22 @@ def plan_weights_path(plan: Path) -> Path:
     return plan.with_suffix(".safetensors")
 
 
-def files_of(config: CompressConfig, *, output: Path) -> dict[str, Path]:
+def reports_of(options: Mapping[str, Any]) -> dict[str, Path]:
+    """Return the files that the report goes to, by the option that asks for them."""
+    return {flag_of(name): options[name] for name in REPORTS if options.get(name) is not None}
+
+
+def files_of(config: CompressConfig, *, output: Path | None) -> dict[str, Path]:
     """Return all files that a job with this config may write, by the option that asks for them.
+
+    ``output`` is None where there is to be no model.
 
     The folder of a sweep is not among them: ``check_folder``.
     """
-    is_model = not config.dry_run and config.sweep is None
-    files = {"--output": output if is_model else None, "--report": config.report}
-    if config.keep_rejected and is_model:
+    is_model = not config.dry_run and config.sweep is None and output is not None
+    files = {"--output": output if is_model else None}
+    files |= reports_of({name: getattr(config, name) for name in REPORTS})
+    if config.keep_rejected and is_model and output is not None:
         files["--keep-rejected"] = rejected_path(output)
     if config.save_plan is not None:
         files["--save-plan"] = config.save_plan

@@ -51,6 +51,7 @@ from hap_onnx.model.weights import count_model_bytes
 from hap_onnx.planning.choose import Choice
 from hap_onnx.planning.plan import CompressionPlan, load_plan
 from hap_onnx.prepare import PreparedModel, make_probe, prepare
+from hap_onnx.report.files import write_reports
 from hap_onnx.report.summary import (
     facts_after,
     facts_before,
@@ -60,7 +61,6 @@ from hap_onnx.report.summary import (
     plan_summary,
     reached_budgets,
     recovery_summary,
-    write_report,
 )
 from hap_onnx.runtime.metrics import check_chance_level, choose_metric, compare_outputs
 from hap_onnx.runtime.session import Session, make_session, run_outputs
@@ -68,7 +68,7 @@ from hap_onnx.runtime.soundness import check_model
 from hap_onnx.sensitivity.curvature import to_tensors
 from hap_onnx.twin import Twin, build_twin, probe_shapes
 
-__all__ = ["apply_plan", "compress", "inspect", "load_twin", "sweep", "validate"]
+__all__ = ["analyze", "apply_plan", "compress", "inspect", "load_twin", "sweep", "validate"]
 
 _log = logging.getLogger(__name__)
 
@@ -76,7 +76,7 @@ MAX_PROVEN_BYTES = 2**30
 """Of larger models ``apply`` checks the file alone: ``compress`` has proven the plan, and memory is short."""
 
 
-# ---------------------------------------------------------------- compress, sweep
+# ---------------------------------------------------------------- compress, sweep, analyze
 
 
 def compress(
@@ -133,6 +133,30 @@ def sweep(
         return run_sweep(Job(model, data, config, output, on_event))
 
 
+def analyze(
+    model: str | Path | ModelProto, data: Any, *, on_event: OnEvent = ignore_event, **options: Any
+) -> reports.AnalyzeReport:
+    """Find how sensitive a model is to each channel group and each layer, and what sizes would cost.
+
+    Nothing is removed, and no model is written. The samples, the ranking and the plans are those of
+    ``compress`` with the same words, though plans do not ask whether an implant saves time (as with
+    ``allow_slower``) unless ``objective`` is latency. With the same ``work_dir`` a later ``compress`` starts
+    from the sensitivities that are found here.
+
+    Args:
+        options: ``objective``, ``metric``, ``method``, ``sensitivity``, ``probes``, ``align``,
+            ``latency_table``, ``exclude``, ``only``, ``preprocess``, ``max_samples``, ``batch_size``,
+            ``device``, ``providers``, ``threads``, ``seed``, ``report``, ``html``, ``summary``, ``work_dir``.
+
+    Raises:
+        ModelError, CalibrationError, UsageError, ValidationError: see ``compress``.
+    """
+    config = CompressConfig.from_options({**check_options(options, command="analyze"), "allow_slower": True})
+    check_outputs(files_of(config, output=None), inputs={"MODEL": model, "--data": data})
+    with use_threads(config.threads):
+        return Job(model, data, config, None, on_event).analyze()
+
+
 def _output_of(model: str | Path | ModelProto, config: CompressConfig) -> Path:
     if config.output is not None:
         return config.output
@@ -178,8 +202,7 @@ def inspect(
         str(model) if isinstance(model, (str, Path)) else "model in memory", prepared, words["align"]
     )
     on_event(Event("inspect", "commit"))
-    if words["report"] is not None:
-        write_report(words["report"], report)
+    write_reports(report, json=words["report"])
     return report
 
 
@@ -254,8 +277,7 @@ def apply_plan(
     def finish(path: Path) -> None:
         check_loads(path, None)
         on_event(Event("apply", "commit"))
-        if report is not None:
-            write_report(Path(report), result)
+        write_reports(result, json=None if report is None else Path(report))
 
     save_model(proto, target, external_data=source.external_data, check=finish)
     return result
@@ -378,8 +400,7 @@ def validate(
         latency=timing.facts(),
     )
     on_event(Event("validate", "commit"))
-    if words["report"] is not None:
-        write_report(words["report"], report)
+    write_reports(report, json=words["report"], html=words["html"], summary=words["summary"])
     return report
 
 

@@ -116,7 +116,7 @@ def compare_layers(
             forks.append(Fork((name, index), position[name], overrides))
         found.append((name, shape, rank, (predicted[0], predicted[1])))
     measured = run_forks(prepared.twin, held_out, forks, scales=scales, batch_size=BATCH_SIZE)
-    return [Comparison(*row, (measured[row[0], 0], measured[row[0], 1])) for row in found]
+    return [Comparison(*row, (measured[row[0], 0].loss, measured[row[0], 1].loss)) for row in found]
 
 
 def show(title: str, rows: Sequence[Comparison]) -> None:

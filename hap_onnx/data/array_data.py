@@ -20,6 +20,7 @@ from typing import Any, BinaryIO, Protocol, cast
 
 import numpy as np
 from numpy.lib import format as npy_format
+from PIL import Image
 
 from hap_onnx.data.preprocess import nearest_word
 from hap_onnx.errors import CalibrationError
@@ -210,6 +211,8 @@ class PackedArray:
 class ArraySource:
     """Samples made of arrays in one or more parts (files, or one dict); part order is sample order.
 
+    ``names`` are those of the files, where there are several.
+
     Checks names, types, shapes and counts when made, values in `drop_bad`.
     """
 
@@ -222,8 +225,9 @@ class ArraySource:
         inputs: Sequence[InputSpec],
         *,
         notes: Sequence[str] = (),
+        names: Sequence[str] = (),
     ) -> None:
-        self._inputs, self.notes = tuple(inputs), tuple(notes)
+        self._inputs, self.notes, self._names = tuple(inputs), tuple(notes), tuple(names)
         sizes = _FreeSizes(inputs)
         for arrays, _ in parts:
             for spec in inputs:
@@ -255,6 +259,23 @@ class ArraySource:
                     ] = values
         return out
 
+    def name_of(self, index: int) -> str | None:
+        """The file of a sample, with its place where the file has several; None where there is no choice."""
+        if not self._names:
+            return None
+        part = int(np.searchsorted(self._starts, index, side="right")) - 1
+        is_alone = self._starts[part + 1] - self._starts[part] == 1
+        return self._names[part] if is_alone else f"{self._names[part]}[{index - self._starts[part]}]"
+
+    def picture_of(self, index: int) -> Image.Image | None:
+        """The only input that looks like an image, its numbers in their own range; else None."""
+        found = [
+            picture
+            for values in self.read(np.array([index])).values()
+            if values.ndim == 4 and (picture := array_picture(values[0])) is not None
+        ]
+        return found[0] if len(found) == 1 else None
+
     def drop_bad(self, indices: np.ndarray) -> tuple[np.ndarray, tuple[str, ...]]:
         """All of ``indices`` and no notes. Raises CalibrationError on NaN, infinity or overflow."""
         for part, arrays in enumerate(self._parts):
@@ -262,6 +283,24 @@ class ArraySource:
             for spec in self._inputs:
                 _check_rows(spec, arrays[spec.name], rows - self._starts[part])
         return indices, ()
+
+
+def array_picture(array: np.ndarray) -> Image.Image | None:
+    """Show one input [C, H, W] or [H, W, C] with 1 or 3 channels, each of its numbers in its own range."""
+    if array.ndim != 3 or array.dtype.kind not in "fiu" or not array.size:
+        return None
+    if array.shape[0] in (1, 3):
+        array = np.moveaxis(array, 0, 2)
+    elif array.shape[2] not in (1, 3):
+        return None
+    if min(array.shape[:2]) < 4:  # a picture has some pixels
+        return None
+    values = array.astype(np.float64)
+    low, high = float(values.min()), float(values.max())
+    if not np.isfinite([low, high]).all():
+        return None
+    scaled = np.round((values - low) * (255 / (high - low) if high > low else 0.0)).astype(np.uint8)
+    return Image.fromarray(scaled[:, :, 0] if scaled.shape[2] == 1 else scaled)
 
 
 def len_of(array: StoredArray) -> int:

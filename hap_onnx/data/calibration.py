@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+from PIL import Image
 
 from hap_onnx.data.array_data import (
     ArraySource,
@@ -59,6 +60,10 @@ class _Source(Protocol):
 
     def drop_bad(self, indices: np.ndarray) -> tuple[np.ndarray, tuple[str, ...]]: ...
 
+    def name_of(self, index: int) -> str | None: ...
+
+    def picture_of(self, index: int) -> Image.Image | None: ...
+
 
 class Dataset:
     """Checked samples that can be read any number of times; make it with `open_dataset`.
@@ -92,6 +97,22 @@ class Dataset:
                 self._source.read(self._indices[chosen]),
                 None if self.labels is None else self.labels[chosen],
             )
+
+    def number_of(self, index: int) -> int:
+        """The place of sample ``index`` in the order of the data, from 0."""
+        return int(self._indices[index])
+
+    def name_of(self, index: int) -> str | None:
+        """The file of sample ``index``, with its place in it; None where all are in one file, or in none."""
+        return self._source.name_of(self.number_of(index))
+
+    def picture_of(self, index: int) -> Image.Image | None:
+        """Sample ``index`` as people see it: the image file, or an input that looks like an image; else None.
+
+        The numbers of an array are spread out over their own range: its brightness and its colours need not
+        be those that the picture once had. Raises CalibrationError when the file has gone.
+        """
+        return self._source.picture_of(self.number_of(index))
 
 
 @dataclass(frozen=True, eq=False)
@@ -270,6 +291,7 @@ def _open_array_folder(
         )
     notes: list[str] = []
     parts: list[tuple[dict[str, StoredArray], np.ndarray | None]] = []
+    names = [file.name for file in files]
     for file in files:
         if file.suffix.lower() == ".npy":
             parts.append(from_npy(file, inputs, spill=spill))
@@ -286,7 +308,7 @@ def _open_array_folder(
         notes = [f"{notes[0]} (and the like in {len(notes) - 1} more files)"]
     if others:
         notes.append(f"{folder}: {len(others)} other entries ignored ('{others[0].name}', ...)")
-    return ArraySource(parts, inputs, notes=notes)
+    return ArraySource(parts, inputs, notes=notes, names=names)
 
 
 def _open_image_folder(

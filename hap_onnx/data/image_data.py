@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
 from hap_onnx.data.array_data import Stamp
 from hap_onnx.data.preprocess import (
@@ -59,16 +60,25 @@ class ImageSource:
                     self._stamps[index].check(path.stat(), str(path))
                 images.append(preprocess_image(load_image(path), self._recipe))
             except (UnreadableImageError, OSError) as error:
-                raise CalibrationError(
-                    f"{path}: could be read at the start and cannot be read now ({error}); keep the data "
-                    "in place "
-                    "while hap-onnx runs."
-                ) from error
+                raise _gone(path, error) from error
         batch = np.stack(images)
         if not is_float(self._spec.dtype):
             limits = np.iinfo(self._spec.dtype)
             batch = batch.clip(limits.min, limits.max)
         return {self._spec.name: batch.astype(self._spec.dtype, copy=False)}
+
+    def name_of(self, index: int) -> str:
+        """The path of an image inside its folder."""
+        path = self._files[index]
+        return path.name if self.labels is None else f"{path.parent.name}/{path.name}"
+
+    def picture_of(self, index: int) -> Image.Image:
+        """The image as it is in the file. Raises CalibrationError."""
+        path = self._files[index]
+        try:
+            return load_image(path)
+        except (UnreadableImageError, OSError) as error:
+            raise _gone(path, error) from error
 
     def drop_bad(self, indices: np.ndarray) -> tuple[np.ndarray, tuple[str, ...]]:
         """``indices`` without unreadable images, and a note that counts them.
@@ -101,6 +111,13 @@ class ImageSource:
             )
         note = f"{len(bad)} of {len(indices)} images skipped because they cannot be read: {first}"
         return np.asarray(keep, dtype=np.int64), (note,)
+
+
+def _gone(path: Path, error: Exception) -> CalibrationError:
+    return CalibrationError(
+        f"{path}: could be read at the start and cannot be read now ({error}); keep the data in place while "
+        "hap-onnx runs."
+    )
 
 
 class _Sizes:

@@ -32,7 +32,7 @@ from hap_onnx.ops.implant import ImplantForm, implant_forms, is_of_implant
 from hap_onnx.ops.linear import LinearForm, linear_form
 from hap_onnx.planning.align import Align, allowed_widths
 from hap_onnx.planning.cost import LATENCY, N_METRICS, LayerTerms
-from hap_onnx.planning.curves import Fork, run_forks
+from hap_onnx.planning.curves import Fork, Measured, run_forks
 from hap_onnx.planning.times import NodeTimes
 from hap_onnx.prepare import PreparedModel
 from hap_onnx.sensitivity.curvature import LayerCurvature
@@ -69,7 +69,8 @@ class ImplantLayer:
 class ImplantLosses:
     """Curvature of a layer and how far its prediction was off where it was measured.
 
-    ``predicted`` ascends; ``ratios`` are measured / predicted at the same places, of ``measured_kind``.
+    ``predicted`` ascends; ``ratios`` are measured / predicted at the same places, of ``measured_kind``;
+    ``measured`` is what was measured, by rank of that kind.
     ``known`` remembers losses of all ranks by kind and positions left: what has been worked out once.
     """
 
@@ -79,6 +80,7 @@ class ImplantLosses:
     predicted: Floats
     ratios: Floats
     measured_kind: str = ""
+    measured: Mapping[int, Measured] = field(default_factory=dict)
     known: dict[tuple[str, bytes, bytes], Floats] = field(default_factory=dict, repr=False, compare=False)
 
     def correct(self, predicted: Floats) -> Floats:
@@ -259,14 +261,20 @@ def measure_implants(
     measured = run_forks(twin, subset, forks, scales=scales, batch_size=batch_size, on_event=on_event)
     for name in found:
         points = sorted(
-            (max(loss, _TINY), _within_bounds(measured[key]))
+            (max(loss, _TINY), _within_bounds(measured[key].loss))
             for key, loss in predicted.items()
             if key[0] == name
         )
         if points:
             p, m = np.array(points).T
             p = np.maximum.accumulate(p * (1 + 1e-9 * np.arange(len(p))))
-            found[name] = replace(found[name], predicted=p, ratios=m / p, measured_kind=kind_of[name])
+            found[name] = replace(
+                found[name],
+                predicted=p,
+                ratios=m / p,
+                measured_kind=kind_of[name],
+                measured={rank: measured[node, rank] for node, rank in predicted if node == name},
+            )
     return found
 
 
@@ -362,7 +370,7 @@ def implant_menu(
     32 channels on where a share below 1 says that time counts. ``times`` prices what they take.
     """
     form_of = {form.kind: form for form in losses.layer.forms if form.kind in kinds}
-    every = _losses_of_ranks(losses, form_of, outputs, inputs)
+    every = losses_of_ranks(losses, form_of, outputs, inputs)
     n_taps, (n_groups, n_outputs, n_features) = losses.layer.form.n_taps, losses.weight.shape
     n_in = n_features // n_taps if inputs is None else len(inputs)
     n_out = n_groups * n_outputs if outputs is None else len(outputs)
@@ -386,8 +394,11 @@ def implant_menu(
     return LayerMenu(losses.layer.node, tuple(choices), np.stack(coefficients), expected, plain)
 
 
-def _losses_of_ranks(
-    losses: ImplantLosses, forms: Mapping[str, ImplantForm], outputs: Ints | None, inputs: Ints | None
+def losses_of_ranks(
+    losses: ImplantLosses,
+    forms: Mapping[str, ImplantForm],
+    outputs: Ints | None = None,
+    inputs: Ints | None = None,
 ) -> dict[str, Floats]:
     """Predicted losses of all ranks of each kind that can be had, remembered: planning asks repeatedly."""
     n_groups, n_outputs, n_features = losses.weight.shape

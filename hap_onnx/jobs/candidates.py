@@ -19,7 +19,7 @@ from hap_onnx.errors import BudgetError
 from hap_onnx.events import Event, OnEvent, ignore_event
 from hap_onnx.jobs.carry_out import Compressed, CutModel, compress_layers, cut_model, refit_layers
 from hap_onnx.planning.align import Align
-from hap_onnx.planning.choose import choose, residual_groups
+from hap_onnx.planning.choose import Choice, choose, residual_groups
 from hap_onnx.planning.cost import LATENCY
 from hap_onnx.planning.curves import output_distance
 from hap_onnx.planning.decide import LossModel
@@ -115,8 +115,7 @@ def all_kinds(losses: LossModel) -> dict[str, dict[str, float]]:
 
 def sketch(setting: Setting, budgets: Budgets) -> Compressed:
     """Plan and cut only, by predicted times; raises BudgetError."""
-    limits = _absolute(setting, budgets)
-    return compress_layers(_plan(setting, limits, align=setting.align, whole=_whole(setting)))
+    return compress_layers(_plan(setting, budgets))
 
 
 def compress_to(setting: Setting, budgets: Budgets) -> Compressed:
@@ -173,13 +172,26 @@ def predicted_latency(setting: Setting) -> float:
     return float(cost.totals(cost.sizes)[LATENCY])
 
 
-def _plan(setting: Setting, budgets: Budgets, *, align: Align, whole: Collection[str]) -> CutModel:
-    prepared, losses = setting.prepared, setting.losses
+def choose_within(
+    setting: Setting, budgets: Budgets, *, align: Align | None = None, whole: Collection[str] | None = None
+) -> Choice:
+    """Plan by expected losses alone; ``budgets`` as ``compress_to`` takes them. Raises BudgetError.
+
+    ``align`` and ``whole`` are the setting's own unless they are given.
+    """
+    prepared, losses, limits = setting.prepared, setting.losses, _absolute(setting, budgets)
     if setting.preset == "paper":
-        choice = choose_by_threshold(prepared, losses, budgets, kinds=setting.kinds)
-    else:
-        choice = choose(prepared, losses, budgets, align=align, whole=whole, kinds=setting.kinds)
-    return cut_model(prepared, choice, losses.implants)
+        return choose_by_threshold(prepared, losses, limits, kinds=setting.kinds)
+    align = setting.align if align is None else align
+    whole = _whole(setting) if whole is None else whole
+    return choose(prepared, losses, limits, align=align, whole=whole, kinds=setting.kinds)
+
+
+def _plan(
+    setting: Setting, budgets: Budgets, *, align: Align | None = None, whole: Collection[str] | None = None
+) -> CutModel:
+    choice = choose_within(setting, budgets, align=align, whole=whole)
+    return cut_model(setting.prepared, choice, setting.losses.implants)
 
 
 def _plan_fast(setting: Setting, budgets: Budgets, *, whole: Collection[str]) -> tuple[CutModel, Compressed]:
@@ -233,7 +245,7 @@ def _plan_in_time(
     fits, too_slow = 0.0, inf  # the largest aim that was met so far, and the least that was not
     for _ in range(MAX_TIMED):
         try:
-            cut = _plan_at(setting, budgets, aim, whole=whole)
+            cut = _plan(setting, {**budgets, "latency": aim}, whole=whole)
         except BudgetError:
             if found:
                 break
@@ -267,22 +279,17 @@ def _plan_in_time(
     )
 
 
-def _plan_at(setting: Setting, budgets: Budgets, ratio: float, *, whole: Collection[str]) -> CutModel:
-    limits = _absolute(setting, {**budgets, "latency": ratio})
-    return _plan(setting, limits, align=setting.align, whole=whole)
-
-
 def _plan_least(
     setting: Setting, budgets: Budgets, too_low: float, *, whole: Collection[str]
 ) -> tuple[CutModel, float]:
     """Find the least predicted latency for which there is a plan; raises BudgetError if there is none."""
     high = setting.base_ratio
-    found = _plan_at(setting, budgets, high, whole=whole)
+    found = _plan(setting, {**budgets, "latency": high}, whole=whole)
     low = too_low
     for _ in range(N_BISECTIONS):
         middle = (low + high) / 2
         try:
-            found, high = _plan_at(setting, budgets, middle, whole=whole), middle
+            found, high = _plan(setting, {**budgets, "latency": middle}, whole=whole), middle
         except BudgetError:
             low = middle
     return found, high

@@ -10,7 +10,7 @@ from hap_onnx import report as reports
 from hap_onnx.implants.loss import ImplantLayer, explain_refusals, find_implant_layers
 from hap_onnx.model.measure import node_macs, weights_of
 from hap_onnx.planning.allocate import find_options
-from hap_onnx.planning.choose import head_groups, residual_groups
+from hap_onnx.planning.choose import group_roles
 from hap_onnx.planning.cost_graph import cost_model
 from hap_onnx.prepare import PreparedModel
 from hap_onnx.report.summary import facts_before, frozen_nodes, installed_versions
@@ -22,24 +22,18 @@ def inspect_report(label: str, prepared: PreparedModel, align: int | str) -> rep
     cost = cost_model(prepared.graph, coupling, prepared.shapes)
     options = find_options(coupling, align=align)
     before = facts_before(prepared)
-    sizes = np.array(cost.sizes, np.int64)
-    full = cost.totals(sizes) if len(sizes) else np.zeros(2, np.int64)
-    roles = dict.fromkeys(residual_groups(prepared), "residual")
-    roles |= dict.fromkeys(head_groups(prepared), "heads")
+    roles = group_roles(prepared)
     groups = []
-    for index, (group, option) in enumerate(zip(coupling.groups, options, strict=True)):
-        least = sizes.copy()
-        least[index] = 1
-        saved = full - cost.totals(least)
+    for group, option, saved in zip(coupling.groups, options, cost.savings().tolist(), strict=True):
         steps = np.diff(option.widths)
         groups.append(
             reports.GroupInfo(
                 name=group.name,
                 size=group.size,
-                role=roles.get(group.name, "inner"),
+                role=roles[group.name],
                 multiple=int(np.gcd.reduce(steps)) if len(steps) else group.size,
-                params=int(saved[0]),
-                macs=int(saved[1]),
+                params=saved[0],
+                macs=saved[1],
             )
         )
     kinds = {layer.node: layer for layer in find_implant_layers(prepared)}

@@ -7,7 +7,7 @@ import logging
 from collections.abc import Collection, Mapping
 from copy import copy
 from dataclasses import replace
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from hap_onnx.errors import BudgetError, CalibrationError, GateError, ModelError
 from hap_onnx.events import Event, OnEvent
 from hap_onnx.implants.loss import find_implant_layers
 from hap_onnx.jobs import hand_off
+from hap_onnx.jobs.analysis import analyse, objective_of, size_point, with_plan
 from hap_onnx.jobs.candidates import LATENCY_TOLERANCE, Budgets
 from hap_onnx.jobs.carry_out import Compressed
 from hap_onnx.jobs.machine import (
@@ -45,7 +46,8 @@ from hap_onnx.jobs.self_check import (
     run_both,
 )
 from hap_onnx.jobs.targets import SPARE_BYTES, params_within, search_smallest
-from hap_onnx.jobs.work_folder import WorkFolder, job_key
+from hap_onnx.jobs.work_folder import Keys, WorkFolder, work_keys
+from hap_onnx.jobs.worst import draw_worst, find_worst
 from hap_onnx.model.model_io import load_model, save_model
 from hap_onnx.model.saving import count_saved_bytes, make_folder
 from hap_onnx.model.temporary import remove_all_leftovers
@@ -54,6 +56,9 @@ from hap_onnx.planning.plan import CompressionPlan, save_plan
 from hap_onnx.planning.times import NodeTimes
 from hap_onnx.prepare import PreparedModel, prepare
 from hap_onnx.quantize import BYTES_PER_PARAM, check_model_for, preview, upgrade_note
+from hap_onnx.report.advice import LARGE_DROP
+from hap_onnx.report.analysis import Analysis, WorstSample
+from hap_onnx.report.files import write_reports
 from hap_onnx.report.summary import (
     facts_after,
     facts_before,
@@ -63,7 +68,6 @@ from hap_onnx.report.summary import (
     plan_summary,
     reached_budgets,
     recovery_summary,
-    write_report,
 )
 from hap_onnx.runtime.latency import LatencyComparison, latency_feed
 from hap_onnx.runtime.metrics import Metric, Quality, check_chance_level, choose_metric, compare_outputs
@@ -75,7 +79,6 @@ from hap_onnx.twin import Twin
 
 _log = logging.getLogger(__name__)
 
-LARGE_DROP = 0.02
 MAX_RESIZES = 3
 
 Outputs = Mapping[str, np.ndarray]
@@ -89,10 +92,19 @@ class Job:
         model: str | Path | ModelProto,
         data: Any,
         config: CompressConfig,
-        output: Path,
+        output: Path | None,
         on_event: OnEvent,
     ) -> None:
-        self.config, self.output, self.on_event = config, output, on_event
+        """Open the model and the data; ``output`` is None where no model is to be written."""
+        self.config, self._output = config, output
+        self.warnings: list[str] = []  # what readers of a summary should know, too
+
+        def tell(event: Event) -> None:
+            if event.kind == "warning":
+                self.warnings.append(event.message)
+            on_event(event)
+
+        self.on_event = tell
         self.clock = Stopwatch()
         self.label = str(model) if isinstance(model, (str, Path)) else "model in memory"
         with self.clock.stage("load"):
@@ -117,9 +129,9 @@ class Job:
                 device=pick_device(config.device),
             )
             self._check_twin()
-        key = ""  # without a work folder nothing is kept
+        keys = Keys("", "")  # without a work folder nothing is kept
         if config.work_dir is not None:
-            key = job_key(
+            keys = work_keys(
                 config, self.splits, self.source.sha256, installed_versions(), threads=torch.get_num_threads()
             )
         self.shop = Workshop(
@@ -130,9 +142,9 @@ class Job:
             batch_size=self.batch_size,
             time=self._time,
             time_nodes=self._time_nodes,
-            work=WorkFolder(config.work_dir, key),
+            work=WorkFolder(config.work_dir, keys.job, keys.losses),
             clock=self.clock,
-            on_event=on_event,
+            on_event=tell,
         )
         self.times = open_times(config, self.session, self.shop.work.latency_table())
         self.rounds = [Round(self.shop, self.prepared)]
@@ -141,10 +153,16 @@ class Job:
     def at(self, config: CompressConfig) -> Job:
         """The same job with other budgets: it shares the data, the original, sensitivities and the clock."""
         other = copy(self)
-        other.config, other.output = config, config.output or self.output
+        other.config, other._output = config, config.output or self._output
         other.shop = replace(self.shop, config=config, time=other._time, time_nodes=other._time_nodes)
         other.rounds = [self.rounds[0].at(other.shop)]
         return other
+
+    @property
+    def output(self) -> Path:
+        """Where the result goes."""
+        assert self._output is not None, "a job without an output writes no model"
+        return self._output
 
     def note(self, text: str, *, kind: str = "note") -> None:
         self.on_event(Event("compress", "warning" if kind == "warning" else "note", text))
@@ -265,6 +283,45 @@ class Job:
         with self.shop.work.lock():
             found = self._make()
         return self._finish(found)
+
+    def analyze(self) -> reports.AnalyzeReport:
+        """Find sensitivities, and plan for a family of budgets; nothing is cut."""
+        with self.shop.work.lock():
+            analysis = self._analysis
+        report = reports.AnalyzeReport(
+            model=self.label,
+            size=facts_before(self.prepared),
+            analysis=analysis,
+            frozen=frozen_nodes(self.prepared),
+            seconds=dict(self.clock.seconds),
+            seed=self.config.seed,
+            versions=installed_versions(),
+        )
+        self.commit()
+        self.write_reports(report)
+        return report
+
+    @cached_property
+    def _analysis(self) -> Analysis:
+        """What is known before a plan is made; a later round starts from another model."""
+        setting = self.rounds[0].setting
+        with self.clock.stage("analysis"):
+            return analyse(setting, objective=objective_of(self.config))
+
+    def _explained(self, candidate: Candidate, plan: reports.PlanSummary) -> Analysis:
+        """The analysis with what a candidate has made of it.
+
+        Losses of several rounds do not add up, since each is a distance to what the round started from: then
+        the plan is no point among the sizes.
+        """
+        chosen = None
+        if len(self.rounds) == 1:
+            objective = objective_of(self.config)
+            asked = getattr(self.config, f"keep_{objective}")
+            chosen = size_point(self.rounds[0].setting, candidate.compressed.choice, asked or 1.0)
+            if asked is None:  # searched for, or from another budget
+                chosen = replace(chosen, asked=getattr(chosen, f"{objective}_ratio"))
+        return with_plan(self._analysis, plan, chosen)
 
     def try_out(self) -> tuple[CompressionPlan, reports.CompressReport, TargetError | None]:
         """Make the model and measure it as if it were to be written.
@@ -496,6 +553,13 @@ class Job:
             return report
         report, gated = self._measure(candidate, plan, compressed, proto)
         self._gate(report, proto, gated)
+        quality = report.quality
+        if quality is not None and config.drop_limit is None and quality.drop > LARGE_DROP:
+            self.note(
+                f"{quality.metric} fell by {quality.drop:.4f}: keep more, or give --max-drop "
+                "to refuse such results",
+                kind="warning",
+            )
         with self.clock.stage("write"):
             report = replace(report, output=str(self.output))
 
@@ -508,13 +572,6 @@ class Job:
                 self._save_side_files(plan, report)
 
             save_model(proto, self.output, external_data=self.source.external_data, check=finish)
-        quality = report.quality
-        if quality is not None and config.drop_limit is None and quality.drop > LARGE_DROP:
-            self.note(
-                f"{quality.metric} fell by {quality.drop:.4f}: keep more, or give --max-drop "
-                "to refuse such results",
-                kind="warning",
-            )
         return report
 
     def _run_original(self) -> Outputs:
@@ -551,16 +608,24 @@ class Job:
             measured = self._metric_for(before, part).measure(before, after, part.labels)
             quality = judge_quality(measured, config.drop_limit)
             fidelity = compare_outputs(before, after)
+            worst = self._find_worst(before, after)
         timing = gated = self._time_session(session)
         if not hand_off.gains_from(config.then, session.provider):
             gated = self._time_session(whole)
         report = self._report(candidate, proto, quality=quality, fidelity=fidelity, timing=timing)
+        report = replace(report, worst=worst)
         if gated is not timing:  # what was asked of time is about the model before its conversion
             reached = {**report.budget.reached, "keep_latency": gated.ratio}
             report = replace(report, budget=replace(report.budget, reached=reached))
         if config.then is not None:
             report = replace(report, then=self._measure_steps(report, plan, compressed, proto, before))
         return report, gated
+
+    def _find_worst(self, before: Outputs, after: Outputs) -> tuple[WorstSample, ...]:
+        if self.config.html is None:
+            return ()
+        scores = self._metric_for(before, self.splits.report).output or self.scores
+        return find_worst(before, after, self.splits.report, scales=self.scales, scores=scores)
 
     def _measure_steps(
         self,
@@ -637,8 +702,7 @@ class Job:
                 check=lambda path: self.commit(),
             )
         error.report = replace(report, output=None)
-        if config.report is not None:
-            write_report(config.report, error.report)
+        self.write_reports(error.report, refusal=str(error))
 
     def _report(
         self,
@@ -662,6 +726,7 @@ class Job:
             for name in BUDGETS
             if (value := getattr(config, name)) is not None
         }
+        plan = plan_summary([one.prepared for one in self.rounds], candidate.plan)
         return reports.CompressReport(
             model=self.label,
             output=None,
@@ -669,7 +734,7 @@ class Job:
             after=after,
             quality=quality,
             fidelity=fidelity,
-            plan=plan_summary([one.prepared for one in self.rounds], candidate.plan),
+            plan=plan,
             frozen=frozen_nodes(prepared),
             budget=reports.Budget(asked=asked, reached=reached_budgets(before, after, latency)),
             seconds=dict(self.clock.seconds),
@@ -677,13 +742,26 @@ class Job:
             versions=installed_versions(),
             recovery=recovery_summary(candidate.plan),
             latency=latency,
+            analysis=self._explained(candidate, plan) if config.html is not None else None,
         )
 
     def _save_side_files(self, plan: CompressionPlan, report: reports.CompressReport) -> None:
         if self.config.save_plan is not None:
             save_plan(plan, self.config.save_plan)
-        if self.config.report is not None:
-            write_report(self.config.report, report)
+        self.write_reports(report)
+
+    def write_reports(self, report: reports.Report, *, refusal: str | None = None) -> None:
+        """Write the report to all files that were asked for; raises ValidationError."""
+        worst = report.worst if isinstance(report, reports.CompressReport) else ()
+        write_reports(
+            report,
+            json=self.config.report,
+            html=self.config.html,
+            summary=self.config.summary,
+            images=lambda: draw_worst(worst, self.splits.report) if self.config.html_images else {},
+            refusal=refusal,
+            warnings=self.warnings,
+        )
 
 
 def _refuse_chance(metric: Metric, outputs: Outputs, part: Subset) -> None:

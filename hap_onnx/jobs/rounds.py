@@ -11,6 +11,7 @@ import logging
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
 
 import hap_onnx
 from hap_onnx.config import CompressConfig
@@ -27,6 +28,7 @@ from hap_onnx.planning.align import Align, Blocks
 from hap_onnx.planning.choose import Choice, moved_tensors, predicted_losses
 from hap_onnx.planning.cost_graph import cost_model
 from hap_onnx.planning.decide import LossModel, build_loss_model, with_times
+from hap_onnx.planning.kept import load_losses, save_losses
 from hap_onnx.planning.plan import CompressionPlan
 from hap_onnx.planning.times import NodeTimes
 from hap_onnx.prepare import PreparedModel
@@ -114,19 +116,40 @@ class Round:
         """What removing channels and replacing layers is expected to cost."""
         if self._first is not None:
             return self._first.losses
+        # What later rounds start from is made on the way, and seldom twice.
+        kept = self.shop.work.losses() if not self.earlier else None
+        with self.shop.clock.stage("sensitivity"):
+            losses = self._kept_losses(kept)
+            if losses is None:
+                losses = self._find_losses()
+                if kept is not None:
+                    save_losses(losses, kept)
+        return losses
+
+    def _kept_losses(self, path: Path | None) -> LossModel | None:
+        if path is None or not path.is_file():
+            return None
+        try:
+            losses = load_losses(path, self.prepared)
+        except ModelError as error:
+            _log.warning("not used: %s", error)
+            return None
+        self.shop.note(f"sensitivities are those of an earlier run, from {path}")
+        return losses
+
+    def _find_losses(self) -> LossModel:
         shop, config = self.shop, self.shop.config
-        with shop.clock.stage("sensitivity"):
-            return build_loss_model(
-                self.prepared,
-                shop.few(shop.splits.calibrate),
-                sensitivity=config.ranking,
-                scales=shop.scales,
-                batch_size=shop.batch_size,
-                n_probes=config.probes,
-                seed=config.seed,
-                with_implants=config.method != "prune",
-                on_event=shop.on_event,
-            )
+        return build_loss_model(
+            self.prepared,
+            shop.few(shop.splits.calibrate),
+            sensitivity=config.ranking,
+            scales=shop.scales,
+            batch_size=shop.batch_size,
+            n_probes=config.probes,
+            seed=config.seed,
+            with_implants=config.method != "prune",
+            on_event=shop.on_event,
+        )
 
     @cached_property
     def setting(self) -> Setting:

@@ -22,7 +22,7 @@ from hap_onnx.model.temporary import remove_all_leftovers
 from hap_onnx.planning.plan import save_plan
 from hap_onnx.report.markdown import render_sweep_markdown
 from hap_onnx.report.render import render_json
-from hap_onnx.report.summary import facts_before, installed_versions, write_report
+from hap_onnx.report.summary import facts_before, installed_versions
 
 _log = logging.getLogger(__name__)
 
@@ -62,17 +62,22 @@ def run_sweep(job: Job) -> reports.SweepReport:
             if report.complete:  # the index that says so comes last
                 report = report if folder.is_begun else replace(report, output=None)
                 job.commit()
-                if config.report is not None:
-                    write_report(config.report, report)
+                why = _none_is_met(config, refusals) if len(refusals) == len(points) else None
+                job.write_reports(report, refusal=why)
             if folder.is_begun:
                 folder.write_index(report)
     if len(refusals) == len(points):
-        first = f"at {point_name(config.swept, config.sweep[0])}, {refusals[0]}"
-        more = f" (and {len(points) - 1} more, see the table)" if len(points) > 1 else ""
-        refusal = type(refusals[0])(f"no point of the sweep is met: {first}{more}")
-        refusal.report = report
-        raise refusal
+        none_met = type(refusals[0])(_none_is_met(config, refusals))
+        none_met.report = report
+        raise none_met
     return report
+
+
+def _none_is_met(config: CompressConfig, refusals: Sequence[TargetError]) -> str:
+    assert config.sweep is not None
+    first = f"at {point_name(config.swept, config.sweep[0])}, {refusals[0]}"
+    more = f" (and {len(refusals) - 1} more, see the table)" if len(refusals) > 1 else ""
+    return f"no point of the sweep is met: {first}{more}"
 
 
 class SweepFolder:

@@ -1,7 +1,8 @@
 """What an interrupted job has finished, kept in ``--work-dir`` for the next one with the same words.
 
 A job has a folder of its own there, named after all that its candidates depend on: the model, the data, the
-options, the versions. Other words mean another folder, so nothing is ever mixed up.
+options, the versions. Other words mean another folder, so nothing is ever mixed up. Sensitivities depend on
+fewer words, and lie beside these folders for all jobs that need the same.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from filelock import FileLock, Timeout
@@ -21,6 +22,7 @@ from filelock import FileLock, Timeout
 from hap_onnx.config import BUDGETS, CompressConfig
 from hap_onnx.data.calibration import Splits, Subset
 from hap_onnx.errors import ModelError, ValidationError
+from hap_onnx.jobs.machine import pick_device
 from hap_onnx.model.saving import make_folder
 from hap_onnx.model.temporary import remove_all_leftovers
 from hap_onnx.planning.plan import CompressionPlan, load_plan, save_plan
@@ -28,16 +30,28 @@ from hap_onnx.planning.plan import CompressionPlan, load_plan, save_plan
 _log = logging.getLogger(__name__)
 
 _NO_MATTER = (  # to what a candidate is; budgets are part of its name
-    "output", "report", "save_plan", "work_dir", "dry_run", "json", "keep_rejected", "val", "max_drop",
-    "latency_table", "objective", "sweep", "then", *BUDGETS,
+    "output", "report", "html", "html_images", "summary", "save_plan", "work_dir", "dry_run", "json",
+    "keep_rejected", "val", "max_drop", "latency_table", "objective", "sweep", "then", *BUDGETS,
 )  # fmt: skip
+
+
+_OF_LOSSES = ("ranking", "probes", "exclude", "only", "seed")
+"""Of a config: what sensitivities depend on, apart from the data and whether there are implants."""
+
+
+class Keys(NamedTuple):
+    """16 hex digits each, for all that the candidates of a job depend on, and for all that losses do."""
+
+    job: str
+    losses: str
 
 
 class WorkFolder:
     """Plans of finished candidates, and folders for training; without a path nothing is kept."""
 
-    def __init__(self, work_dir: Path | None, key: str) -> None:
+    def __init__(self, work_dir: Path | None, key: str, losses_key: str = "") -> None:
         self._path = None if work_dir is None else work_dir / key
+        self._losses_key = losses_key
         self.key = key
 
     @contextmanager
@@ -91,6 +105,13 @@ class WorkFolder:
         if path is not None:
             shutil.rmtree(path, ignore_errors=True)
 
+    def losses(self) -> Path | None:
+        """Where sensitivities are kept, for this job and all others that need the same."""
+        if self._path is None or not self._losses_key:
+            return None
+        make_folder(self._path.parent)
+        return self._path.parent / f"losses-{self._losses_key}.safetensors"
+
     def latency_table(self) -> Path | None:
         """Where times are kept, so that a job that goes on plans as it would have done."""
         return None if self._path is None else self._file("latency")
@@ -100,25 +121,32 @@ class WorkFolder:
         return self._path / f"{name}.json"
 
 
-def job_key(
+def work_keys(
     config: CompressConfig, splits: Splits, sha256: str, versions: Mapping[str, str], **more: Any
-) -> str:
-    """Return 16 hex digits for all that the candidates of a job depend on, apart from their budgets.
+) -> Keys:
+    """Return the names under which a job, and its sensitivities, are kept. Budgets do not matter to them.
 
     All samples are read for it.
     """
+    calibrate, choose = _hash_samples(splits.calibrate), _hash_samples(splits.choose)
     words = {name: value for name, value in config.to_dict().items() if name not in _NO_MATTER}
-    digest = hashlib.sha256(json.dumps([words, sha256, dict(versions), more], sort_keys=True).encode())
-    for part in (splits.calibrate, splits.choose):
-        _add_samples(digest, part)
-    return digest.hexdigest()[:16]
+    of_losses = {name: getattr(config, name) for name in _OF_LOSSES}
+    of_losses |= {"batch_size": config.batch_size, "with_implants": config.method != "prune"}
+    of_losses |= {"device": pick_device(config.device)}
+    common = [sha256, dict(versions), more, calibrate]
+    return Keys(_key([words, *common, choose]), _key([of_losses, *common]))
 
 
-def _add_samples(digest: Any, part: Subset) -> None:
-    digest.update(np.ascontiguousarray(part.indices).tobytes())
+def _key(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _hash_samples(part: Subset) -> str:
+    digest = hashlib.sha256(np.ascontiguousarray(part.indices).tobytes())
     if part.labels is not None:
         digest.update(np.ascontiguousarray(part.labels).tobytes())
     for batch in part.batches(64):
         for name, values in sorted(batch.inputs.items()):
             digest.update(repr((name, values.dtype.str, values.shape)).encode())
             digest.update(np.ascontiguousarray(values).tobytes())
+    return digest.hexdigest()

@@ -219,6 +219,13 @@ def predicted_losses(model: LossModel, decisions: tuple[GroupDecision, ...]) -> 
     }
 
 
+def group_roles(prepared: PreparedModel) -> dict[str, str]:
+    """Say of each group, by name, what it is: ``inner``, ``residual`` or ``heads``."""
+    roles = {group.name: "inner" for group in prepared.coupling.groups}
+    roles |= dict.fromkeys(residual_groups(prepared), "residual")
+    return roles | dict.fromkeys(head_groups(prepared), "heads")
+
+
 def residual_groups(prepared: PreparedModel) -> frozenset[str]:
     """Groups that several nodes produce: the channels of residual streams, which every later layer reads."""
     several = {group.name for group in prepared.coupling.groups if len(group.producers) > 1}

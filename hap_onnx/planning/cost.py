@@ -134,6 +134,13 @@ class CostModel:
         """Count the multiply-accumulates at the probe shape at these widths."""
         return int(self.totals(widths)[MACS])
 
+    def savings(self) -> Ints:
+        """Return what each group saves if all but one of its channels go [n_groups, n_metrics]."""
+        sizes = np.array(self.sizes, np.int64)
+        widths = np.tile(sizes, (len(sizes), 1))
+        np.fill_diagonal(widths, np.minimum(sizes, 1))
+        return self.totals(sizes) - self.totals(widths)
+
     def totals(self, widths: Sequence[int] | Ints, coefficients: Ints | None = None) -> Ints:
         """Return all costs [..., n_metrics] for widths [..., n_groups].
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from math import inf, nan, sqrt
 
 import numpy as np
 import onnx_graphsurgeon as gs
@@ -41,31 +42,57 @@ Masks = Mapping[tuple[str, int], tuple[int, Tensor]]
 class GroupRanking:
     """The order in which elements of a group go (indices into ``group.elements``) and the predicted loss.
 
-    ``loss[k]`` is the loss after k removals, [size + 1].
+    ``loss[k]`` is the loss after k removals, [size + 1]. ``score`` is the mean of its elements' scores, where
+    these rank them and all are finite. ``score_error`` is the mean of their standard errors: the error of the
+    mean is at most that, however the errors of elements, which share random vectors and samples, go together.
     """
 
     group: str
     order: NDArray[np.int64]
     loss: NDArray[np.float64]
+    score: float | None = None
+    score_error: float | None = None
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A loss that was measured: its mean over samples, and the standard error of that mean.
+
+    The error is NaN where it is not known: of one sample, or where outputs do not tell samples apart.
+    """
+
+    loss: float
+    std_error: float = nan
 
 
 @dataclass(frozen=True)
 class GroupCurve:
-    """``loss[w]``: expected loss when w elements stay, [size + 1]; ``measured``: {width: measured loss}."""
+    """``loss[w]``: expected loss when w elements stay, [size + 1]; ``measured``: by width."""
 
     group: str
     loss: NDArray[np.float64]
-    measured: Mapping[int, float]
+    measured: Mapping[int, Measured]
 
 
-def rank_by_score(group: ChannelGroup, score: NDArray[np.float64]) -> GroupRanking:
-    """Order the elements of a group by their score; losses add up."""
+def rank_by_score(
+    group: ChannelGroup, score: NDArray[np.float64], *, std_error: NDArray[np.float64] | None = None
+) -> GroupRanking:
+    """Order the elements of a group by their score; losses add up.
+
+    ``std_error`` is that of the scores; without it the scores serve to rank, and are not told.
+    """
     own = np.maximum(score[group.elements], 0.0)
     # What no gradient reaches scores infinity: it goes last, at a loss that dwarfs the rest but adds up.
     finite = own[np.isfinite(own)]
     own = np.where(np.isfinite(own), own, 1e3 * finite.sum() + 1.0)
     order = np.argsort(own, kind="stable")
-    return GroupRanking(group.name, order, np.concatenate([[0.0], np.cumsum(own[order])]))
+    loss = np.concatenate([[0.0], np.cumsum(own[order])])
+    if std_error is None or len(finite) < len(own) or not len(own):
+        return GroupRanking(group.name, order, loss)
+    error = float(std_error[group.elements].mean())
+    return GroupRanking(
+        group.name, order, loss, float(score[group.elements].mean()), error if np.isfinite(error) else None
+    )
 
 
 def measure_curves(
@@ -132,7 +159,7 @@ def run_forks(
     scales: Mapping[str, float],
     batch_size: int,
     on_event: OnEvent = ignore_event,
-) -> dict[tuple[str, int], float]:
+) -> dict[tuple[str, int], Measured]:
     """Return the distance of the outputs to the original's for each fork, per sample, by its key.
 
     The model runs once per batch, and each fork from its first changed step on; memory is that of one batch.
@@ -143,10 +170,26 @@ def run_forks(
         by_start.setdefault(fork.start, []).append(fork)
     n_batches = -(-subset.n_samples // batch_size)
     sums = {fork.key: 0.0 for fork in forks}
+    squares = {fork.key: 0.0 for fork in forks}
     work = _run_all(twin, subset, by_start, scales=scales, batch_size=batch_size)
-    for key, loss in track(work, stage="measure", total=n_batches * max(1, len(forks)), on_event=on_event):
+    for key, loss, square in track(
+        work, stage="measure", total=n_batches * max(1, len(forks)), on_event=on_event
+    ):
         sums[key] += loss
-    return {key: total / subset.n_samples for key, total in sums.items()}
+        squares[key] += square
+    n_samples = subset.n_samples
+    return {
+        key: Measured(total / n_samples, _std_error(total, squares[key], n_samples))
+        for key, total in sums.items()
+    }
+
+
+def _std_error(total: float, squares: float, n_samples: int) -> float:
+    """Of the mean of numbers with this sum and this sum of squares; NaN where it is not known."""
+    if n_samples < 2 or not squares < inf:
+        return nan
+    variance = (squares - total * total / n_samples) / (n_samples - 1)
+    return sqrt(max(variance, 0.0) / n_samples)
 
 
 def _run_all(
@@ -156,19 +199,21 @@ def _run_all(
     *,
     scales: Mapping[str, float],
     batch_size: int,
-) -> Iterator[tuple[tuple[str, int], float]]:
-    """Run all forks of all batches; yields the key of each and its loss, summed over the batch."""
+) -> Iterator[tuple[tuple[str, int], float, float]]:
+    """Run all forks of all batches; yields the key of each, its loss and the square, summed over samples."""
     if not forks:
         return
     with torch.no_grad():
         for batch in subset.batches(batch_size):
             inputs = to_tensors(batch.inputs, twin)
             expected = twin(inputs)
+            n_samples = len(next(iter(batch.inputs.values())))
             values: dict[str, Tensor] = dict(inputs)
             for index, step in enumerate(twin.steps):
                 for fork in forks.get(index, ()):
                     outputs = _run_from(twin, index, values, fork)
-                    yield fork.key, output_distance(outputs, expected, scales)
+                    loss = output_distance(outputs, expected, scales)
+                    yield fork.key, loss, _sum_of_squares(outputs, expected, scales, n_samples=n_samples)
                 _advance(twin, step, values)
 
 
@@ -180,6 +225,23 @@ def output_distance(
         float((scale**2) * 0.5 * (outputs[name] - expected[name]).double().square().sum())
         for name, scale in scales.items()
     )
+
+
+def _sum_of_squares(
+    outputs: Mapping[str, Tensor],
+    expected: Mapping[str, Tensor],
+    scales: Mapping[str, float],
+    *,
+    n_samples: int,
+) -> float:
+    """Squares of the samples' own distances, summed; NaN where an output does not tell samples apart."""
+    if any(expected[name].shape[:1] != (n_samples,) for name in scales):
+        return nan
+    own = torch.zeros(n_samples, dtype=torch.float64)
+    for name, scale in scales.items():
+        wrong = (outputs[name] - expected[name]).double().square().reshape(n_samples, -1).sum(1)
+        own += (scale**2) * 0.5 * wrong.cpu()
+    return float(own.square().sum())
 
 
 def _run_from(twin: Twin, start: int, values: Mapping[str, Tensor], fork: Fork) -> dict[str, Tensor]:
@@ -249,14 +311,14 @@ def _masks(
     return masks
 
 
-def _correct(ranking: GroupRanking, measured: Mapping[int, float]) -> GroupCurve:
+def _correct(ranking: GroupRanking, measured: Mapping[int, Measured]) -> GroupCurve:
     """Scale the predicted curve so that it passes through the measured points."""
     size = len(ranking.order)
     predicted = ranking.loss[::-1]  # by width
     if not measured:
         return GroupCurve(ranking.group, predicted.copy(), {})
     widths = np.array(sorted(measured))
-    losses = np.array([max(measured[int(width)], _TINY) for width in widths])
+    losses = np.array([max(measured[int(width)].loss, _TINY) for width in widths])
     floor = _TINY + 1e-9 * float(predicted.max(initial=0.0))
     ratios = np.log(losses) - np.log(predicted[widths] + floor)
     every = np.arange(size + 1)

@@ -37,13 +37,17 @@ MAX_MEASURED_MACS = 5e12
 class LossModel:
     """What removing channels and replacing layers is expected to cost, and what it saves.
 
-    ``implants`` holds the layers that may be replaced, by node; ``times`` what nodes take, where that counts.
+    ``sensitivity`` names what channels are ranked by, and ``n_measured`` says on how many samples losses were
+    measured. ``implants`` holds the layers that may be replaced, by node; ``times`` what nodes take, where
+    that counts.
     """
 
     rankings: tuple[GroupRanking, ...]
     curves: tuple[GroupCurve, ...]
     cost: CostModel
     removable: frozenset[str]
+    sensitivity: str
+    n_measured: int
     implants: Mapping[str, ImplantLosses] = field(default_factory=dict)
     times: NodeTimes | None = None
 
@@ -66,8 +70,10 @@ def rank_groups(
     coupling, twin = prepared.coupling, prepared.twin
     nodes = {node.name: node for node in prepared.graph.nodes}
     if name != "obs":
-        score = estimate(name, twin, coupling, subset, options=options).mean
-        return tuple(rank_by_score(group, score) for group in coupling.groups)
+        scores = estimate(name, twin, coupling, subset, options=options)
+        return tuple(
+            rank_by_score(group, scores.mean, std_error=scores.std_error) for group in coupling.groups
+        )
     rankings = []
     fallback: NDArray[np.float64] | None = None
     for group in coupling.groups:
@@ -139,11 +145,34 @@ def build_loss_model(
         batch_size=batch_size,
         on_event=on_event,
     )
+    return loss_model(
+        prepared,
+        rankings,
+        curves,
+        implants,
+        sensitivity=DEFAULT_SENSITIVITY if sensitivity == "auto" else sensitivity,
+        n_measured=measured.n_samples,
+    )
+
+
+def loss_model(
+    prepared: PreparedModel,
+    rankings: tuple[GroupRanking, ...],
+    curves: tuple[GroupCurve, ...],
+    implants: Mapping[str, ImplantLosses],
+    *,
+    sensitivity: str,
+    n_measured: int,
+) -> LossModel:
+    """Put what was found out by data beside what the choices save, which needs none."""
+    graph, coupling = prepared.graph, prepared.coupling
     return LossModel(
         rankings=rankings,
         curves=curves,
         cost=cost_model(graph, coupling, prepared.shapes, layers=tuple(implants)),
         removable=removable_branches(graph, coupling, prepared.shapes),
+        sensitivity=sensitivity,
+        n_measured=n_measured,
         implants=implants,
     )
 

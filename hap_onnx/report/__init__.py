@@ -394,10 +394,12 @@ class AnalyzeReport:
         return _to_dict(self)
 
 
-Report = CompressReport | InspectReport | ValidateReport | SweepReport
+ReportForPeople = CompressReport | SweepReport | ValidateReport | AnalyzeReport
+"""Those that come as a page and as a summary, too."""
+Report = ReportForPeople | InspectReport
 
 
-def _to_dict(report: Report | AnalyzeReport) -> dict[str, Any]:
+def _to_dict(report: Report) -> dict[str, Any]:
     plain: dict[str, Any] = _plain(report)
     return {"schema": plain.pop("schema"), **plain}  # schema first: a reader looks there before anything else
 

@@ -1,7 +1,8 @@
 """What is known of a model's sensitivities, as data: the part of a report that says why a plan is as it is.
 
 All losses are distances of the outputs to the original's, per sample, in the planner's currency: 0 is no
-change, and about 1 an output that knows nothing of its input (see ``output_distance``).
+change, 0.5 outputs that are their own mean, and about 1 outputs that have nothing to do with their input (see
+``output_distance``).
 """
 
 from __future__ import annotations
@@ -29,9 +30,16 @@ class LossPoint:
 class GroupSensitivity:
     """How sensitive the model is to one channel group, in the order of the model.
 
-    ``score`` is the sensitivity per channel (mean over the group's) with its ``std_error`` (None where the
-    estimator has none); ``kept`` is what the plan leaves of ``size`` channels, None without a plan. ``nodes``
-    make its channels. ``params`` and ``macs`` are what the group could save at most.
+    ``score`` is the sensitivity per channel. With ``obs``, which has no score of a single channel, it is the
+    measured loss with half of the group's channels gone and their readers refitted, shared out among those
+    that go; ``std_error`` is how far its mean over samples errs, the order of removal taken as given. With
+    any other sensitivity it is the mean score of the group's channels, in the unit of that sensitivity, and
+    ``std_error`` the mean of their standard errors: the error of the mean is that at most, since channels
+    share random vectors. The score is infinite where nothing is known, such as where no gradient reaches a
+    channel; the error is None where there is none.
+
+    ``kept`` is what the plan leaves of ``size`` channels, None without a plan. ``nodes`` make its channels.
+    ``params`` and ``macs`` are what the group could save at most. ``curve`` ascends in width.
     """
 
     name: str
@@ -48,7 +56,7 @@ class GroupSensitivity:
 
 @dataclass(frozen=True)
 class ImplantCurve:
-    """What one kind of implant costs in one layer, from the smallest to the largest rank."""
+    """What one kind of implant costs in one layer with all its channels, from the cheapest to the dearest."""
 
     kind: str
     points: tuple[LossPoint, ...]
@@ -58,9 +66,11 @@ class ImplantCurve:
 class LayerSensitivity:
     """How sensitive the model is to one layer that implants could replace, in the order of the model.
 
-    ``score`` is the expected loss of the implant that takes about half of the layer's multiply-accumulates,
-    at best over kinds, with the ``std_error`` of what was measured nearest to it; ``chosen`` is dense or the
-    kind that the plan puts there, None without a plan.
+    ``score`` is the expected loss of an implant that takes about half of the layer's multiply-accumulates (a
+    quarter to three quarters), at best over kinds; infinite where there is none. ``std_error`` is that
+    of the nearest loss that was measured on the layer, over samples and relative to that loss (None where
+    nothing was measured): it knows nothing of how wrong the correction is in between. ``chosen`` is dense or
+    the kind that the plan puts there, None without a plan.
     """
 
     node: str

@@ -25,6 +25,7 @@ from rich.text import Text
 
 from hap_onnx.events import Event
 from hap_onnx.report import (
+    AnalyzeReport,
     CompressReport,
     FrozenNode,
     InspectReport,
@@ -35,6 +36,7 @@ from hap_onnx.report import (
     ValidateReport,
     words,
 )
+from hap_onnx.report.analysis_table import layout_analysis
 from hap_onnx.report.printable import printable, printable_parts
 
 DEFAULT_WIDTH = 80
@@ -50,20 +52,36 @@ def render_json(report: Report) -> str:
     return text.translate({ord(letter): json.dumps(letter)[1:-1] for letter in harmful})
 
 
-def render_report(report: Report, stream: TextIO) -> str:
-    """Return a report as text that suits ``stream``: coloured and as wide as a terminal, else plain."""
+def render_report(report: Report, stream: TextIO, *, advice: str | None = None) -> str:
+    """Return a report as text that suits ``stream``: coloured and as wide as a terminal, else plain.
+
+    ``advice`` is what to run next.
+    """
     width = None if stream.isatty() else DEFAULT_WIDTH
     buffer = io.StringIO()
     console = Console(file=buffer, width=width, force_terminal=stream.isatty(), highlight=False, markup=False)
-    console.print(_layout(printable_parts(report)))
+    bar = "\u2588" if _can_show("\u2588", stream) else "#"
+    console.print(_layout(printable_parts(report), bar=bar))
+    if advice is not None:
+        console.print(Text(f"next: {printable(advice)}", style="dim"), soft_wrap=True)
     return "\n".join(line.rstrip() for line in buffer.getvalue().splitlines()) + "\n"
 
 
-def _layout(report: Report) -> RenderableType:
+def _can_show(letter: str, stream: TextIO) -> bool:
+    try:
+        letter.encode(stream.encoding or "ascii")
+    except (LookupError, UnicodeEncodeError):
+        return False
+    return True
+
+
+def _layout(report: Report, *, bar: str) -> RenderableType:
     if isinstance(report, InspectReport):
         return _layout_inspect(report)
     if isinstance(report, SweepReport):
         return _layout_sweep(report)
+    if isinstance(report, AnalyzeReport):
+        return Group(layout_analysis(report, bar=bar), *_texts(_time_lines(report)))
     if isinstance(report, ValidateReport):
         title = f"{report.reference} -> {report.candidate}"
         lines = [*_texts(words.latency_lines(report.latency)), *_quality_texts(report.quality, of="sample")]
@@ -93,7 +111,7 @@ def _quality_texts(quality: Quality | None, *, of: str = "held-out sample") -> l
     return _texts(words.quality_lines(quality, of=of), style=style)
 
 
-def _time_lines(report: CompressReport | SweepReport) -> list[str]:
+def _time_lines(report: CompressReport | SweepReport | AnalyzeReport) -> list[str]:
     total = sum(report.seconds.values())
     return [f"time: {total:.1f} s"] if total else []
 

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import platform
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import onnx
@@ -19,7 +17,6 @@ from hap_onnx import report as reports
 from hap_onnx.config import BUDGETS, CompressConfig
 from hap_onnx.implants.loss import ImplantLosses, explain_refusals
 from hap_onnx.model.measure import model_size, node_macs
-from hap_onnx.model.saving import write_text
 from hap_onnx.ops.linear import linear_form
 from hap_onnx.planning.choose import Choice
 from hap_onnx.planning.decide import LossModel
@@ -274,9 +271,3 @@ def installed_versions() -> dict[str, str]:
         "torch": torch.__version__,
         "python": platform.python_version(),
     }
-
-
-def write_report(path: Path, report: reports.Report) -> None:
-    """Write a report as JSON, complete or not at all; raises ValidationError."""
-    text = json.dumps(report.to_dict(), indent=1, allow_nan=False) + "\n"
-    write_text(path, text, what="the report")

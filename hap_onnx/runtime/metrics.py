@@ -120,8 +120,8 @@ class Metric:
 
     def _hits(self, reference: Outputs, candidate: Outputs, labels: np.ndarray | None) -> np.ndarray:
         assert self.output is not None
-        top = _top1(candidate[self.output])
-        original = _top1(reference[self.output])
+        top = top_classes(candidate[self.output])
+        original = top_classes(reference[self.output])
         if (original < 0).any():
             raise CalibrationError(
                 f"The original model gives NaN in output '{self.output}' for sample "
@@ -239,6 +239,16 @@ def max_abs_error(reference: Outputs, candidate: Outputs) -> float:
             error[(new == y) | (np.isnan(new) & np.isnan(y))] = 0.0  # equal infinities differ by NaN
             worst = max(worst, float(np.nan_to_num(error, nan=np.inf, posinf=np.inf).max(initial=0.0)))
     return worst
+
+
+def distances(reference: Outputs, candidate: Outputs, scales: Mapping[str, float]) -> np.ndarray:
+    """Half the squared distance of each sample's outputs [N], each output by its scale; NaN counts as NaN."""
+    _check_same(reference, candidate)
+    total = np.zeros(len(next(iter(reference.values()))))
+    for name, scale in scales.items():
+        wrong = [_sum_per_sample(new - y) for y, new in _chunks(reference[name], candidate[name])]
+        total += 0.5 * scale**2 * np.concatenate(wrong)
+    return total
 
 
 @dataclass(frozen=True)
@@ -366,7 +376,7 @@ def _n_classes(scores: np.ndarray) -> int:
     return int(scores.shape[1])
 
 
-def _top1(scores: np.ndarray) -> np.ndarray:
+def top_classes(scores: np.ndarray) -> np.ndarray:
     """Index of the highest score [N]; -1 where a score is NaN."""
     flat = scores.reshape(len(scores), -1)
     flat = flat if flat.dtype.kind == "f" else flat.astype(np.float32)

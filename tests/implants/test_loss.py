@@ -28,7 +28,7 @@ from hap_onnx.implants.loss import (
     weight_overrides,
 )
 from hap_onnx.model.model_io import load_model
-from hap_onnx.planning.curves import Fork, run_forks
+from hap_onnx.planning.curves import Fork, Measured, run_forks
 from hap_onnx.prepare import prepare
 from hap_onnx.surgery.grafting import insert_implants
 from tests.helpers import rand
@@ -238,7 +238,7 @@ def test_measured_losses_are_those_of_models_that_compute_the_product() -> None:
         start = next(i for i, step in enumerate(twin.steps) if step.name == node.name)
         measured = run_forks(
             twin, one.subset, [Fork(("one", 3), start, overrides)], scales=one.scales, batch_size=64
-        )["one", 3]
+        )["one", 3].loss
         # By hand: the change of the layer, through the rest of the model, which is linear.
         x = next(iter(one.subset.batches(400))).inputs["x"].astype(np.float64)
         weights = [one.nodes[name].inputs[1].values.astype(np.float64) for name in ("make_a", "make_b")]
@@ -297,7 +297,7 @@ def test_outputs_that_are_not_finite_are_a_huge_loss(monkeypatch: pytest.MonkeyP
     for value in (np.nan, np.inf):
         monkeypatch.setattr(
             "hap_onnx.implants.loss.run_forks",
-            lambda twin, subset, forks, value=value, **options: {fork.key: value for fork in forks},
+            lambda twin, subset, forks, value=value, **options: {fork.key: Measured(value) for fork in forks},
         )
         for losses in measure(one).values():
             found = losses.correct(losses.predicted)

@@ -14,7 +14,7 @@ import pytest
 from hap_onnx.config import CompressConfig
 from hap_onnx.data.calibration import InputSpec, Splits, open_dataset, split_dataset
 from hap_onnx.errors import ValidationError
-from hap_onnx.jobs.work_folder import WorkFolder, job_key
+from hap_onnx.jobs.work_folder import Keys, WorkFolder, work_keys
 from hap_onnx.planning.plan import CompressionPlan, GroupDecision, plan_hash
 from tests.helpers import rand
 
@@ -43,8 +43,19 @@ def key_of(
     versions: dict[str, str] = VERSIONS,
     **more: Any,
 ) -> str:
+    return keys_of(config, parts, sha256=sha256, versions=versions, **more).job
+
+
+def keys_of(
+    config: CompressConfig | None = None,
+    parts: Splits | None = None,
+    *,
+    sha256: str = "ab" * 32,
+    versions: dict[str, str] = VERSIONS,
+    **more: Any,
+) -> Keys:
     config = config or CompressConfig(keep_macs=0.5)
-    return job_key(config, parts or splits(), sha256, versions, **{"threads": 1, **more})
+    return work_keys(config, parts or splits(), sha256, versions, **{"threads": 1, **more})
 
 
 # Another value than the default for each option.

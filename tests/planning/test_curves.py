@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import onnx
 import pytest
@@ -10,7 +12,14 @@ from topologies import TOPOLOGIES
 
 from hap_onnx.coupling.channels import ChannelGroup
 from hap_onnx.events import Event
-from hap_onnx.planning.curves import GroupCurve, GroupRanking, measure_curves, output_distance, rank_by_score
+from hap_onnx.planning.curves import (
+    GroupCurve,
+    GroupRanking,
+    _sum_of_squares,
+    measure_curves,
+    output_distance,
+    rank_by_score,
+)
 from hap_onnx.sensitivity.curvature import (
     LayerCurvature,
     collect_curvature,
@@ -78,7 +87,7 @@ def test_measured_losses_are_those_of_the_model_that_is_really_cut(group: int) -
         assert set(measured) == {0, channels.size // 4, channels.size // 2, 3 * channels.size // 4}
         for width, loss in measured.items():
             if width:  # a width of 0 has no model to compare with here
-                assert loss == pytest.approx(real_distance(case, channels, width, curvature), rel=1e-3)
+                assert loss.loss == pytest.approx(real_distance(case, channels, width, curvature), rel=1e-3)
                 n_compared += 1
     assert n_compared == {1: 6, 2: 4}[group]
 
@@ -92,8 +101,8 @@ def test_losses_of_what_only_products_of_activations_read_are_measured() -> None
     for channels in case.coupling.groups:
         for width, loss in curves[channels.name].measured.items():
             if width:
-                assert loss == pytest.approx(real_distance(case, channels, width, curvature), rel=1e-3)
-                assert loss > 1e-4
+                assert loss.loss == pytest.approx(real_distance(case, channels, width, curvature), rel=1e-3)
+                assert loss.loss > 1e-4
                 n_compared += 1
     assert n_compared == 6
 
@@ -104,7 +113,7 @@ def test_curves_pass_through_what_was_measured_and_end_at_zero() -> None:
         assert curve.loss.shape == (group.size + 1,)
         assert curve.loss[group.size] == 0
         for width, loss in curve.measured.items():
-            assert curve.loss[width] == pytest.approx(max(loss, 1e-12))
+            assert curve.loss[width] == pytest.approx(max(loss.loss, 1e-12))
         assert (curve.loss[:-1] > 0).all()
         assert np.isfinite(curve.loss).all()
 
@@ -131,6 +140,39 @@ def test_losses_do_not_depend_on_the_batches() -> None:
         np.testing.assert_allclose(one.loss, other.loss, rtol=1e-4)
 
 
+@pytest.mark.parametrize("batch_size", [5, 12])
+def test_errors_are_those_of_the_mean_over_samples(batch_size: int) -> None:
+    """Each sample measured alone gives the numbers whose mean was measured."""
+    case = make_case(conv_net())
+    curvature = case.collect()
+    alone = [measure(replace(case, x=x[None]), curvature=curvature) for x in case.x]
+    assert all(np.isnan(m.std_error) for curve in alone[0] for m in curve.measured.values())
+    for number, curve in enumerate(measure(case, curvature=curvature, batch_size=batch_size)):
+        for width, found in curve.measured.items():
+            losses = np.array([curves[number].measured[width].loss for curves in alone])
+            assert found.loss == pytest.approx(losses.mean(), rel=1e-4)
+            assert found.std_error == pytest.approx(losses.std(ddof=1) / np.sqrt(len(losses)), rel=1e-3)
+            assert found.std_error > 0
+
+
+def test_outputs_that_do_not_tell_samples_apart_have_no_error() -> None:
+    one, other = {"y": torch.ones(6, 2)}, {"y": torch.zeros(6, 2)}
+    assert _sum_of_squares(one, other, {"y": 1.0}, n_samples=6) == pytest.approx(6.0)
+    assert np.isnan(_sum_of_squares(one, other, {"y": 1.0}, n_samples=3))
+
+
+def test_scores_are_told_with_an_error_that_holds_however_they_go_together() -> None:
+    group = make_case(conv_net(width=4)).coupling.groups[0]
+    score, error = np.zeros(100), np.zeros(100)
+    score[group.elements], error[group.elements] = [3.0, -1.0, 0.5, 2.0], [0.1, 0.2, 0.3, 0.4]
+    ranking = rank_by_score(group, score, std_error=error)
+    assert ranking.score == pytest.approx(4.5 / 4)
+    assert ranking.score_error == pytest.approx(0.25)
+    score[group.elements[1]] = np.inf  # nothing is known
+    assert rank_by_score(group, score, std_error=error).score is None
+    assert rank_by_score(group, score).score is None
+
+
 def test_progress_counts_every_fork() -> None:
     events: list[Event] = []
     case = make_case(conv_net())
@@ -154,11 +196,11 @@ def test_consumers_without_a_matrix_form_lose_the_channels_without_a_refit() -> 
     assert set(curve.measured) == {0, 1, 2, 3}
     for width, loss in curve.measured.items():
         if width:
-            assert loss == pytest.approx(real_distance(case, group, width, {}), rel=1e-4)
+            assert loss.loss == pytest.approx(real_distance(case, group, width, {}), rel=1e-4)
     x = torch.from_numpy(case.x)
     with torch.no_grad():
         everything = 0.5 * SCALES["y"] ** 2 * float(case.twin({"x": x})["y"].square().sum()) / len(x)
-    assert curve.measured[0] == pytest.approx(everything, rel=1e-4)
+    assert curve.measured[0].loss == pytest.approx(everything, rel=1e-4)
 
 
 def test_a_model_whose_batch_cannot_be_unfixed_is_measured_sample_by_sample() -> None:
@@ -188,7 +230,7 @@ def test_a_model_whose_batch_cannot_be_unfixed_is_measured_sample_by_sample() ->
     h = np.maximum(np.einsum("oi,nihw->nohw", weights["w1"][:, :, 0, 0], case.x), 0)
     rows = np.concatenate([h.transpose(0, 2, 3, 1).reshape(-1, 4), np.ones((12 * 20, 1))], 1)
     np.testing.assert_allclose(found.inputs[0], rows.T @ rows / len(rows), rtol=1e-4, atol=1e-5)
-    assert one.measured[2] == pytest.approx(real_distance(case, group, 2, case.collect()), rel=0.05)
+    assert one.measured[2].loss == pytest.approx(real_distance(case, group, 2, case.collect()), rel=0.05)
 
 
 # ---------------------------------------------------------------- small parts
