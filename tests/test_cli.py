@@ -319,6 +319,28 @@ def test_help_and_version_answer_at_once():
     assert result.stdout.strip().endswith("set()")
 
 
+@pytest.mark.parametrize(
+    ("words", "offered"),
+    [
+        ("hap-onnx an", "analyze"),
+        ("hap-onnx compress net.onnx --html", "--html-images"),
+        ("hap-onnx compress net.onnx --sensitivity hu", "hutchinson"),
+        ("hap-onnx analyze net.onnx --objective la", "latency"),
+    ],
+)
+def test_shells_complete_commands_options_and_choices(words, offered):
+    environment = {
+        **os.environ, "_HAP_ONNX_COMPLETE": "bash_complete", "COMP_WORDS": words,
+        "COMP_CWORD": str(len(words.split()) - 1),
+    }  # fmt: skip
+    command = [sys.executable, "-m", "hap_onnx"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert f"plain,{offered}" in done.stdout.splitlines()
+    source = {**os.environ, "_HAP_ONNX_COMPLETE": "bash_source"}
+    done = subprocess.run(command, env=source, capture_output=True, text=True, check=True)
+    assert "_HAP_ONNX_COMPLETE=bash_complete" in done.stdout
+
+
 # ---------------------------------------------------------------- real processes
 
 

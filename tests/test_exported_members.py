@@ -8,10 +8,10 @@ import pytest
 import hap_onnx
 
 PUBLIC = [
-    "BudgetError", "CalibrationError", "CompressConfig", "CompressReport", "GateError", "HapOnnxError",
-    "InspectReport", "ModelError", "SurgeryError", "SweepReport", "TargetError", "UsageError",
-    "ValidateReport", "ValidationError", "__version__", "apply_plan", "compress", "inspect", "load_twin",
-    "sweep", "validate",
+    "AnalyzeReport", "BudgetError", "CalibrationError", "CompressConfig", "CompressReport", "GateError",
+    "HapOnnxError", "InspectReport", "ModelError", "SurgeryError", "SweepReport", "TargetError", "UsageError",
+    "ValidateReport", "ValidationError", "__version__", "analyze", "apply_plan", "compress", "inspect",
+    "load_twin", "sweep", "validate",
 ]  # fmt: skip
 
 

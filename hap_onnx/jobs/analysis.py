@@ -86,7 +86,10 @@ def size_point(setting: Setting, choice: Choice, asked: float) -> SizePoint:
 
 def _sizes(setting: Setting, objective: str) -> tuple[SizePoint, ...]:
     """The plan of least expected loss for each budget that can be reached, from large to small."""
-    full = setting.losses.cost.totals(setting.losses.cost.sizes)[METRICS.index(objective)]
+    cost = setting.losses.cost
+    if not cost.sizes and not cost.layers:
+        return ()  # nothing to choose
+    full = cost.totals(cost.sizes)[METRICS.index(objective)]
     found = []
     for ratio in track(SIZE_RATIOS, stage=STAGE, total=len(SIZE_RATIOS), on_event=setting.on_event):
         limit = ratio if objective == "latency" else ratio * float(full)

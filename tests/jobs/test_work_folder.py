@@ -67,7 +67,8 @@ OTHERS: dict[str, Any] = {
 }  # fmt: skip
 NO_MATTER: dict[str, Any] = {
     "output": "o.onnx", "report": "r.json", "save_plan": "p.json", "work_dir": "w", "dry_run": True,
-    "json": True, "keep_rejected": True, "val": "v.npz", "max_drop": 0.3, "keep_params": 0.3,
+    "json": True, "html": "r.html", "html_images": True, "summary": "s.md",
+    "keep_rejected": True, "val": "v.npz", "max_drop": 0.3, "keep_params": 0.3,
     "keep_macs": 0.3, "keep_latency": 0.3, "max_bytes": 12345, "latency_table": "t.json",
     "objective": "macs", "then": "int8", "sweep": True,
 }  # fmt: skip
@@ -87,7 +88,34 @@ def test_what_candidates_depend_on_changes_the_key(name: str) -> None:
 @pytest.mark.parametrize("name", NO_MATTER)
 def test_files_budgets_and_gates_do_not_change_the_key(name: str) -> None:
     base = {} if name in ("objective", "sweep") else {"keep_macs": 0.5}  # that is for jobs without a budget
+    base |= {"html": "p.html"} if name == "html_images" else {}
     assert key_of(CompressConfig(**{**base, name: NO_MATTER[name]})) == key_of()
+
+
+@pytest.mark.parametrize(
+    ("words", "same"),
+    [
+        ({"keep_macs": 0.3, "recover": "none", "method": "implant", "align": 4, "allow_slower": True}, True),
+        ({"sensitivity": "magnitude"}, False),
+        ({"preset": "paper"}, False),  # which has a ranking of its own
+        ({"method": "prune"}, False),  # for which layers are not measured
+        ({"seed": 3}, False),
+        ({"probes": 3}, False),
+        ({"batch_size": 3}, False),
+        ({"exclude": ["a*"]}, False),
+        ({"only": ["a*"]}, False),
+    ],
+    ids=str,
+)
+def test_sensitivities_are_shared_by_jobs_that_need_the_same(words: dict[str, Any], same: bool) -> None:
+    other = keys_of(CompressConfig(**{"keep_macs": 0.5, **words}))
+    assert (other.losses == keys_of().losses) == same
+    assert keys_of(sha256="cd" * 32).losses != keys_of().losses
+    changed = X.copy()
+    changed[splits().choose.indices] += 1  # they come from the calibrate part
+    assert keys_of(parts=open_splits({"x": changed})).losses == keys_of().losses
+    changed[splits().calibrate.indices[:1]] += 1
+    assert keys_of(parts=open_splits({"x": changed})).losses != keys_of().losses
 
 
 def test_the_key_is_a_short_name() -> None:
