@@ -17,6 +17,7 @@ import click
 import fastjsonschema
 import onnxruntime
 import pytest
+import yaml
 
 import hap_onnx
 from hap_onnx import cli
@@ -62,7 +63,7 @@ NOT_RUN = (
 )
 """(page, command, why it is not run)."""
 
-OTHERS_OPTIONS = {"--force-reinstall", "--keep-going", "--help"}
+OTHERS_OPTIONS = {"--force-reinstall", "--index-url", "--keep-going", "--help"}
 """Options on the pages that belong to other programs than ours."""
 
 
@@ -229,7 +230,7 @@ def test_the_pages_are_found():
 
 
 def test_blocks_have_a_language_that_is_checked():
-    known = {"sh", "python", "toml"}
+    known = {"sh", "python", "toml", "yaml"}
     others = {block.language for block in BLOCKS} - known
     assert all(re.match(r"\{(eval-rst|toctree|include|errors|options)\}", each) for each in others)
 
@@ -304,6 +305,12 @@ def test_python_names_of_the_pages_exist():
     assert all(name in hap_onnx.__all__ or (ROOT / "hap_onnx" / f"{name}.py").is_file() for name in names), (
         names
     )
+
+
+def test_yaml_of_the_pages_is_valid():
+    tables = [yaml.safe_load(block.text) for block in BLOCKS if block.language == "yaml"]
+    assert tables
+    assert all(isinstance(table, (dict, list)) for table in tables)
 
 
 def test_config_files_of_the_pages_are_valid(tmp_path):
