@@ -329,7 +329,7 @@ def _read_words(
 
 
 def _is_shape(shape: Any) -> bool:
-    whole = isinstance(shape, list) and all(type(size) is int and size >= 0 for size in shape)
+    whole = isinstance(shape, list) and all(type(size) is int and size >= 1 for size in shape)
     return whole and n_elements(shape) * 8 <= MAX_TENSOR_BYTES
 
 

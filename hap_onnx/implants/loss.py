@@ -32,7 +32,7 @@ from hap_onnx.ops.implant import ImplantForm, implant_forms, is_of_implant
 from hap_onnx.ops.linear import LinearForm, linear_form
 from hap_onnx.planning.align import Align, allowed_widths
 from hap_onnx.planning.cost import LATENCY, N_METRICS, LayerTerms
-from hap_onnx.planning.curves import Fork, Measured, run_forks
+from hap_onnx.planning.curves import Fork, Measured, finite_loss, run_forks
 from hap_onnx.planning.times import NodeTimes
 from hap_onnx.prepare import PreparedModel
 from hap_onnx.sensitivity.curvature import LayerCurvature
@@ -46,7 +46,7 @@ MEASURED_SHARES = (0.5, 0.25)
 """Shares of a layer's multiply-accumulates at which an implant of it is measured."""
 ROUNDING = 1e-4
 """Of second moments, which are sums in float32: the covariance of nearly constant inputs is rounding."""
-_TINY, _HUGE = 1e-14, 1e14
+_TINY = 1e-14
 _ALL = b"all"
 
 
@@ -261,7 +261,7 @@ def measure_implants(
     measured = run_forks(twin, subset, forks, scales=scales, batch_size=batch_size, on_event=on_event)
     for name in found:
         points = sorted(
-            (max(loss, _TINY), _within_bounds(measured[key].loss))
+            (max(loss, _TINY), finite_loss(measured[key].loss, least=_TINY))
             for key, loss in predicted.items()
             if key[0] == name
         )
@@ -280,11 +280,6 @@ def measure_implants(
 
 def _is_finite(curvature: LayerCurvature) -> bool:
     return bool(torch.isfinite(curvature.inputs).all() and torch.isfinite(curvature.gradients).all())
-
-
-def _within_bounds(loss: float) -> float:
-    """A measured loss that one can take the logarithm of; where outputs are not finite, it is huge."""
-    return float(np.clip(loss, _TINY, _HUGE)) if np.isfinite(loss) else _HUGE
 
 
 def _measured_form(layer: ImplantLayer, cut: CutLayer) -> ImplantForm | None:

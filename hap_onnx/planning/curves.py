@@ -33,6 +33,7 @@ from hap_onnx.twin import Step, Twin
 
 MEASURED_WIDTHS = (0.0, 0.25, 0.5, 0.75)
 _TINY = 1e-12
+HUGE_LOSS = 1e14
 
 Overrides = Mapping[tuple[str, int], Tensor]
 Masks = Mapping[tuple[str, int], tuple[int, Tensor]]
@@ -311,6 +312,11 @@ def _masks(
     return masks
 
 
+def finite_loss(loss: float, *, least: float) -> float:
+    """A measured loss that one can take the logarithm of; where outputs are not finite, it is huge."""
+    return float(np.clip(loss, least, HUGE_LOSS)) if np.isfinite(loss) else HUGE_LOSS
+
+
 def _correct(ranking: GroupRanking, measured: Mapping[int, Measured]) -> GroupCurve:
     """Scale the predicted curve so that it passes through the measured points."""
     size = len(ranking.order)
@@ -318,7 +324,7 @@ def _correct(ranking: GroupRanking, measured: Mapping[int, Measured]) -> GroupCu
     if not measured:
         return GroupCurve(ranking.group, predicted.copy(), {})
     widths = np.array(sorted(measured))
-    losses = np.array([max(measured[int(width)].loss, _TINY) for width in widths])
+    losses = np.array([finite_loss(measured[int(width)].loss, least=_TINY) for width in widths])
     floor = _TINY + 1e-9 * float(predicted.max(initial=0.0))
     ratios = np.log(losses) - np.log(predicted[widths] + floor)
     every = np.arange(size + 1)

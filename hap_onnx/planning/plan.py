@@ -410,8 +410,8 @@ def _check_words(words: Mapping[str, Any]) -> None:
     shapes = words.get("input_shapes", {})
     if not isinstance(shapes, dict) or not all(_is_list_of(shape, int) for shape in shapes.values()):
         raise ValueError("'input_shapes' does not map names to lists of sizes")
-    if any(size < 0 for shape in shapes.values() for size in shape):
-        raise ValueError("a size in 'input_shapes' is negative")
+    if any(size < 1 for shape in shapes.values() for size in shape):
+        raise ValueError("a size in 'input_shapes' is not positive")
     for name in ("exclude", "only"):
         if not _is_list_of(words.get(name, []), str):
             raise ValueError(f"'{name}' is no list of patterns")

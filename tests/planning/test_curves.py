@@ -15,6 +15,7 @@ from hap_onnx.events import Event
 from hap_onnx.planning.curves import (
     GroupCurve,
     GroupRanking,
+    Measured,
     _sum_of_squares,
     measure_curves,
     output_distance,
@@ -116,6 +117,17 @@ def test_curves_pass_through_what_was_measured_and_end_at_zero() -> None:
             assert curve.loss[width] == pytest.approx(max(loss.loss, 1e-12))
         assert (curve.loss[:-1] > 0).all()
         assert np.isfinite(curve.loss).all()
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_outputs_that_are_not_finite_are_a_huge_loss(value: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        "hap_onnx.planning.curves.run_forks",
+        lambda twin, subset, forks, **options: {fork.key: Measured(value) for fork in forks},
+    )
+    for curve in measure(make_case(conv_net())):
+        assert np.isfinite(curve.loss).all()
+        assert (curve.loss[list(curve.measured)] > 1e10).all()
 
 
 def test_between_measured_widths_the_ratio_is_interpolated_in_its_log() -> None:

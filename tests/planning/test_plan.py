@@ -429,6 +429,7 @@ OPTIONAL = [
         (("config", "input_shapes"), {"x": 3}),
         (("config", "input_shapes"), {"x": [2, -1]}),
         (("config", "input_shapes"), {"x": [2, True]}),
+        (("config", "input_shapes"), {"x": [0, 3, 8, 8]}),
         (("config", "exclude"), "head.*"),
         (("config", "only"), [3]),
         (("config", "seed"), None),
