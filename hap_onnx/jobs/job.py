@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from copy import copy
 from dataclasses import replace
 from functools import cache, cached_property
@@ -553,13 +553,7 @@ class Job:
             return report
         report, gated = self._measure(candidate, plan, compressed, proto)
         self._gate(report, proto, gated)
-        quality = report.quality
-        if quality is not None and config.drop_limit is None and quality.drop > LARGE_DROP:
-            self.note(
-                f"{quality.metric} fell by {quality.drop:.4f}: keep more, or give --max-drop "
-                "to refuse such results",
-                kind="warning",
-            )
+        lost = self._warn_of_drop(report.quality)
         with self.clock.stage("write"):
             report = replace(report, output=str(self.output))
 
@@ -569,10 +563,19 @@ class Job:
                 check_loads(path, config)
                 report = replace(report, seconds=self.clock.so_far())
                 self.commit()
-                self._save_side_files(plan, report)
+                self._save_side_files(plan, report, warnings=lost)
 
             save_model(proto, self.output, external_data=self.source.external_data, check=finish)
+        for text in lost:  # only now is there something to be warned of
+            self.note(text, kind="warning")
         return report
+
+    def _warn_of_drop(self, quality: reports.Quality | None) -> tuple[str, ...]:
+        """What to say of a model without a gate that has lost much; nothing of any other."""
+        if quality is None or self.config.drop_limit is not None or quality.drop <= LARGE_DROP:
+            return ()
+        lost = f"{quality.metric} fell by {quality.drop:.4f}"
+        return (f"{lost}: keep more, or give --max-drop to refuse such results",)
 
     def _run_original(self) -> Outputs:
         """Outputs of the original on the report part."""
@@ -745,13 +748,20 @@ class Job:
             analysis=self._explained(candidate, plan) if config.html is not None else None,
         )
 
-    def _save_side_files(self, plan: CompressionPlan, report: reports.CompressReport) -> None:
+    def _save_side_files(
+        self, plan: CompressionPlan, report: reports.CompressReport, *, warnings: Sequence[str] = ()
+    ) -> None:
         if self.config.save_plan is not None:
             save_plan(plan, self.config.save_plan)
-        self.write_reports(report)
+        self.write_reports(report, warnings=warnings)
 
-    def write_reports(self, report: reports.Report, *, refusal: str | None = None) -> None:
-        """Write the report to all files that were asked for; raises ValidationError."""
+    def write_reports(
+        self, report: reports.Report, *, refusal: str | None = None, warnings: Sequence[str] = ()
+    ) -> None:
+        """Write the report to all files that were asked for; raises ValidationError.
+
+        ``warnings`` are to be told beside those that were told already.
+        """
         worst = report.worst if isinstance(report, reports.CompressReport) else ()
         write_reports(
             report,
@@ -760,7 +770,7 @@ class Job:
             summary=self.config.summary,
             images=lambda: draw_worst(worst, self.splits.report) if self.config.html_images else {},
             refusal=refusal,
-            warnings=self.warnings,
+            warnings=(*self.warnings, *warnings),
         )
 
 
