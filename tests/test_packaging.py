@@ -11,7 +11,6 @@ import sys
 import sysconfig
 import tarfile
 import textwrap
-import time
 import zipfile
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -62,7 +61,7 @@ def why_not_built():
 
 @pytest.fixture(scope="module")
 def distributions(tmp_path_factory):
-    """Return paths of the sdist, which is made of a copy of the sources, and of the wheel made of the sdist."""
+    """Return paths of the sdist, made of a copy of the sources, and of the wheel that is made of it."""
     if reason := why_not_built():
         pytest.skip(reason)
     folder = tmp_path_factory.mktemp("packaging")
@@ -88,7 +87,8 @@ def test_the_wheel_holds_the_package_and_nothing_else(distributions):
     sources = (path for path in (ROOT / "hap_onnx").rglob("*") if path.is_file())
     wanted = {path.relative_to(ROOT).as_posix() for path in sources if path.suffix != ".pyc"}
     assert {name for name in held if not name.startswith(f"{info}/")} == wanted
-    assert {"hap_onnx/py.typed", "hap_onnx/report/html/page.css", "hap_onnx/report/html/page.html.jinja"} < held
+    data = ("py.typed", "report/html/page.css", "report/html/page.html.jinja")
+    assert {f"hap_onnx/{name}" for name in data} < held
     assert {f"{info}/licenses/LICENSE", f"{info}/entry_points.txt"} < held
     assert f"\nVersion: {hap_onnx.__version__}\n" in about
     assert f"\nRequires-Python: {PROJECT['requires-python']}\n" in about
@@ -112,7 +112,7 @@ def test_the_public_names_load_without_warnings():
     assert run(sys.executable, "-W", "error", "-c", code).stderr == ""
 
 
-HEAVY = ("torch", "onnxruntime", "onnx", "numpy", "scipy", "matplotlib", "PIL", "rich", "jinja2", "safetensors")
+HEAVY = ("torch", "onnxruntime", "onnx", "numpy", "scipy", "matplotlib", "PIL", "rich", "jinja2")
 
 
 @pytest.mark.parametrize("words", [["--help"], ["compress", "--help"], ["--version"]])
@@ -166,7 +166,7 @@ def installed(distributions, tmp_path_factory):
     code = "import sysconfig; print(sysconfig.get_path('purelib'))"
     packages = Path(run(scripts / "python", "-c", code, cwd=home).stdout.strip())
     here = {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}
-    (packages / "dependencies.pth").write_text("".join(f"{path}\n" for path in sorted(here)), encoding="utf-8")
+    (packages / "dependencies.pth").write_text("\n".join(sorted(here)), encoding="utf-8")
     code = "import hap_onnx; print(hap_onnx.__file__)"
     assert Path(run(scripts / "python", "-c", code, cwd=home).stdout.strip()).is_relative_to(packages)
     return scripts
@@ -176,13 +176,19 @@ def installed(distributions, tmp_path_factory):
 def test_the_wheel_brings_the_command(installed):
     command = installed / "hap-onnx"
     assert run(command, "--version", cwd=installed).stdout == f"hap-onnx, version {hap_onnx.__version__}\n"
-    seconds = []
-    for _ in range(5):
-        start = time.perf_counter()
-        text = run(command, "--help", cwd=installed).stdout
-        seconds.append(time.perf_counter() - start)
-    assert "compress" in text
-    assert min(seconds) < 0.5
+    assert "compress" in run(command, "--help", cwd=installed).stdout
+    if os.name == "posix":
+        assert min(processor_seconds(command) for _ in range(5)) < 0.5
+
+
+def processor_seconds(command):
+    """Return what ``--help`` computes for: the wait for it on a busy machine says nothing about hap-onnx."""
+    import resource
+
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    run(command, "--help")
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
 USERS_CODE = """
@@ -201,9 +207,8 @@ def show(event: Event) -> None:
 
 
 try:
-    report = hap_onnx.compress(
-        "model.onnx", {"x": np.zeros((8, 3), np.float32)}, on_event=show, keep_macs=0.5, output=Path("small.onnx")
-    )
+    data = {"x": np.zeros((8, 3), np.float32)}
+    report = hap_onnx.compress(Path("model.onnx"), data, on_event=show, keep_macs=0.5, output=Path("small.onnx"))
 except hap_onnx.BudgetError as error:
     raise SystemExit(error.exit_code) from error
 assert_type(report, hap_onnx.CompressReport)
