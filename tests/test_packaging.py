@@ -208,7 +208,7 @@ def show(event: Event) -> None:
 
 try:
     data = {"x": np.zeros((8, 3), np.float32)}
-    report = hap_onnx.compress(Path("model.onnx"), data, on_event=show, keep_macs=0.5, output=Path("small.onnx"))
+    report = hap_onnx.compress("model.onnx", data, on_event=show, keep_macs=0.5, output=Path("small.onnx"))
 except hap_onnx.BudgetError as error:
     raise SystemExit(error.exit_code) from error
 assert_type(report, hap_onnx.CompressReport)
