@@ -65,13 +65,15 @@ _HOMES = {
 }
 
 
-def __getattr__(name: str) -> object:
-    for home, names in _HOMES.items():
-        if name in names:
-            module = import_module(home)
-            globals().update({public: getattr(module, public) for public in names})
-            return globals()[name]
-    raise AttributeError(f"module 'hap_onnx' has no attribute {name!r}")
+if not TYPE_CHECKING:  # to a type checker, a module with __getattr__ has every name
+
+    def __getattr__(name: str) -> object:
+        for home, names in _HOMES.items():
+            if name in names:
+                module = import_module(home)
+                globals().update({public: getattr(module, public) for public in names})
+                return globals()[name]
+        raise AttributeError(f"module 'hap_onnx' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
