@@ -132,7 +132,7 @@ class Session:
             if plot:
                 import hap_onnx.report.plot
             if html:
-                import hap_onnx.report.html  # noqa: F401
+                import hap_onnx.report.html.pages  # noqa: F401  (the package itself imports nothing slow)
 
     @contextmanager
     def events(self) -> Iterator[OnEvent]:
