@@ -9,14 +9,12 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from hap_onnx.report import SweepPoint, SweepReport
+from hap_onnx.report import SweepPoint, SweepReport, words
 
 # Nothing is painted behind the plot, so each colour has to be told from white and from black.
 _INK = "#767676"
 _BEST = "#1f7fd6"
 _BEATEN = "#d0672b"
-_SHARES = ("accuracy", "agreement")
-_COSTS = {"params": "parameters", "macs": "multiply-accumulates", "latency": "latency"}
 
 
 def draw_sweep(report: SweepReport) -> str:
@@ -48,7 +46,7 @@ def sweep_figure(report: SweepReport, size: tuple[float, float]) -> Figure:
 
 
 def _scale(metric: str) -> float:
-    return 100.0 if metric in _SHARES else 1.0
+    return 100.0 if metric in words.SHARES else 1.0
 
 
 def _draw_original(axes: Axes, measured: Sequence[SweepPoint]) -> None:
@@ -108,8 +106,8 @@ def _draw_points(
 def _dress(axes: Axes, report: SweepReport, measured: Sequence[SweepPoint]) -> None:
     """Label the axes, and colour what is not data."""
     metric = measured[0].quality.metric if measured and measured[0].quality else "quality"
-    axes.set_xlabel(f"{_COSTS[report.objective]}, % of the original's", color=_INK)
-    axes.set_ylabel(f"{metric}, %" if metric in _SHARES else metric, color=_INK)
+    axes.set_xlabel(f"{words.COST_NAMES[report.objective]}, % of the original's", color=_INK)
+    axes.set_ylabel(f"{metric}, %" if metric in words.SHARES else metric, color=_INK)
     axes.tick_params(colors=_INK)
     axes.grid(color=_INK, alpha=0.25, linewidth=0.6)
     for name, spine in axes.spines.items():

@@ -28,7 +28,8 @@ SWEEP_CAUTION = (
 )
 SLOWER = "slower than the reference beyond noise"
 
-_SHARES = ("accuracy", "agreement")  # metrics that read best in per cent
+SHARES = ("accuracy", "agreement")  # metrics that read best in per cent
+COST_NAMES = {"params": "parameters", "macs": "multiply-accumulates", "latency": "latency"}
 _COSTS = {"params": "parameters", "macs": "MACs", "latency": "latency"}
 
 Rows = list[tuple[str, ...]]
@@ -79,18 +80,18 @@ def speed(before: float, after: float) -> str:
 
 def metric_value(name: str, value: float) -> str:
     """A value of the quality metric."""
-    return f"{100 * value:.2f} %" if name in _SHARES else f"{value:.4f}"
+    return f"{100 * value:.2f} %" if name in SHARES else f"{value:.4f}"
 
 
 def signed(name: str, value: float) -> str:
     """A difference of two values of the quality metric."""
     value += 0.0  # no negative zero
-    return f"{100 * value:+.2f}" if name in _SHARES else f"{value:+.4f}"
+    return f"{100 * value:+.2f}" if name in SHARES else f"{value:+.4f}"
 
 
 def quality_change(quality: Quality) -> str:
     """By how much quality rises or falls, with its unit."""
-    return signed(quality.metric, -quality.drop) + (" points" if quality.metric in _SHARES else "")
+    return signed(quality.metric, -quality.drop) + (" points" if quality.metric in SHARES else "")
 
 
 def _milliseconds(facts: ModelFacts) -> str:

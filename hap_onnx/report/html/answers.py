@@ -24,7 +24,6 @@ from hap_onnx.report.analysis import SizePoint
 from hap_onnx.report.html.parts import Answer, Command, Part, Text
 
 FEW_SAMPLES = 500  # below, the 95 % interval of an accuracy is several points wide
-COST_NAMES = {"params": "parameters", "macs": "multiply-accumulates", "latency": "latency"}
 _COST_VERBS = {"params": "stores", "macs": "computes", "latency": "needs"}
 
 
@@ -274,7 +273,7 @@ def _could_become(report: AnalyzeReport) -> list[Part]:
     analysis = report.analysis
     if not analysis.sizes:
         return [Text("There is nothing in it that could be made smaller.")]
-    cost = COST_NAMES.get(analysis.objective, analysis.objective)
+    cost = words.COST_NAMES.get(analysis.objective, analysis.objective)
     named = _landmarks(analysis.sizes, analysis.objective)
     losses = ", ".join(
         f"{point.loss:.2g} at {words.share(size_of(point, analysis.objective))}" for point in named
@@ -328,7 +327,7 @@ def _next_after_analyze(report: AnalyzeReport) -> list[Part]:
 def _family(report: SweepReport, best: Sequence[SweepPoint]) -> list[Part]:
     if not best:
         return [Text("No model was found that may be chosen.")]
-    cost = COST_NAMES[report.objective]
+    cost = words.COST_NAMES[report.objective]
     parts: list[Part] = []
     for point in best:
         assert point.quality is not None

@@ -137,7 +137,7 @@ def _sweep_page(report: SweepReport) -> Page:
     )
     measured = [point for point in report.points if point.quality is not None]
     best = sum(point.best for point in report.points)
-    cost = answers.COST_NAMES[report.objective]
+    cost = words.COST_NAMES[report.objective]
     caption = (
         f"Each mark is a model. Further left is cheaper ({cost}), further up is better; bars are 95 % "
         "intervals. "
@@ -375,10 +375,10 @@ def _provenance(report: ReportOnPage, more: Sequence[tuple[str, str]]) -> Sectio
         rows += [
             ("sensitivity by", analysis.sensitivity),
             ("losses measured on", words.plural(analysis.n_samples, "sample")),
-            ("made small", answers.COST_NAMES.get(analysis.objective, analysis.objective)),
+            ("made small", words.COST_NAMES.get(analysis.objective, analysis.objective)),
         ]
     if isinstance(report, SweepReport):
-        rows.append(("made small", answers.COST_NAMES[report.objective]))
+        rows.append(("made small", words.COST_NAMES[report.objective]))
     rows.append(("seed", str(report.seed)))
     rows += [(name.replace("_", "-"), version) for name, version in report.versions.items()]
     rows.append(("form of the report", report.schema))

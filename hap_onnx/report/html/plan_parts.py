@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from hap_onnx.report import AnalyzeReport, CompressReport, LayerChosen, PlanSummary, words
 from hap_onnx.report.analysis import Analysis, GroupSensitivity, LayerSensitivity, LossPoint
 from hap_onnx.report.html import charts
-from hap_onnx.report.html.answers import COST_NAMES, size_of
+from hap_onnx.report.html.answers import size_of
 from hap_onnx.report.html.parts import Chart, Section, Table
 
 LOSS = "loss (0: no change, 1: ignores its input)"
@@ -184,7 +184,7 @@ def sizes(analysis: Analysis | None) -> Section | None:
     """The least expected loss for each size."""
     if analysis is None or not analysis.sizes:
         return None
-    cost = COST_NAMES.get(analysis.objective, analysis.objective)
+    cost = words.COST_NAMES.get(analysis.objective, analysis.objective)
     points = [(100 * size_of(point, analysis.objective), point.loss) for point in analysis.sizes]
     points = [point for point in points if all(map(math.isfinite, point))]
     chosen = None
