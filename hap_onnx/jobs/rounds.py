@@ -16,6 +16,7 @@ import hap_onnx
 from hap_onnx.config import CompressConfig
 from hap_onnx.data.calibration import Splits, Subset
 from hap_onnx.distill import Recipe, distill
+from hap_onnx.distributed import ALONE, Team
 from hap_onnx.errors import BudgetError, ModelError, SurgeryError
 from hap_onnx.events import Event, OnEvent
 from hap_onnx.implants.speed import faster_kinds
@@ -53,6 +54,7 @@ class Workshop:
         time_nodes: times the nodes of a model and the implants that its layers may become.
         work: what is kept of an interrupted job.
         clock: how long each stage has taken so far.
+        team: the processes that share the samples.
     """
 
     config: CompressConfig
@@ -65,6 +67,7 @@ class Workshop:
     work: WorkFolder
     clock: Stopwatch
     on_event: OnEvent
+    team: Team = ALONE
 
     def few(self, part: Subset, n_most: int | None = None) -> Subset:
         """Return enough samples of a part for statistics, or ``n_most``, in whole batches."""
@@ -125,6 +128,7 @@ class Round:
                 n_probes=config.probes,
                 seed=config.seed,
                 with_implants=config.method != "prune",
+                team=shop.team,
                 on_event=shop.on_event,
             )
 
@@ -160,6 +164,7 @@ class Round:
             recover="none" if config.recover == "none" else "refit",
             work_dir=config.work_dir,
             device=pick_device(config.device),
+            team=shop.team,
             time=(
                 None
                 if config.allow_slower and not config.needs_times
@@ -238,7 +243,7 @@ class Round:
             setting = self.setting  # its stages are not part of this one
             with self.shop.clock.stage("compress"):
                 candidate = self._explained(compress_to(setting, budgets))
-                self.shop.work.save(name, candidate.plan)
+                self._keep(name, candidate.plan)
         self._last = name, candidate
         return candidate
 
@@ -264,15 +269,19 @@ class Round:
                 folder=shop.work.training(name),
                 key=shop.work.key,
                 device=pick_device(config.device),
+                team=shop.team,
                 on_event=shop.on_event,
             )
         compressed = candidate.compressed.with_trained(found.weights)
         plan = replace(
             candidate.plan, weights=compressed.plan_weights(), training=found.facts(config.n_epochs)
         )
-        shop.work.save(f"{name}-trained", plan)
-        shop.work.drop_training(name)
+        self._keep(f"{name}-trained", plan)
+        shop.team.lead(lambda: shop.work.drop_training(name))
         return Candidate(compressed, plan)
+
+    def _keep(self, name: str, plan: CompressionPlan) -> None:
+        self.shop.team.lead(lambda: self.shop.work.save(name, plan))
 
     def moved_by(self, candidate: Candidate) -> frozenset[str]:
         """The tensors of a candidate whose channels have another order than in the original."""
@@ -280,8 +289,8 @@ class Round:
 
     def kept(self, name: str) -> Candidate | None:
         """Return a candidate of an interrupted job from the work folder, if it is there."""
-        plan = self.shop.work.load(name)
-        if plan is None or plan.model_sha256 != self.prepared.source.sha256:
+        plan = self.shop.team.lead(lambda: self._load(name))
+        if plan is None:
             return None
         words = plan_words(self.shop.config, self.prepared)  # budgets and gates may have other words by now
         plan = replace(plan, config=words, earlier=self.earlier)
@@ -291,6 +300,10 @@ class Round:
         except (ModelError, SurgeryError) as error:
             _log.warning("the candidate %s in the work folder is not used: %s", name, error)
             return None
+
+    def _load(self, name: str) -> CompressionPlan | None:
+        plan = self.shop.work.load(name)
+        return plan if plan is not None and plan.model_sha256 == self.prepared.source.sha256 else None
 
     def _explained(self, compressed: Compressed) -> Candidate:
         config, losses, choice = self.shop.config, self.losses, compressed.choice

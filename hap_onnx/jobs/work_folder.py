@@ -29,7 +29,7 @@ _log = logging.getLogger(__name__)
 
 _NO_MATTER = (  # to what a candidate is; budgets are part of its name
     "output", "report", "save_plan", "work_dir", "dry_run", "json", "keep_rejected", "val", "max_drop",
-    "latency_table", "objective", "sweep", "then", *BUDGETS,
+    "latency_table", "objective", "sweep", "then", "dist_timeout", *BUDGETS,
 )  # fmt: skip
 
 
