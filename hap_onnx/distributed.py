@@ -20,6 +20,7 @@ import copyreg
 import io
 import os
 import pickle
+import re
 import signal
 import socket
 import time
@@ -45,6 +46,8 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 U = TypeVar("U")
 
+_NOISE = re.compile(r"^(\[[^\]]*\]\s*)+")
+"""What torch puts before its messages."""
 SECONDS_FOR_NOTES = 5.0
 """How long a process that has lost others waits to learn why."""
 
@@ -188,9 +191,13 @@ ALONE = Team()
 class _Pickler(pickle.Pickler):
     dispatch_table = {  # noqa: RUF012  (where pickle looks for it)
         **copyreg.dispatch_table,
-        MappingProxyType: lambda view: (MappingProxyType, (dict(view),)),
+        MappingProxyType: lambda view: (_as_view, (dict(view),)),
         Tensor: lambda x: (_on_own_device, (x.cpu(),)) if x.is_cuda else x.__reduce_ex__(5),
     }
+
+
+def _as_view(entries: dict[Any, Any]) -> MappingProxyType[Any, Any]:
+    return MappingProxyType(entries)  # pickle does not find the type itself
 
 
 def _on_own_device(tensor: Tensor) -> Tensor:
@@ -229,7 +236,7 @@ def _talking() -> Iterator[None]:
 
 
 def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+    return _NOISE.sub("", (str(error).strip().splitlines() or [type(error).__name__])[0]).split(". ")[0][:200]
 
 
 # ---------------------------------------------------------------- coming together, and falling apart
@@ -306,11 +313,12 @@ class _Notes:
     def __init__(self, store: Store, place: Place) -> None:
         self.store, self._place = store, place
         self.prefix = f"hap-onnx/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+        self._where: dict[int, tuple[str, int]] = {}  # host and process of the others
 
     def arrive(self) -> None:
         """Say where this process is, and wait until all others have."""
         self._set("where", (socket.gethostname(), os.getpid()))
-        self.store.wait([self._key("where", rank) for rank in range(self._place.size)])
+        self._where = {rank: self._get("where", rank) for rank in self._others()}  # which waits for them
 
     def leave(self, note: Mapping[str, Any]) -> None:
         with suppress(RuntimeError):  # the store may be gone as well
@@ -323,7 +331,8 @@ class _Notes:
             self.leave({"kind": "error", "type": type(error).__name__, "text": str(error)})
             return error
         with _deaf():
-            found, dead = self._ask()
+            # Who sends a signal because another process has failed does it when that has ended.
+            found, dead = self._ask(SECONDS_FOR_NOTES if isinstance(error, TeamError) else 0.0)
             self.leave({"kind": "stopped"})
         failed = sorted((note["time"], other) for other, note in found.items() if note["kind"] == "error")
         speaker = next(other for other in range(self._place.size) if other == rank or other not in dead)
@@ -338,20 +347,22 @@ class _Notes:
             )
         return error
 
-    def _ask(self) -> tuple[dict[int, Any], dict[int, tuple[str, int]]]:
-        """Return the notes of others, and who has gone without one."""
-        end = time.monotonic() + SECONDS_FOR_NOTES
-        others = [rank for rank in range(self._place.size) if rank != self._place.rank]
-        where: dict[int, tuple[str, int]] = {}
-        with suppress(RuntimeError):
-            where = {rank: self._get("where", rank) for rank in others}
+    def _others(self) -> list[int]:
+        return [rank for rank in range(self._place.size) if rank != self._place.rank]
+
+    def _ask(self, seconds: float) -> tuple[dict[int, Any], dict[int, tuple[str, int]]]:
+        """Return the notes of others, and who has gone without one, as soon as that says why."""
+        end, others = time.monotonic() + seconds, self._others()
+        has_store = True
         while True:
-            gone = {rank for rank, place in where.items() if _is_gone(*place)}
+            gone = {rank for rank, place in self._where.items() if _is_gone(*place)}
             notes: dict[int, Any] = {}  # read after that: a note comes before the end of its process
-            with suppress(RuntimeError):
-                there = [rank for rank in others if self.store.check([self._key("note", rank)])]
+            try:
+                there = [rank for rank in others if has_store and self.store.check([self._key("note", rank)])]
                 notes = {rank: self._get("note", rank) for rank in there}
-            dead = {rank: where[rank] for rank in sorted(gone - set(notes))}
+            except RuntimeError:  # it went with the first process
+                has_store = False
+            dead = {rank: self._where[rank] for rank in sorted(gone - set(notes))}
             has_failed = any(note["kind"] == "error" for note in notes.values())
             if dead or has_failed or len(notes) == len(others) or time.monotonic() > end:
                 return notes, dead
