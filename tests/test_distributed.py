@@ -103,7 +103,7 @@ def test_each_sample_is_in_one_share() -> None:
     assert [found[0][1][0], found[1][1][0], found[0][1][1]] == whole
     for n in (0, 1, 5, 32):
         parts = [list(range(n))[Team(rank, 4).part_of(n)] for rank in range(4)]
-        assert sum(parts, []) == list(range(n))
+        assert [item for part in parts for item in part] == list(range(n))
         assert max(map(len, parts)) - min(map(len, parts)) <= 1
 
 

@@ -65,7 +65,7 @@ def refit(
     n_positions: int = 64,
     n_relu_rounds: int = 3,
     work_dir: Path | None = None,
-    memory_limit_bytes: int = 2 << 30,
+    memory_limit_bytes: int = 1 << 28,
     device: str = "cpu",
     team: Team = ALONE,
     on_event: OnEvent = ignore_event,
