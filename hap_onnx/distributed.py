@@ -266,6 +266,7 @@ def join_team(timeout_s: float) -> Iterator[Team]:
     timeout = timedelta(seconds=timeout_s)
     try:
         notes = _Notes(_open_store(place, timeout), place)
+        notes.arrive(timeout)
         backend = "gloo"
         if torch.cuda.is_available():
             torch.cuda.set_device(place.local_rank % torch.cuda.device_count())
@@ -277,7 +278,6 @@ def join_team(timeout_s: float) -> Iterator[Team]:
             world_size=place.size,
             timeout=timeout,
         )
-        notes.arrive()
     except (RuntimeError, ValueError) as error:
         raise TeamError(
             f"process {place.rank} of {place.size} cannot reach the others at "
@@ -315,10 +315,19 @@ class _Notes:
         self.prefix = f"hap-onnx/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
         self._where: dict[int, tuple[str, int]] = {}  # host and process of the others
 
-    def arrive(self) -> None:
-        """Say where this process is, and wait until all others have."""
+    def arrive(self, timeout: timedelta) -> None:
+        """Say where this process is, and wait until all others have; raises TeamError if they do not come."""
         self._set("where", (socket.gethostname(), os.getpid()))
-        self._where = {rank: self._get("where", rank) for rank in self._others()}  # which waits for them
+        end = time.monotonic() + timeout.total_seconds()
+        # Torch could wait for them, but would let signals wait, too.
+        while not self.store.check([self._key("where", rank) for rank in range(self._place.size)]):
+            if time.monotonic() > end:
+                raise TeamError(
+                    f"not all of {self._place.size} processes have come within {timeout.total_seconds():g} s; "
+                    "start all of them, or give a longer --dist-timeout"
+                )
+            time.sleep(0.05)
+        self._where = {rank: self._get("where", rank) for rank in self._others()}
 
     def leave(self, note: Mapping[str, Any]) -> None:
         with suppress(RuntimeError):  # the store may be gone as well

@@ -418,3 +418,18 @@ def test_a_process_that_does_not_answer_is_waited_for_so_long(tmp_path: Path) ->
     (other,) = (pid for pid, rank in started.items() if rank == 1)
     os.kill(other, signal.SIGKILL)
     os.waitpid(other, 0)
+
+
+def test_processes_that_do_not_come_are_waited_for_so_long(tmp_path: Path) -> None:
+    def work(rank: int) -> int:
+        os.environ["WORLD_SIZE"] = "2"
+        try:
+            with join_team(0.5):
+                return 0
+        except TeamError as error:
+            print(error)
+            return 1
+
+    (ended,) = wait_for_team(start_team(1, work, folder=tmp_path), tmp_path)
+    assert ended.code == 1
+    assert ended.out.startswith("not all of 2 processes have come within 0.5 s")
