@@ -318,12 +318,13 @@ class _Notes:
     def arrive(self, timeout: timedelta) -> None:
         """Say where this process is, and wait until all others have; raises TeamError if they do not come."""
         self._set("where", (socket.gethostname(), os.getpid()))
-        end = time.monotonic() + timeout.total_seconds()
+        seconds = timeout.total_seconds()
+        end = time.monotonic() + seconds
         # Torch could wait for them, but would let signals wait, too.
         while not self.store.check([self._key("where", rank) for rank in range(self._place.size)]):
             if time.monotonic() > end:
                 raise TeamError(
-                    f"not all of {self._place.size} processes have come within {timeout.total_seconds():g} s; "
+                    f"not all of {self._place.size} processes have come within {seconds:g} s; "
                     "start all of them, or give a longer --dist-timeout"
                 )
             time.sleep(0.05)

@@ -16,7 +16,7 @@ import torch
 from forks import Ended
 from planning_cases import Job, make_job
 from sample_models import fix_speed, images, residual_cnn, with_labels, write
-from teams import free_port, run_commands, run_team, start_team
+from teams import free_port, run_commands, run_team, start_team, wait_for_team
 
 from hap_onnx.data.calibration import Subset
 from hap_onnx.distributed import ALONE, Team, join_team
