@@ -14,11 +14,11 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import Field, dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 import click
 
@@ -39,7 +39,16 @@ from hap_onnx.config import (
     reports_of,
 )
 from hap_onnx.crashes import speak_of_crashes
-from hap_onnx.errors import GateError, HapOnnxError, TargetError, ValidationError, is_out_of_memory
+from hap_onnx.errors import (
+    GateError,
+    HapOnnxError,
+    TargetError,
+    TeamError,
+    UsageError,
+    ValidationError,
+    is_out_of_memory,
+)
+from hap_onnx.place import Place, find_place
 from hap_onnx.report.printable import one_line, printable
 
 if TYPE_CHECKING:
@@ -118,6 +127,8 @@ class Session:
     quiet: bool = False
     left: str = "nothing was written"  # how things stand after an interruption
     hint: str = ""  # and what to do then
+    place: Place = field(default_factory=Place)
+    stderr: TextIO | None = None  # of a process that only helps, which says nothing unless it has to
     signals: Signals = field(default_factory=Signals)
 
     def load_pipeline(self) -> Any:
@@ -195,7 +206,7 @@ def main(args: Sequence[str] | None = None) -> int:
         speak_of_crashes(PROGRAM)
     session = Session()
     try:
-        with session.signals:
+        with session.signals, _one_voice(session):
             try:
                 return _run(args, session)
             except Stop as stop:  # caught inside, where a second signal is still ours
@@ -203,6 +214,25 @@ def main(args: Sequence[str] | None = None) -> int:
                 return stop.exit_code
     except KeyboardInterrupt:
         return 130
+
+
+@contextmanager
+def _one_voice(session: Session) -> Iterator[None]:
+    """Let only the first of several processes speak, which does it for all."""
+    try:
+        session.place = find_place()
+    except UsageError:  # said when options are read
+        yield
+        return
+    if session.place.size > 1:
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # what torch says of lost connections, we say
+    if session.place.rank == 0:
+        yield
+        return
+    with open(os.devnull, "w", encoding="utf-8") as nowhere:
+        session.stderr = sys.stderr
+        with redirect_stdout(nowhere), redirect_stderr(nowhere):
+            yield
 
 
 def _open_streams() -> None:
@@ -231,6 +261,9 @@ def _run(args: Sequence[str] | None, session: Session) -> int:
         return error.exit_code
     except click.Abort:
         return 130
+    except TeamError as error:
+        _complain(session, f"error: {error}; {session.left}{session.hint}", speaker=error.speaker)
+        return error.exit_code
     except HapOnnxError as error:
         _complain(session, f"error: {error}")
         return error.exit_code
@@ -250,10 +283,13 @@ def _run(args: Sequence[str] | None, session: Session) -> int:
     return code if isinstance(code, int) else 0
 
 
-def _complain(session: Session, message: str) -> None:
+def _complain(session: Session, message: str, *, speaker: int = 0) -> None:
+    """Say on stderr what is wrong; of several processes, ``speaker`` does."""
+    if session.place.rank != speaker:
+        return
     if session.verbose and sys.exc_info()[0] is not None:
-        click.echo(printable(traceback.format_exc(), keep="\n"), err=True, nl=False)
-    click.echo(f"{PROGRAM}: {one_line(message)}", err=True)
+        click.echo(printable(traceback.format_exc(), keep="\n"), file=session.stderr or sys.stderr, nl=False)
+    click.echo(f"{PROGRAM}: {one_line(message)}", file=session.stderr or sys.stderr)
 
 
 # ---------------------------------------------------------------- options, generated from CompressConfig
@@ -406,6 +442,7 @@ def compress(session: Session, model: Path, data: Path | None, config: Path | No
     given.pop("data", None)
     if data is None:
         raise click.UsageError("Missing option '--data'.", click.get_current_context())
+    find_place()
     wanted = CompressConfig.from_options(given)
     is_sweep = wanted.sweep is not None
     output = wanted.output or (default_folder(model) if is_sweep else default_output(model))
@@ -472,7 +509,8 @@ def inspect(session: Session, model: Path, data: Path | None, **options: Any) ->
 @_MODEL
 @_data_option(required=True, text=DATA_HELP)
 def analyze(session: Session, model: Path, data: Path, **options: Any) -> None:
-    _report_only(session, "analyze", (model, data), options, inputs={"MODEL": model, "--data": data})
+    inputs = {"MODEL": model, "--data": data}
+    _report_only(session, "analyze", (model, data), options, inputs=inputs, in_team=True)
 
 
 @_command(
@@ -521,8 +559,14 @@ def _report_only(
     options: Mapping[str, Any],
     *,
     inputs: Mapping[str, Any],
+    in_team: bool = False,
 ) -> Any:
-    """Call the library's function of a command, show its report and return it."""
+    """Call the library's function of a command, show its report and return it.
+
+    Raises UsageError for several processes, unless the command is done ``in_team``.
+    """
+    if find_place().size > 1 and not in_team:
+        raise UsageError(f"{command} runs in one process: start it without torchrun")
     given = _given(options, command=command)
     as_json = given.pop("json", False)
     outputs = {flag_of(name): given[name] for name in ("output", "latency_table") if name in given}

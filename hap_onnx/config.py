@@ -439,6 +439,10 @@ class CompressConfig:
         "Threads of torch and of onnxruntime. Default: torch chooses, onnxruntime uses one.",
         section="Machine", metavar="N",
     )  # fmt: skip
+    dist_timeout: int = _option(
+        1800, _whole(1, 10**6), "Under torchrun: seconds that a process waits for another one before all "
+        "give up; that one has ended is noticed at once.", section="Machine", metavar="SECONDS",
+    )  # fmt: skip
     seed: int = _option(
         0, _whole(0), "Same seed, inputs and threads: the same bytes.", section="Machine", metavar="N"
     )
@@ -592,8 +596,8 @@ COMMAND_OPTIONS: Mapping[str, tuple[str, ...]] = {
     ),
     "analyze": (
         "objective", "metric", "method", "sensitivity", "probes", "align", "latency_table", "exclude", "only",
-        "preprocess", "max_samples", "batch_size", "device", "providers", "threads", "seed", *REPORTS,
-        "work_dir", "json",
+        "preprocess", "max_samples", "batch_size", "device", "providers", "threads", "dist_timeout", "seed",
+        *REPORTS, "work_dir", "json",
     ),
     "apply": ("output", "report", "json"),
     "validate": (

@@ -6,6 +6,7 @@
     ├── SurgeryError                 a result is not what its plan says (a bug in hap-onnx: please report)
     ├── ValidationError              the result does not load or run in onnxruntime (a bug, too), has numbers
     │                                that are none, or cannot be written
+    ├── TeamError                    one of several processes that share the work has ended or does not answer
     ├── UsageError                   exit code 2: the request itself makes no sense
     └── TargetError                  exit code 3: nothing is written
         ├── BudgetError              the budget cannot be reached
@@ -45,6 +46,17 @@ class SurgeryError(HapOnnxError):
 
 class ValidationError(HapOnnxError):
     """The result does not load or run in onnxruntime, has numbers that are none, or cannot be written."""
+
+
+class TeamError(HapOnnxError):
+    """One of the processes that share the work has ended, or does not answer.
+
+    ``speaker`` is the rank of the one that says so: the first that is left.
+    """
+
+    def __init__(self, message: str, *, speaker: int = 0) -> None:
+        super().__init__(message)
+        self.speaker = speaker
 
 
 class UsageError(HapOnnxError, ValueError):

@@ -29,6 +29,7 @@ from hap_onnx.config import (
     resolve_max_drop,
 )
 from hap_onnx.data.calibration import Subset, open_dataset
+from hap_onnx.distributed import join_team
 from hap_onnx.errors import (
     ModelError,
     UsageError,
@@ -84,6 +85,9 @@ def compress(
 ) -> reports.CompressReport:
     """Write a smaller, faster model that onnxruntime has already run.
 
+    In the processes that ``torchrun`` starts, each calls this with the same arguments: they share the work,
+    the first one writes, and all get the report.
+
     Args:
         model: path of an ONNX file, or a model in memory (then ``output`` is required).
         data: representative inputs: a path (see ``hap_onnx.data.calibration``), arrays by input name, or an
@@ -105,8 +109,8 @@ def compress(
     check_outputs(
         files_of(config, output=output), inputs={"MODEL": model, "--data": data, "--val": config.val}
     )
-    with use_threads(config.threads):
-        return Job(model, data, config, output, on_event).run()
+    with use_threads(config.threads), join_team(config.dist_timeout) as team:
+        return Job(model, data, config, output, on_event, team).run()
 
 
 def sweep(
@@ -129,8 +133,8 @@ def sweep(
     files = files_of(config, output=output)
     check_folder(output, {**files, "--work-dir": config.work_dir})
     check_outputs(files, inputs={"MODEL": model, "--data": data, "--val": config.val})
-    with use_threads(config.threads):
-        return run_sweep(Job(model, data, config, output, on_event))
+    with use_threads(config.threads), join_team(config.dist_timeout) as team:
+        return run_sweep(Job(model, data, config, output, on_event, team))
 
 
 def analyze(
@@ -146,15 +150,16 @@ def analyze(
     Args:
         options: ``objective``, ``metric``, ``method``, ``sensitivity``, ``probes``, ``align``,
             ``latency_table``, ``exclude``, ``only``, ``preprocess``, ``max_samples``, ``batch_size``,
-            ``device``, ``providers``, ``threads``, ``seed``, ``report``, ``html``, ``summary``, ``work_dir``.
+            ``device``, ``providers``, ``threads``, ``dist_timeout``, ``seed``, ``report``, ``html``,
+            ``summary``, ``work_dir``.
 
     Raises:
         ModelError, CalibrationError, UsageError, ValidationError: see ``compress``.
     """
     config = CompressConfig.from_options({**check_options(options, command="analyze"), "allow_slower": True})
     check_outputs(files_of(config, output=None), inputs={"MODEL": model, "--data": data})
-    with use_threads(config.threads):
-        return Job(model, data, config, None, on_event).analyze()
+    with use_threads(config.threads), join_team(config.dist_timeout) as team:
+        return Job(model, data, config, None, on_event, team).analyze()
 
 
 def _output_of(model: str | Path | ModelProto, config: CompressConfig) -> Path:

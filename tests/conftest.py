@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # as the command does; read when torch is imported
+
 from collections.abc import Iterator
 from uuid import uuid4
 

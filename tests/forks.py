@@ -65,6 +65,7 @@ def start_fork(
         import traceback
 
         traceback.print_exc()
+        sys.stderr.flush()
     finally:
         os._exit(code)
 

@@ -83,15 +83,19 @@ class Dataset:
         self.preprocessing = source.preprocessing
         self.notes = notes
 
-    def batches(self, indices: np.ndarray | Sequence[int], batch_size: int) -> Iterator[Batch]:
+    def batches(
+        self, indices: np.ndarray | Sequence[int], batch_size: int, *, first: int = 0, step: int = 1
+    ) -> Iterator[Batch]:
         """The samples in the order of ``indices``, at most ``batch_size`` at a time, read anew.
+
+        With ``step``, only each so-many-th batch, from number ``first`` on.
 
         Raises CalibrationError when a file has gone or changed since the data was opened.
         """
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         indices = np.asarray(indices, dtype=np.int64)
-        for start in range(0, len(indices), batch_size):
+        for start in range(first * batch_size, len(indices), step * batch_size):
             chosen = indices[start : start + batch_size]
             yield Batch(
                 self._source.read(self._indices[chosen]),
@@ -131,9 +135,9 @@ class Subset:
     def labels(self) -> np.ndarray | None:
         return None if self.dataset.labels is None else self.dataset.labels[self.indices]
 
-    def batches(self, batch_size: int) -> Iterator[Batch]:
-        """All samples of the subset, see `Dataset.batches`."""
-        return self.dataset.batches(self.indices, batch_size)
+    def batches(self, batch_size: int, *, first: int = 0, step: int = 1) -> Iterator[Batch]:
+        """All samples of the subset, or some of their batches, see `Dataset.batches`."""
+        return self.dataset.batches(self.indices, batch_size, first=first, step=step)
 
     def take(self, n_samples: int) -> Subset:
         """The first ``n_samples`` (all, if there are fewer)."""
@@ -148,6 +152,11 @@ class Splits:
     calibrate: Subset
     choose: Subset
     report: Subset
+
+    @property
+    def sizes(self) -> tuple[int, int, int]:
+        """How many samples each part has."""
+        return self.calibrate.n_samples, self.choose.n_samples, self.report.n_samples
 
 
 def open_dataset(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -24,6 +24,7 @@ from hap_onnx.distill.augment import find_augmenter
 from hap_onnx.distill.learned import find_learned
 from hap_onnx.distill.objective import Objective, find_hidden, find_scores
 from hap_onnx.distill.training import Recipe, Trainer, train
+from hap_onnx.distributed import ALONE, Team
 from hap_onnx.events import Event, OnEvent, ignore_event
 from hap_onnx.model.measure import constants_of
 from hap_onnx.model.saving import make_folder
@@ -84,6 +85,7 @@ def distill(
     folder: Path | None = None,
     key: str = "",
     device: str = "cpu",
+    team: Team = ALONE,
     on_event: OnEvent = ignore_event,
 ) -> Distilled:
     """Train a compressed graph towards the original.
@@ -100,6 +102,7 @@ def distill(
         folder: where the state of training is kept, for going on after an interruption with the same
             arguments; default: a temporary folder.
         key: what else the state depends on, such as the data.
+        team: the processes that share the samples of each update; the first keeps the state.
 
     Returns:
         The weights that do best on ``choose``; those of ``compressed`` if training does not help.
@@ -113,10 +116,12 @@ def distill(
     with torch.no_grad():
         expected = teacher(inputs)
     one_by_one = not (unfix_batch(teacher, inputs) and unfix_batch(student, inputs))
-    objective = Objective(
-        scales=scales,
-        hidden={} if one_by_one else find_hidden(teacher, student, inputs, leave=moved),
-        scores=None if scores is None else find_scores(scores, expected[scores]),
+    objective = team.lead(
+        lambda: Objective(
+            scales=scales,
+            hidden={} if one_by_one else find_hidden(teacher, student, inputs, leave=moved),
+            scores=None if scores is None else find_scores(scores, expected[scores]),
+        )
     )
     learned = find_learned(compressed, leave=leave)
     reached = _reached(student, learned, objective, inputs)
@@ -129,15 +134,16 @@ def distill(
         return Distilled({}, (), None, None, 0.0, 0)
     augmenter = None
     if augment:
-        augmenter = find_augmenter(
-            teacher, calibrate, outputs=objective.outputs, batch_size=recipe.batch_size, seed=recipe.seed
+        outputs, size, seed = objective.outputs, recipe.batch_size, recipe.seed
+        augmenter = team.lead(
+            lambda: find_augmenter(teacher, calibrate, outputs=outputs, batch_size=size, seed=seed)
         )
     kinds = augmenter.kinds if augmenter is not None else ()
     how = f", images augmented by {' and '.join(kinds)}" if kinds else ""
     length = f"{recipe.epochs} epoch{'' if recipe.epochs == 1 else 's'}"
     _note(on_event, f"training on {calibrate.n_samples} samples for {length}{how}")
-    trainer = Trainer(teacher, student, reached, objective, augmenter, calibrate, choose, recipe)
-    with _folder(folder) as place:
+    trainer = Trainer(teacher, student, reached, objective, augmenter, calibrate, choose, recipe, team)
+    with _folder(folder) if team.leads else nullcontext(Path()) as place:
         state_key = _key(compressed, recipe, objective, (kinds, reached, key))
         trained = train(trainer, place, state_key, on_event=on_event)
     progress = trained.progress

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -30,7 +31,32 @@ N_TRIED = 256
 TRIED_BYTES = 1 << 28
 """Most that the samples on which augmentations are tried take up, with the outputs for them."""
 
-Augmentation = Callable[[Tensor, np.random.Generator], Tensor]
+
+
+class Draws(Protocol):
+    """What augmentations need of a ``np.random.Generator``."""
+
+    def random(self, size: int, /) -> np.ndarray: ...
+
+    def integers(self, low: int, high: int, size: tuple[int, ...], /) -> np.ndarray: ...
+
+
+@dataclass(frozen=True)
+class ShareOfDraws:
+    """Draws for ``n_all`` samples, and gives what is for some of them: ``part``."""
+
+    generator: np.random.Generator
+    n_all: int
+    part: slice
+
+    def random(self, size: int, /) -> np.ndarray:
+        return self.generator.random(self.n_all)[self.part]
+
+    def integers(self, low: int, high: int, size: tuple[int, ...], /) -> np.ndarray:
+        return self.generator.integers(low, high, (self.n_all, *size[1:]))[self.part]
+
+
+Augmentation = Callable[[Tensor, Draws], Tensor]
 
 
 @dataclass(frozen=True)
@@ -41,7 +67,7 @@ class Augmenter:
     kinds: tuple[str, ...]
     channels_last: bool
 
-    def __call__(self, inputs: Mapping[str, Tensor], generator: np.random.Generator) -> dict[str, Tensor]:
+    def __call__(self, inputs: Mapping[str, Tensor], generator: Draws) -> dict[str, Tensor]:
         """Return the inputs with images [N, C, H, W] (or [N, H, W, C]) augmented."""
         images = inputs[self.input_name]
         images = images.movedim(-1, 1) if self.channels_last else images
@@ -51,13 +77,13 @@ class Augmenter:
         return {**inputs, self.input_name: images}
 
 
-def flip(images: Tensor, generator: np.random.Generator) -> Tensor:
+def flip(images: Tensor, generator: Draws) -> Tensor:
     """Mirror every other image [N, C, H, W], left to right."""
     chosen = torch.from_numpy(generator.random(len(images)) < 0.5).to(images.device)
     return torch.where(chosen[:, None, None, None], images.flip(3), images)
 
 
-def shift(images: Tensor, generator: np.random.Generator) -> Tensor:
+def shift(images: Tensor, generator: Draws) -> Tensor:
     """Shift each image [N, C, H, W] by up to an eighth of its size; pixels at the edge are repeated."""
     n, n_channels, *sizes = images.shape
     most = [max(1, round(SHIFT * size)) for size in sizes]

@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,10 @@ import torch
 from torch import Tensor, nn
 
 from hap_onnx.data.calibration import Batch, Subset
-from hap_onnx.distill.augment import Augmenter
+from hap_onnx.distill.augment import Augmenter, ShareOfDraws
 from hap_onnx.distill.checkpoint import Progress, load_state, save_state
 from hap_onnx.distill.objective import Objective
+from hap_onnx.distributed import ALONE, Team
 from hap_onnx.events import Event, OnEvent
 from hap_onnx.sensitivity.curvature import to_tensors
 from hap_onnx.twin import Twin, channels_last, run_captured
@@ -75,6 +77,20 @@ class Trained:
     progress: Progress
 
 
+@dataclass(frozen=True)
+class Share:
+    """What one process runs of the ``n_all`` samples of an update: ``batch`` is ``part`` of them, or None."""
+
+    batch: Batch | None
+    part: slice
+    n_all: int
+
+    @property
+    def weight(self) -> float:
+        """Of the mean over this process's samples, in that over all."""
+        return (self.part.stop - self.part.start) / self.n_all
+
+
 class Diverged(Exception):
     """Training has left the region in which it makes sense; the message says how it showed."""
 
@@ -92,8 +108,9 @@ class Trainer:
         calibrate: Subset,
         choose: Subset,
         recipe: Recipe,
+        team: Team = ALONE,
     ) -> None:
-        self.teacher, self.student = teacher, student
+        self.teacher, self.student, self.team = teacher, student, team
         self.objective, self.augmenter, self.recipe = objective, augmenter, recipe
         self.calibrate, self.choose = calibrate, choose
         self.device = str(student.device or "cpu")
@@ -118,19 +135,15 @@ class Trainer:
             return self.recipe.rate * (step + 1) / warmup
         return self.recipe.rate * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (self.n_steps - warmup)))
 
-    def update(self, step: int, batch: Batch, rate: float) -> float:
+    def update(self, step: int, share: Share, rate: float) -> float:
         """Take one step of the optimizer; returns the loss. Raises Diverged if that is no number."""
-        inputs = to_tensors(batch.inputs, self.student)
-        if self.augmenter is not None:
-            inputs = self.augmenter(inputs, np.random.default_rng((self.recipe.seed, _AUGMENT, step)))
-        loss = self._loss(inputs, batch.labels)
-        value = float(loss.detach())
+        self.optimizer.zero_grad(set_to_none=True)
+        value = self.team.total(0.0 if share.batch is None else self._differentiate(step, share))
         if not math.isfinite(value):
             raise Diverged(f"the loss is {value}")
+        self._sum_gradients()
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group["scale"]
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
         norm = nn.utils.clip_grad_norm_(list(self.parameters.values()), self.recipe.clip)
         if not torch.isfinite(norm):
             raise Diverged("the gradient is not finite")
@@ -140,6 +153,30 @@ class Trainer:
         latest = [parameter.detach() for parameter in self.parameters.values()]
         torch._foreach_lerp_(list(self.average.values()), latest, 1 / horizon)
         return value
+
+    def _differentiate(self, step: int, share: Share) -> float:
+        """Run this process's samples forward and back; returns their part of the loss."""
+        assert share.batch is not None
+        inputs = to_tensors(share.batch.inputs, self.student)
+        if self.augmenter is not None:
+            generator = np.random.default_rng((self.recipe.seed, _AUGMENT, step))
+            inputs = self.augmenter(inputs, ShareOfDraws(generator, share.n_all, share.part))
+        loss = share.weight * self._loss(inputs, share.batch.labels)
+        value = float(loss.detach())
+        if math.isfinite(value):
+            loss.backward()
+        return value
+
+    def _sum_gradients(self) -> None:
+        """Add up what all processes have found, at once."""
+        if self.team.size == 1:
+            return
+        parameters = list(self.parameters.values())
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+        total = self.team.sum_(torch.cat([gradient.reshape(-1) for gradient in gradients]))
+        parts = total.split([gradient.numel() for gradient in gradients])
+        for parameter, part in zip(parameters, parts, strict=True):
+            parameter.grad = part.view_as(parameter)
 
     def _loss(self, inputs: Mapping[str, Tensor], labels: np.ndarray | None) -> Tensor:
         inputs = {name: channels_last(tensor) for name, tensor in inputs.items()}
@@ -178,6 +215,7 @@ class Trainer:
                     top = ours[scores.output].argmax(1)
                     truth = labels if labels is not None else theirs[scores.output].argmax(1)
                     n_hits += int((top == truth).sum())
+        total, n_hits = self.team.total(total), int(self.team.total(n_hits))
         score = total / self.choose.n_samples
         if scores is None:
             return (score if math.isfinite(score) else math.inf), f"r2 {1 - 2 * score:.4f}"
@@ -186,7 +224,7 @@ class Trainer:
 
     def _expectations(self) -> Iterator[tuple[Batch, dict[str, Tensor]]]:
         """Yield the samples set aside with the original's outputs: computed once where they are small."""
-        batches = self.choose.batches(self.recipe.batch_size)
+        batches = self.team.batches(self.choose, self.recipe.batch_size)
         if self._expected is not None:
             yield from zip(batches, self._expected, strict=True)
             return
@@ -265,12 +303,13 @@ def train(trainer: Trainer, folder: Path, key: str, *, on_event: OnEvent) -> Tra
     Raises ValidationError if the state cannot be written.
     """
     now, best = folder / "training.safetensors", folder / "best.safetensors"
-    found = load_state(now, key)
-    if found is None or load_state(best, key) is None:
+    team = trainer.team
+    found = team.lead(lambda: None if load_state(best, key) is None else load_state(now, key))
+    if found is None:
         start, words = trainer.score()
         progress = Progress(0, start, start, 0)
-        save_state(now, key, progress, trainer.tensors())
-        save_state(best, key, progress, trainer.average)
+        team.lead(lambda: save_state(now, key, progress, trainer.tensors()))
+        team.lead(lambda: save_state(best, key, progress, trainer.average))
     else:
         progress, tensors = found
         trainer.restore(tensors)
@@ -299,12 +338,12 @@ def train(trainer: Trainer, folder: Path, key: str, *, on_event: OnEvent) -> Tra
                 continue
             if score < progress.best_score:
                 progress = replace(progress, best_score=score, best_step=end)
-                save_state(best, key, progress, trainer.average)
+                team.lead(partial(save_state, best, key, progress, trainer.average))
             progress = replace(progress, step=end)
-            save_state(now, key, progress, trainer.tensors())
+            team.lead(partial(save_state, now, key, progress, trainer.tensors()))
     finally:
         on_event(Event(STAGE, "end"))
-    kept = load_state(best, key)
+    kept = team.lead(lambda: load_state(best, key))
     assert kept is not None  # written above, or by the run that was interrupted
     weights = {name: tensor.cpu().numpy() for name, tensor in kept[1].items()}
     return Trained(weights, replace(progress, best_score=kept[0].best_score, best_step=kept[0].best_step))
@@ -320,9 +359,9 @@ def _run_period(
     trainer: Trainer, progress: Progress, end: int, words: str, advance: Callable[[str], None]
 ) -> None:
     recipe, mean = trainer.recipe, 0.0
-    batches = _batches(trainer, progress.step, end)
-    for index, (step, batch) in enumerate(zip(range(progress.step, end), batches, strict=True)):
-        loss = trainer.update(step, batch, progress.rate_factor * trainer.rate_at(step))
+    shares = _shares(trainer, progress.step, end)
+    for index, (step, share) in enumerate(zip(range(progress.step, end), shares, strict=True)):
+        loss = trainer.update(step, share, progress.rate_factor * trainer.rate_at(step))
         mean += (loss - mean) / (index + 1)
         text = f"loss {mean:.3g}" + (f", {words}" if words else "")
         advance(text)
@@ -330,24 +369,28 @@ def _run_period(
               recipe.batch_size, mean)  # fmt: skip
 
 
-def _batches(trainer: Trainer, start: int, end: int) -> Iterator[Batch]:
-    """The batches of some updates within one epoch: each epoch has its own random order."""
+def _shares(trainer: Trainer, start: int, end: int) -> Iterator[Share]:
+    """This process's share of some updates within one epoch: each epoch has its own random order."""
     recipe, part = trainer.recipe, trainer.calibrate
     epoch, first = divmod(start, trainer.steps_per_epoch)
     order = np.random.default_rng((recipe.seed, _ORDER, epoch)).permutation(part.indices)
     size = min(recipe.batch_size, len(order))
-    return part.dataset.batches(order[first * size : (first + end - start) * size], size)
+    for index in range(first, first + end - start):
+        indices = order[index * size : (index + 1) * size]
+        own = trainer.team.part_of(len(indices))
+        read = part.dataset.batches(indices[own], size)
+        yield Share(next(read, None), own, len(indices))
 
 
 def _roll_back(
     trainer: Trainer, progress: Progress, now: Path, key: str, reason: Diverged, on_event: OnEvent
 ) -> Progress:
     """Return to the state before the failure, with half the rate, and write that down."""
-    found = load_state(now, key)
+    found = trainer.team.lead(lambda: load_state(now, key))
     assert found is not None
     trainer.restore(found[1])
     progress = replace(progress, rate_factor=progress.rate_factor / 2, n_rollbacks=progress.n_rollbacks + 1)
-    save_state(now, key, progress, trainer.tensors())
+    trainer.team.lead(lambda: save_state(now, key, progress, trainer.tensors()))
     what = "stopping with the best so far" if progress.n_rollbacks > MAX_ROLLBACKS else "halving the rate"
     on_event(
         Event(STAGE, "warning", f"training failed after update {progress.step}: {reason}; going back, {what}")

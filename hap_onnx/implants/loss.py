@@ -25,6 +25,7 @@ from torch import Tensor
 
 from hap_onnx.coupling.channels import ChannelGroup, Coupling
 from hap_onnx.data.calibration import Subset
+from hap_onnx.distributed import ALONE, Team
 from hap_onnx.events import OnEvent, ignore_event
 from hap_onnx.implants.factors import Metric, find_family, make_metric
 from hap_onnx.model.measure import Shapes, constants_of
@@ -222,6 +223,7 @@ def measure_implants(
     *,
     scales: Mapping[str, float],
     batch_size: int,
+    team: Team = ALONE,
     on_event: OnEvent = ignore_event,
 ) -> dict[str, ImplantLosses]:
     """Compare predicted and measured losses of each layer at two ranks.
@@ -258,7 +260,9 @@ def measure_implants(
             predicted[layer.node, rank] = float(every[rank])
             overrides = weight_overrides(layer, nodes[layer.node], twin, cut, family.at(rank).dense)
             forks.append(Fork((layer.node, rank), position[layer.node], overrides))
-    measured = run_forks(twin, subset, forks, scales=scales, batch_size=batch_size, on_event=on_event)
+    measured = run_forks(
+        twin, subset, forks, scales=scales, batch_size=batch_size, team=team, on_event=on_event
+    )
     for name in found:
         points = sorted(
             (max(loss, _TINY), finite_loss(measured[key].loss, least=_TINY))

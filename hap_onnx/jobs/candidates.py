@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from hap_onnx.data.calibration import Subset
+from hap_onnx.distributed import ALONE, Team
 from hap_onnx.errors import BudgetError
 from hap_onnx.events import Event, OnEvent, ignore_event
 from hap_onnx.jobs.carry_out import Compressed, CutModel, compress_layers, cut_model, refit_layers
@@ -62,6 +63,7 @@ class Setting:
         calibrate, choose: samples for repair and for comparing candidates.
         time: times a candidate against the original; None where speed does not count.
         base_ratio: how long the model takes that candidates are made of, as a fraction of the original.
+        team: the processes that share the samples; the first of them plans.
     """
 
     prepared: PreparedModel
@@ -80,15 +82,16 @@ class Setting:
     work_dir: Path | None = None
     device: str = "cpu"
     time: Callable[[Compressed], LatencyComparison] | None = None
+    team: Team = ALONE
     on_event: OnEvent = ignore_event
 
     def expected(self) -> Iterable[Mapping[str, Tensor]]:
-        """Outputs of the original that count, of each batch of the choose part."""
+        """Outputs of the original that count, of each batch of the choose part that is this process's."""
         return self._run_original() if self._kept is None else self._kept
 
     def _run_original(self) -> Iterator[dict[str, Tensor]]:
         twin = self.prepared.twin
-        for batch in self.choose.batches(self.batch_size):
+        for batch in self.team.batches(self.choose, self.batch_size):
             with torch.no_grad():
                 outputs = twin(to_tensors(batch.inputs, twin))
             yield {name: outputs[name] for name in self.scales}
@@ -179,12 +182,17 @@ def choose_within(
 
     ``align`` and ``whole`` are the setting's own unless they are given.
     """
-    prepared, losses, limits = setting.prepared, setting.losses, _absolute(setting, budgets)
-    if setting.preset == "paper":
-        return choose_by_threshold(prepared, losses, limits, kinds=setting.kinds)
-    align = setting.align if align is None else align
-    whole = _whole(setting) if whole is None else whole
-    return choose(prepared, losses, limits, align=align, whole=whole, kinds=setting.kinds)
+    prepared, losses = setting.prepared, setting.losses
+
+    def plan() -> Choice:
+        limits = _absolute(setting, budgets)
+        if setting.preset == "paper":
+            return choose_by_threshold(prepared, losses, limits, kinds=setting.kinds)
+        own = setting.align if align is None else align
+        kept = _whole(setting) if whole is None else whole
+        return choose(prepared, losses, limits, align=own, whole=kept, kinds=setting.kinds)
+
+    return setting.team.lead(plan)
 
 
 def _plan(
@@ -310,6 +318,7 @@ def recover(setting: Setting, cut: CutModel, plain: Compressed) -> tuple[float, 
         seed=setting.seed,
         work_dir=setting.work_dir,
         device=setting.device,
+        team=setting.team,
         on_event=setting.on_event,
     )
     after = distance(setting, refitted.finished())
@@ -324,7 +333,8 @@ def distance(setting: Setting, graph: gs.Graph) -> float:
     """Distance of the outputs to the original's, per sample of the choose part; infinite if no number."""
     twin, total = build_twin(graph, device=setting.device), 0.0
     with torch.no_grad():
-        batches = setting.choose.batches(setting.batch_size)
+        batches = setting.team.batches(setting.choose, setting.batch_size)
         for batch, expected in zip(batches, setting.expected(), strict=True):
             total += output_distance(twin(to_tensors(batch.inputs, twin)), expected, setting.scales)
+    total = setting.team.total(total)
     return total / setting.choose.n_samples if isfinite(total) else inf

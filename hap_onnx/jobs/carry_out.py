@@ -17,6 +17,7 @@ import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
 from hap_onnx.data.calibration import Subset
+from hap_onnx.distributed import ALONE, Team
 from hap_onnx.errors import ModelError, SurgeryError
 from hap_onnx.events import OnEvent, ignore_event
 from hap_onnx.implants.factors import Factors, Metric, factorise
@@ -165,6 +166,7 @@ def refit_layers(
     seed: int,
     work_dir: Path | None = None,
     device: str = "cpu",
+    team: Team = ALONE,
     on_event: OnEvent = ignore_event,
 ) -> Compressed:
     """Refit what is left, with implants computed from what their layers read by then."""
@@ -191,6 +193,7 @@ def refit_layers(
         seed=seed,
         work_dir=work_dir,
         device=device,
+        team=team,
         on_event=on_event,
     )
     nodes = {node.name: node for node in cut.graph.nodes}

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from copy import copy
 from dataclasses import replace
 from functools import cache, cached_property
@@ -18,8 +19,9 @@ from onnx import ModelProto
 from hap_onnx import report as reports
 from hap_onnx.config import BUDGETS, CompressConfig, files_of, flag_of, rejected_path
 from hap_onnx.data.calibration import Splits, Subset, split_dataset
+from hap_onnx.distributed import ALONE, Team
 from hap_onnx.errors import BudgetError, CalibrationError, GateError, ModelError, TargetError
-from hap_onnx.events import Event, OnEvent
+from hap_onnx.events import Event, OnEvent, ignore_event
 from hap_onnx.implants.loss import find_implant_layers
 from hap_onnx.jobs import hand_off
 from hap_onnx.jobs.analysis import analyse, objective_of, size_point, with_plan
@@ -94,9 +96,10 @@ class Job:
         config: CompressConfig,
         output: Path | None,
         on_event: OnEvent,
+        team: Team = ALONE,
     ) -> None:
         """Open the model and the data; ``output`` is None where no model is to be written."""
-        self.config, self._output = config, output
+        self.config, self._output, self.team = config, output, team
         self.warnings: list[str] = []  # what readers of a summary should know, too
 
         def tell(event: Event) -> None:
@@ -104,7 +107,7 @@ class Job:
                 self.warnings.append(event.message)
             on_event(event)
 
-        self.on_event = tell
+        self.on_event = tell if team.leads else ignore_event
         self.clock = Stopwatch()
         self.label = str(model) if isinstance(model, (str, Path)) else "model in memory"
         with self.clock.stage("load"):
@@ -129,10 +132,14 @@ class Job:
                 device=pick_device(config.device),
             )
             self._check_twin()
+        self._check_team(probe)
         keys = Keys("", "")  # without a work folder nothing is kept
         if config.work_dir is not None:
-            keys = work_keys(
-                config, self.splits, self.source.sha256, installed_versions(), threads=torch.get_num_threads()
+            threads = torch.get_num_threads()
+            keys = team.lead(
+                lambda: work_keys(
+                    config, self.splits, self.source.sha256, installed_versions(), threads=threads
+                )
             )
         self.shop = Workshop(
             config=config,
@@ -144,7 +151,8 @@ class Job:
             time_nodes=self._time_nodes,
             work=WorkFolder(config.work_dir, keys.job, keys.losses),
             clock=self.clock,
-            on_event=tell,
+            team=team,
+            on_event=self.on_event,
         )
         self.times = open_times(config, self.session, self.shop.work.latency_table())
         self.rounds = [Round(self.shop, self.prepared)]
@@ -229,6 +237,19 @@ class Job:
         if twin.opaque_nodes:
             self.note(f"{len(twin.opaque_nodes)} nodes run in onnxruntime only and stay as they are")
 
+    def _check_team(self, probe: Mapping[str, np.ndarray]) -> None:
+        """Refuse processes that have another model or other data than the first."""
+        digest = hashlib.sha256(repr((self.source.sha256, self.splits.sizes)).encode())
+        for _, array in sorted(probe.items()):
+            digest.update(np.ascontiguousarray(array).tobytes())
+        found = self.team.gather(digest.hexdigest())
+        others = [rank for rank, one in enumerate(found) if one != found[0]]
+        if others:
+            raise CalibrationError(
+                f"rank {others[0]} of {self.team.size} has another model or other data than rank 0: give all "
+                "processes the same"
+            )
+
     def _check_result(self, model: AnyModel, candidate: Candidate, plan: CompressionPlan) -> None:
         """Refuse a model that is not sound, or not what its plan says."""
         n_samples = max(SELF_CHECK_SAMPLES, self.session.fixed_batch or 1)
@@ -280,14 +301,24 @@ class Job:
 
     def run(self) -> reports.CompressReport:
         self.check_can_shrink()
-        with self.shop.work.lock():
+        with self.lock():
             found = self._make()
-        return self._finish(found)
+        return self.team.lead(lambda: self._finish(found))
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Keep other runs of the same job out of the work folder; see ``WorkFolder.lock``."""
+        with ExitStack() as stack:
+            self.team.lead(lambda: stack.enter_context(self.shop.work.lock()))
+            yield
 
     def analyze(self) -> reports.AnalyzeReport:
         """Find sensitivities, and plan for a family of budgets; nothing is cut."""
-        with self.shop.work.lock():
+        with self.lock():
             analysis = self._analysis
+        return self.team.lead(lambda: self._write_analysis(analysis))
+
+    def _write_analysis(self, analysis: Analysis) -> reports.AnalyzeReport:
         report = reports.AnalyzeReport(
             model=self.label,
             size=facts_before(self.prepared),
@@ -330,6 +361,11 @@ class Job:
         there is no such model.
         """
         candidate = self._make()
+        return self.team.lead(lambda: self._try_out(candidate))
+
+    def _try_out(
+        self, candidate: Candidate
+    ) -> tuple[CompressionPlan, reports.CompressReport, TargetError | None]:
         plan, compressed, proto = self._build(candidate)
         report, gated = self._measure(candidate, plan, compressed, proto)
         try:
@@ -339,6 +375,8 @@ class Job:
         return plan, report, None
 
     def _make(self) -> Candidate:
+        if self.config.html is not None:
+            _ = self._analysis  # all processes plan for it; only the first one writes the report
         return self._compress_in_rounds(self._budgets()) if self.config.has_budget else self._search()
 
     def check_can_shrink(self) -> None:
@@ -458,7 +496,7 @@ class Job:
         """Find the smallest model whose drop on the choose part, plus a margin, is within the limit."""
         limit, part = self.config.drop_limit, self.splits.choose
         assert limit is not None
-        reference = run_outputs(self.session, part, batch_size=self.batch_size)
+        reference = run_outputs(self.session, part, batch_size=self.batch_size) if self.team.leads else {}
 
         def measure(candidate: Candidate) -> Quality:
             session = open_session(self._to_final(candidate), self.config)
@@ -466,19 +504,28 @@ class Job:
                 reference, run_outputs(session, part, batch_size=self.batch_size), part.labels
             )
 
+        def measure_once(candidate: Candidate) -> Quality:
+            return self.team.lead(lambda: measure(candidate))
+
         objectives = ("params", "macs") if self.config.objective is None else (self.config.objective,)
         full = {name: size for name, size in self.rounds[0].sizes().items() if name in objectives}
-        found = search_smallest(full, self._repair, measure, limit=limit, note=self.note)
+        found = search_smallest(full, self._repair, measure_once, limit=limit, note=self.note)
         if found.accepted is not None:
             return found.accepted
         error = BudgetError(
             f"no smaller model was found that loses at most {limit:g} of {self.metric.name} beyond doubt "
             f"on {part.n_samples} samples; allow more with --max-drop, or give more data"
         )
-        if found.refused is not None:
-            proto = self._to_final(found.refused)
-            self._refuse(error, proto, self._report(found.refused, proto))
+
+        refused = found.refused
+        if refused is not None:
+            self.team.lead(lambda: self._attach(error, refused))
         raise error
+
+    def _attach(self, error: BudgetError, refused: Candidate) -> None:
+        """Let a refusal hold the numbers of the model that came nearest."""
+        proto = self._to_final(refused)
+        self._refuse(error, proto, self._report(refused, proto))
 
     # --- the result ---
 
@@ -511,6 +558,9 @@ class Job:
 
     def _time(self, candidate: Compressed, prepared: PreparedModel) -> LatencyComparison:
         """Time a candidate against the original, unless one of these widths and ranks was timed before."""
+        return self.team.lead(lambda: self._time_here(candidate, prepared))
+
+    def _time_here(self, candidate: Compressed, prepared: PreparedModel) -> LatencyComparison:
         shapes = {name: array.shape[1:] for name, array in sorted(self._first_batch().items())}
         where = hashlib.sha256(repr((self.source.sha256, prepared.source.sha256, shapes)).encode())
         name = f"{where.hexdigest()[:16]}-{candidate.choice.shape_key}"
@@ -529,6 +579,9 @@ class Job:
         return next(iter(self.splits.calibrate.batches(self.session.fixed_batch or 1))).inputs
 
     def _time_nodes(self, prepared: PreparedModel, kinds: Mapping[str, Collection[str]]) -> NodeTimes:
+        return self.team.lead(lambda: self._time_nodes_here(prepared, kinds))
+
+    def _time_nodes_here(self, prepared: PreparedModel, kinds: Mapping[str, Collection[str]]) -> NodeTimes:
         proto = write_proto(prepared.graph, prepared.source, None)
         feed = self.session.prepare(latency_feed(self.session, self._first_batch()))
         found = measure_times(

@@ -17,6 +17,7 @@ import hap_onnx
 from hap_onnx.config import CompressConfig
 from hap_onnx.data.calibration import Splits, Subset
 from hap_onnx.distill import Recipe, distill
+from hap_onnx.distributed import ALONE, Team
 from hap_onnx.errors import BudgetError, ModelError, SurgeryError
 from hap_onnx.events import Event, OnEvent
 from hap_onnx.implants.speed import faster_kinds
@@ -55,6 +56,7 @@ class Workshop:
         time_nodes: times the nodes of a model and the implants that its layers may become.
         work: what is kept of an interrupted job.
         clock: how long each stage has taken so far.
+        team: the processes that share the samples.
     """
 
     config: CompressConfig
@@ -67,6 +69,7 @@ class Workshop:
     work: WorkFolder
     clock: Stopwatch
     on_event: OnEvent
+    team: Team = ALONE
 
     def few(self, part: Subset, n_most: int | None = None) -> Subset:
         """Return enough samples of a part for statistics, or ``n_most``, in whole batches."""
@@ -119,15 +122,17 @@ class Round:
         # What later rounds start from is made on the way, and seldom twice.
         kept = self.shop.work.losses() if not self.earlier else None
         with self.shop.clock.stage("sensitivity"):
-            losses = self._kept_losses(kept)
+            losses = None if kept is None else self._kept_losses(kept)
             if losses is None:
-                losses = self._find_losses()
+                losses = found = self._find_losses()
                 if kept is not None:
-                    save_losses(losses, kept)
+                    self.shop.team.lead(lambda: save_losses(found, kept))
         return losses
 
-    def _kept_losses(self, path: Path | None) -> LossModel | None:
-        if path is None or not path.is_file():
+    def _kept_losses(self, path: Path) -> LossModel | None:
+        """Read what an earlier run has found; None unless all processes have the same file."""
+        found = self.shop.team.gather(_hash_file(path))
+        if found[0] is None or found != found[:1] * len(found):
             return None
         try:
             losses = load_losses(path, self.prepared)
@@ -148,6 +153,7 @@ class Round:
             n_probes=config.probes,
             seed=config.seed,
             with_implants=config.method != "prune",
+            team=shop.team,
             on_event=shop.on_event,
         )
 
@@ -183,6 +189,7 @@ class Round:
             recover="none" if config.recover == "none" else "refit",
             work_dir=config.work_dir,
             device=pick_device(config.device),
+            team=shop.team,
             time=(
                 None
                 if config.allow_slower and not config.needs_times
@@ -261,7 +268,7 @@ class Round:
             setting = self.setting  # its stages are not part of this one
             with self.shop.clock.stage("compress"):
                 candidate = self._explained(compress_to(setting, budgets))
-                self.shop.work.save(name, candidate.plan)
+                self._keep(name, candidate.plan)
         self._last = name, candidate
         return candidate
 
@@ -287,15 +294,19 @@ class Round:
                 folder=shop.work.training(name),
                 key=shop.work.key,
                 device=pick_device(config.device),
+                team=shop.team,
                 on_event=shop.on_event,
             )
         compressed = candidate.compressed.with_trained(found.weights)
         plan = replace(
             candidate.plan, weights=compressed.plan_weights(), training=found.facts(config.n_epochs)
         )
-        shop.work.save(f"{name}-trained", plan)
-        shop.work.drop_training(name)
+        self._keep(f"{name}-trained", plan)
+        shop.team.lead(lambda: shop.work.drop_training(name))
         return Candidate(compressed, plan)
+
+    def _keep(self, name: str, plan: CompressionPlan) -> None:
+        self.shop.team.lead(lambda: self.shop.work.save(name, plan))
 
     def moved_by(self, candidate: Candidate) -> frozenset[str]:
         """The tensors of a candidate whose channels have another order than in the original."""
@@ -303,8 +314,8 @@ class Round:
 
     def kept(self, name: str) -> Candidate | None:
         """Return a candidate of an interrupted job from the work folder, if it is there."""
-        plan = self.shop.work.load(name)
-        if plan is None or plan.model_sha256 != self.prepared.source.sha256:
+        plan = self.shop.team.lead(lambda: self._load(name))
+        if plan is None:
             return None
         words = plan_words(self.shop.config, self.prepared)  # budgets and gates may have other words by now
         plan = replace(plan, config=words, earlier=self.earlier)
@@ -314,6 +325,10 @@ class Round:
         except (ModelError, SurgeryError) as error:
             _log.warning("the candidate %s in the work folder is not used: %s", name, error)
             return None
+
+    def _load(self, name: str) -> CompressionPlan | None:
+        plan = self.shop.work.load(name)
+        return plan if plan is not None and plan.model_sha256 == self.prepared.source.sha256 else None
 
     def _explained(self, compressed: Compressed) -> Candidate:
         config, losses, choice = self.shop.config, self.losses, compressed.choice
@@ -338,3 +353,15 @@ class Round:
             earlier=self.earlier,
         )
         return Candidate(compressed, plan)
+
+
+def _hash_file(path: Path) -> str | None:
+    """Return what tells a file from others; None if there is none."""
+    digest = hashlib.sha256()
+    try:
+        with path.open("rb") as file:
+            for block in iter(lambda: file.read(2**20), b""):
+                digest.update(block)
+    except OSError:
+        return None
+    return digest.hexdigest()

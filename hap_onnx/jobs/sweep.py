@@ -19,7 +19,7 @@ from hap_onnx.events import track
 from hap_onnx.jobs.job import Job
 from hap_onnx.model.saving import make_folder, write_text
 from hap_onnx.model.temporary import remove_all_leftovers
-from hap_onnx.planning.plan import save_plan
+from hap_onnx.planning.plan import CompressionPlan, save_plan
 from hap_onnx.report.markdown import render_sweep_markdown
 from hap_onnx.report.render import render_json
 from hap_onnx.report.summary import facts_before, installed_versions
@@ -38,9 +38,10 @@ def run_sweep(job: Job) -> reports.SweepReport:
     config = job.config
     assert config.sweep is not None
     job.check_can_shrink()
-    folder, points, refusals = SweepFolder(job.output), list[reports.SweepPoint](), list[TargetError]()
+    folder = SweepFolder(job.output, writes=job.team.leads)
+    points, refusals = list[reports.SweepPoint](), list[TargetError]()
     before = facts_before(job.prepared)
-    with job.shop.work.lock():
+    with job.lock():
         for ratio in track(config.sweep, stage="sweep", total=len(config.sweep), on_event=job.on_event):
             try:
                 plan, measured, refusal = job.at(config.at_point(ratio, job.output)).try_out()
@@ -53,7 +54,7 @@ def run_sweep(job: Job) -> reports.SweepReport:
                 if refusal is None or config.keep_rejected:
                     folder.begin(_report(job, before, points))
                     name = point_name(config.swept, ratio) + (".rejected.json" if refusal else ".json")
-                    save_plan(plan, folder.path / name)
+                    folder.save(plan, name)
                 point = _measured_point(ratio, name, measured, refusal)
                 refusals += [refusal] if refusal is not None else []
             points.append(point)
@@ -63,7 +64,8 @@ def run_sweep(job: Job) -> reports.SweepReport:
                 report = report if folder.is_begun else replace(report, output=None)
                 job.commit()
                 why = _none_is_met(config, refusals) if len(refusals) == len(points) else None
-                job.write_reports(report, refusal=why)
+                if job.team.leads:
+                    job.write_reports(report, refusal=why)
             if folder.is_begun:
                 folder.write_index(report)
     if len(refusals) == len(points):
@@ -81,10 +83,13 @@ def _none_is_met(config: CompressConfig, refusals: Sequence[TargetError]) -> str
 
 
 class SweepFolder:
-    """The folder of a sweep, which is made, or freed of an earlier sweep, when there is something to keep."""
+    """The folder of a sweep, which is made, or freed of an earlier sweep, when there is something to keep.
 
-    def __init__(self, path: Path) -> None:
-        self.path, self.is_begun = path, False
+    It ``writes`` nothing for the processes that only help.
+    """
+
+    def __init__(self, path: Path, *, writes: bool = True) -> None:
+        self.path, self.writes, self.is_begun = path, writes, False
 
     def begin(self, report: reports.SweepReport) -> None:
         """Make the folder, unless that is done; ``report`` holds the points that were refused so far.
@@ -92,6 +97,9 @@ class SweepFolder:
         Raises ValidationError.
         """
         if self.is_begun:
+            return
+        self.is_begun = True
+        if not self.writes:
             return
         make_folder(self.path, option="--output")
         remove_all_leftovers(self.path)
@@ -105,10 +113,16 @@ class SweepFolder:
             raise ValidationError(
                 f"the earlier sweep in {self.path} cannot be removed: {error.strerror or error}"
             ) from error
-        self.is_begun = True
+
+    def save(self, plan: CompressionPlan, name: str) -> None:
+        """Keep the plan of a point."""
+        if self.writes:
+            save_plan(plan, self.path / name)
 
     def write_index(self, report: reports.SweepReport) -> None:
         """Write the report of the points so far, with table and plot; raises ValidationError."""
+        if not self.writes:
+            return
         from hap_onnx.report.plot import draw_sweep  # matplotlib is slow to import
 
         table, plot = (self.path / name for name in SWEEP_VIEWS)

@@ -31,7 +31,8 @@ _log = logging.getLogger(__name__)
 
 _NO_MATTER = (  # to what a candidate is; budgets are part of its name
     "output", "report", "html", "html_images", "summary", "save_plan", "work_dir", "dry_run", "json",
-    "keep_rejected", "val", "max_drop", "latency_table", "objective", "sweep", "then", *BUDGETS,
+    "keep_rejected", "val", "max_drop", "latency_table", "objective", "sweep", "then", "dist_timeout",
+    *BUDGETS,
 )  # fmt: skip
 
 

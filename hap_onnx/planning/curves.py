@@ -8,7 +8,7 @@ Between the measured widths the ratio of measured to predicted loss is interpola
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import inf, nan, sqrt
 
@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from hap_onnx.coupling.channels import ChannelGroup, Coupling
-from hap_onnx.data.calibration import Subset
+from hap_onnx.data.calibration import Batch, Subset
+from hap_onnx.distributed import ALONE, Team
 from hap_onnx.events import OnEvent, ignore_event, track
 from hap_onnx.sensitivity.curvature import (
     GroupConsumers,
@@ -106,6 +107,7 @@ def measure_curves(
     *,
     scales: Mapping[str, float],
     batch_size: int,
+    team: Team = ALONE,
     on_event: OnEvent = ignore_event,
 ) -> tuple[GroupCurve, ...]:
     """Measure each group at a few widths and correct its predicted curve.
@@ -132,7 +134,9 @@ def measure_curves(
             overrides = _overrides(group, removed, coupling, parts, nodes, twin, curvature)
             masks = _masks(group, removed, coupling, overrides)
             forks.append(Fork((group.name, width), min(readers), overrides, masks))
-    measured = run_forks(twin, subset, forks, scales=scales, batch_size=batch_size, on_event=on_event)
+    measured = run_forks(
+        twin, subset, forks, scales=scales, batch_size=batch_size, team=team, on_event=on_event
+    )
     return tuple(
         _correct(ranking, {width: loss for (name, width), loss in measured.items() if name == ranking.group})
         for ranking in rankings
@@ -159,6 +163,7 @@ def run_forks(
     *,
     scales: Mapping[str, float],
     batch_size: int,
+    team: Team = ALONE,
     on_event: OnEvent = ignore_event,
 ) -> dict[tuple[str, int], Measured]:
     """Return the distance of the outputs to the original's for each fork, per sample, by its key.
@@ -166,22 +171,23 @@ def run_forks(
     The model runs once per batch, and each fork from its first changed step on; memory is that of one batch.
     """
     batch_size = n_at_once(twin, subset, batch_size)  # single steps do not loop over samples by themselves
+    if not forks:
+        return {}
     by_start: dict[int, list[Fork]] = {}
     for fork in forks:
         by_start.setdefault(fork.start, []).append(fork)
-    n_batches = -(-subset.n_samples // batch_size)
+    n_batches = len(range(team.rank, -(-subset.n_samples // batch_size), team.size))
     sums = {fork.key: 0.0 for fork in forks}
     squares = {fork.key: 0.0 for fork in forks}
-    work = _run_all(twin, subset, by_start, scales=scales, batch_size=batch_size)
-    for key, loss, square in track(
-        work, stage="measure", total=n_batches * max(1, len(forks)), on_event=on_event
-    ):
+    work = _run_all(twin, team.batches(subset, batch_size), by_start, scales=scales)
+    for key, loss, square in track(work, stage="measure", total=n_batches * len(forks), on_event=on_event):
         sums[key] += loss
         squares[key] += square
+    both = team.sum_(torch.tensor([list(sums.values()), list(squares.values())], dtype=torch.float64))
     n_samples = subset.n_samples
     return {
-        key: Measured(total / n_samples, _std_error(total, squares[key], n_samples))
-        for key, total in sums.items()
+        key: Measured(total / n_samples, _std_error(total, square, n_samples))
+        for key, total, square in zip(sums, *both.tolist(), strict=True)
     }
 
 
@@ -195,17 +201,14 @@ def _std_error(total: float, squares: float, n_samples: int) -> float:
 
 def _run_all(
     twin: Twin,
-    subset: Subset,
+    batches: Iterable[Batch],
     forks: Mapping[int, Sequence[Fork]],
     *,
     scales: Mapping[str, float],
-    batch_size: int,
 ) -> Iterator[tuple[tuple[str, int], float, float]]:
-    """Run all forks of all batches; yields the key of each, its loss and the square, summed over samples."""
-    if not forks:
-        return
+    """Run all forks of some batches; yields the key of each, its loss and the square, summed over samples."""
     with torch.no_grad():
-        for batch in subset.batches(batch_size):
+        for batch in batches:
             inputs = to_tensors(batch.inputs, twin)
             expected = twin(inputs)
             n_samples = len(next(iter(batch.inputs.values())))

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import cache
 
 import numpy as np
 from numpy.typing import NDArray
 
+from hap_onnx.coupling.channels import ChannelGroup
 from hap_onnx.data.calibration import Subset
+from hap_onnx.distributed import ALONE, Team
 from hap_onnx.events import OnEvent, ignore_event
 from hap_onnx.implants.loss import (
     MEASURED_SHARES,
@@ -74,18 +77,18 @@ def rank_groups(
         return tuple(
             rank_by_score(group, scores.mean, std_error=scores.std_error) for group in coupling.groups
         )
-    rankings = []
-    fallback: NDArray[np.float64] | None = None
-    for group in coupling.groups:
+
+    def rank(group: ChannelGroup) -> GroupRanking:
         parts = group_consumers(group, nodes, twin, curvature)
         if parts.consumers:
-            order, loss = eliminate(parts, group.size)
-            rankings.append(GroupRanking(group.name, order, loss))
-        else:
-            if fallback is None:
-                fallback = estimate("magnitude", twin, coupling, subset, options=options).mean
-            rankings.append(rank_by_score(group, fallback))
-    return tuple(rankings)
+            return GroupRanking(group.name, *eliminate(parts, group.size))
+        return rank_by_score(group, fallback())
+
+    @cache
+    def fallback() -> NDArray[np.float64]:
+        return estimate("magnitude", twin, coupling, subset, options=options).mean
+
+    return tuple(options.team.map(rank, coupling.groups))
 
 
 def build_loss_model(
@@ -99,6 +102,7 @@ def build_loss_model(
     n_probes: int,
     seed: int,
     with_implants: bool = True,
+    team: Team = ALONE,
     on_event: OnEvent = ignore_event,
 ) -> LossModel:
     """Collect statistics on ``subset`` (unless they are there already), rank, and measure losses.
@@ -117,10 +121,17 @@ def build_loss_model(
             batch_size=batch_size,
             seed=seed,
             layers=[layer.node for layer in layers],
+            team=team,
             on_event=on_event,
         )
     options = Options(
-        graph=graph, scales=scales, n_probes=n_probes, batch_size=batch_size, seed=seed, on_event=on_event
+        graph=graph,
+        scales=scales,
+        n_probes=n_probes,
+        batch_size=batch_size,
+        seed=seed,
+        team=team,
+        on_event=on_event,
     )
     rankings = rank_groups(sensitivity, prepared, curvature, subset, options=options)
     measured = subset.take(n_measured(prepared, n_layers=len(layers)))
@@ -133,6 +144,7 @@ def build_loss_model(
         measured,
         scales=scales,
         batch_size=batch_size,
+        team=team,
         on_event=on_event,
     )
     implants = measure_implants(
@@ -143,6 +155,7 @@ def build_loss_model(
         measured,
         scales=scales,
         batch_size=batch_size,
+        team=team,
         on_event=on_event,
     )
     return loss_model(

@@ -32,6 +32,7 @@ import torch
 from torch import Tensor
 
 from hap_onnx.data.calibration import Subset
+from hap_onnx.distributed import ALONE, Team
 from hap_onnx.events import OnEvent, ignore_event, track
 from hap_onnx.model.saving import make_folder
 from hap_onnx.model.temporary import temporary_folder
@@ -64,8 +65,9 @@ def refit(
     n_positions: int = 64,
     n_relu_rounds: int = 3,
     work_dir: Path | None = None,
-    memory_limit_bytes: int = 2 << 30,
+    memory_limit_bytes: int = 1 << 28,
     device: str = "cpu",
+    team: Team = ALONE,
     on_event: OnEvent = ignore_event,
 ) -> Refitted:
     """Refit the contractions of a compressed graph that the compression has reached.
@@ -85,6 +87,7 @@ def refit(
         n_relu_rounds: how often the targets below a Relu follow the prediction; 0 for plain least squares.
         work_dir: where activations go that do not fit ``memory_limit_bytes``; default: the system's
             temporary folder.
+        team: the processes that share the samples; each keeps the activations of its own.
 
     Returns:
         The new values of changed initializers of ``compressed``, and the implants. Neither graph changes.
@@ -102,11 +105,11 @@ def refit(
     ):
         store = Store(folder, memory_limit_bytes)
         try:
-            pair = make_pair(original, compressed, kept, implants, store, device=device)
+            pair = make_pair(original, compressed, kept, implants, store, device=device, team=team)
             tasks = plan_tasks(pair, leave)
             if not tasks:
                 return Refitted({}, {})
-            pair.n_batches = read_inputs(pair, original, subset, batch_size)
+            read_inputs(pair, original, subset, batch_size)
             changed: set[str] = set()
             factors: dict[str, FittedImplant] = {}
             for index, task in enumerate(

@@ -48,7 +48,7 @@ class Problem:
 def pose_problem(pair: Pair, step: Step, fit: WeightFit, index: int, options: Options) -> Iterator[Problem]:
     """Collect the rows of one layer, which are in the store as long as the context lasts."""
     name, form = step.outputs[0], fit.form
-    links = find_links(pair, name)
+    links = pair.team.agree(find_links(pair, name))
     matrix = form.to_matrix(pair.parameters[fit.weight])  # [g, O, F]
     bias = fit.bias
     if bias is None and fit.fixed_bias is None and links:
@@ -78,7 +78,7 @@ def fit_weights(pair: Pair, step: Step, fit: WeightFit, index: int, options: Opt
 def fit_offset(pair: Pair, step: Step, fit: OffsetFit) -> dict[str, Tensor]:
     """Move a bias by the mean of what is missing."""
     name = step.outputs[0]
-    links = find_links(pair, name)
+    links = pair.team.agree(find_links(pair, name))
     values = pair.parameters[fit.initializer]
     total: Tensor | float = 0.0
     energy, count = 0.0, 0
@@ -96,9 +96,14 @@ def fit_offset(pair: Pair, step: Step, fit: OffsetFit) -> dict[str, Tensor]:
         if fit.axis is not None:
             shape = [values.numel() if axis == fit.axis else 1 for axis in range(missing.ndim)]
         reduced = [axis for axis, size in enumerate(shape) if size == 1]
+        if pair.is_idle:
+            missing, wanted = torch.zeros_like(missing), torch.zeros_like(wanted)
         total = total + missing.sum(dim=reduced, keepdim=True, dtype=torch.float64)
         energy += float(wanted.square().sum(dtype=torch.float64))
-        count += missing.numel() // values.numel()
+        count += 0 if pair.is_idle else missing.numel() // values.numel()
+    energy, count = pair.team.total(energy), int(pair.team.total(count))
+    if isinstance(total, Tensor):
+        pair.team.sum_(total)
     if not isinstance(total, Tensor) or list(total.shape) != shape:
         return {}
     mean = total / max(count, 1)

@@ -42,7 +42,7 @@ def fit_implant(
         if found is not None:
             arrays, weights = found
             return problem.initializers(pair, weights), _record(fit.spec, arrays)
-    factors = _factorise(fit.form.to_matrix(parameter), metric, fit.spec)
+    factors = pair.team.lead(lambda: _factorise(fit.form.to_matrix(parameter), metric, fit.spec))
     dense = fit.form.to_weight(factors.dense.to(parameter), tuple(parameter.shape))
     return {fit.weight: dense}, _record(fit.spec, factors.arrays)
 
@@ -77,7 +77,8 @@ def _fit_factors(
     if gram is not None:
         moments = gram[:, :n_features, :n_features] / rows.n_rows()
         metric = _measure(rows, moments, None if problem.bias is None else mean, metric)
-    factors = _factorise(matrix, metric, spec)
+    # Each machine rounds in its own way, and what is behind needs the same factors everywhere.
+    factors = rows.team.lead(lambda: _factorise(matrix, metric, spec))
     if center is not None:
         bias = bias + ((matrix - factors.dense) @ center[:, :, None]).mT
     arrays = tuple(array.to(current.dtype) for array in factors.arrays)
@@ -121,7 +122,7 @@ def _measure(rows: Rows, moments: Tensor, mean: Tensor | None, known: Metric) ->
         return _damped(moments, known) or known
     center = mean[:, :n_features]
     found = _damped(moments.baddbmm_(center[:, :, None], center[:, None], alpha=-1), known)
-    if found is None:  # what varies is lost in the rounding of much larger means
+    if rows.team.agree(found is None):  # what varies is lost in the rounding of much larger means
         around = rows.gram(less=mean)[:, :n_features, :n_features]
         found = _damped(around / rows.n_rows(), known)
     return found or known

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from hap_onnx.data.calibration import Subset
+from hap_onnx.distributed import ALONE, Team
 from hap_onnx.errors import CalibrationError, SurgeryError
 from hap_onnx.ops.elementwise import is_addition
 from hap_onnx.ops.registry import find_linear
@@ -27,6 +28,8 @@ class Pair:
 
     ``changed`` names the tensors of the compressed model whose values differ from the original's; all
     others are computed once. ``readers`` are those of the compressed model's tensors, None for the caller.
+    Of the batches each process of the ``team`` has its own; where there are too few, the last processes run
+    the first batch to know shapes, and count none of it (``is_idle``).
     """
 
     original: Twin
@@ -36,9 +39,11 @@ class Pair:
     kept: Mapping[str, Kept]
     implants: Mapping[str, ImplantSpec]
     store: Store
+    team: Team = ALONE
     changed: set[str] = field(default_factory=set)
     readers: dict[str, list[tuple[Step, int] | None]] = field(default_factory=dict)
     n_batches: int = 0
+    is_idle: bool = False
 
     def __post_init__(self) -> None:
         self.parameters = self.compressed.parameter_of
@@ -85,6 +90,7 @@ def make_pair(
     store: Store,
     *,
     device: str,
+    team: Team = ALONE,
 ) -> Pair:
     """Build both twins, and find out what differs; a contraction that gets an implant does."""
     pair = Pair(
@@ -95,6 +101,7 @@ def make_pair(
         kept=kept,
         implants=implants,
         store=store,
+        team=team,
     )
     missing = sorted(set(implants) - set(pair.nodes))
     if missing:
@@ -177,8 +184,8 @@ def _same_attributes(a: Mapping[str, object], b: Mapping[str, object]) -> bool:
     return a.keys() == b.keys() and all(bool(plain(a[name]) == plain(b[name])) for name in a)
 
 
-def read_inputs(pair: Pair, graph: gs.Graph, subset: Subset, batch_size: int) -> int:
-    """Put the model's inputs into the store; returns the number of batches.
+def read_inputs(pair: Pair, graph: gs.Graph, subset: Subset, batch_size: int) -> None:
+    """Put the model's inputs into the store, of the batches that are this process's.
 
     A model that is written for batches of n samples gets multiples of n; what is left over is not used.
     """
@@ -194,12 +201,12 @@ def read_inputs(pair: Pair, graph: gs.Graph, subset: Subset, batch_size: int) ->
     }
     if not all(unfix_batch(twin, first) for twin in (pair.original, pair.compressed)):
         batch_size = unit
-    n_batches = 0
-    for batch in subset.batches(batch_size):
+    pair.is_idle = pair.team.rank * batch_size >= subset.n_samples
+    own = pair.team.batches(subset, batch_size)
+    for batch in subset.take(batch_size).batches(batch_size) if pair.is_idle else own:
         for name in pair.original.input_names:
             pair.store.append((ORIGINAL, name), _to_tensor(batch.inputs[name], pair.original))
-        n_batches += 1
-    return n_batches
+        pair.n_batches += 1
 
 
 def _to_tensor(values: NDArray[np.generic], twin: Twin) -> Tensor:

@@ -10,7 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hap_onnx.distributed import ALONE, Team
 from hap_onnx.errors import SurgeryError
+from hap_onnx.ops.linear import LinearForm
 from hap_onnx.refit.pair import Pair
 from hap_onnx.refit.schedule import WeightFit
 from hap_onnx.refit.store import ROWS, Store
@@ -41,14 +43,19 @@ class Options:
 @dataclass(frozen=True)
 class Rows:
     """The rows of one layer, in the store: x [g, n, F] (a column of ones last, if there is a bias),
-    the wanted sum [g, n, O] and what others add to it, ``added``."""
+    the wanted sum [g, n, O] and what others add to it, ``added``.
+
+    Each process of a team has rows of its own; sums are those of all.
+    """
 
     store: Store
     n_batches: int
     has_added: bool
     features: str = "x"
+    team: Team = ALONE
 
     def parts(self) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
+        """Yield some of this process's rows at a time."""
         for batch in range(self.n_batches):
             names = (self.features, "wanted", "added") if self.has_added else (self.features, "wanted")
             chunks = [self.store.get((ROWS, name), batch).split(CHUNK, dim=1) for name in names]
@@ -67,18 +74,19 @@ class Rows:
 
     def error(self, weights: Tensor, bounds: Bounds | None) -> float:
         parts = [r.square().sum(dtype=torch.float64) for _, r in self.residuals(weights, bounds)]
-        return float(torch.stack(parts).sum())
+        return self.team.total(float(torch.stack(parts).sum()))
 
     def energy(self) -> float:
         parts = [wanted.square().sum(dtype=torch.float64) for _, wanted, _ in self.parts()]
-        return float(torch.stack(parts).sum())
+        return self.team.total(float(torch.stack(parts).sum()))
 
     def n_rows(self) -> int:
-        return sum(x.shape[1] for x, _, _ in self.parts())
+        return int(self.team.total(sum(x.shape[1] for x, _, _ in self.parts())))
 
     def mean(self) -> Tensor:
         """Mean of x, float64 [g, F]."""
-        return torch.stack([x.sum(1, dtype=torch.float64) for x, _, _ in self.parts()]).sum(0) / self.n_rows()
+        total = torch.stack([x.sum(1, dtype=torch.float64) for x, _, _ in self.parts()]).sum(0)
+        return self.team.sum_(total) / self.n_rows()
 
     def gram(self, *, less: Tensor | None = None) -> Tensor:
         """Sum of x x^T, float64 [g, F, F], of x ``less`` a vector [g, F]."""
@@ -86,7 +94,7 @@ class Rows:
         for x, _, _ in self.parts():  # more rows at once would lose digits: products are summed in float32
             gram = add_gram(gram, x if less is None else x - less[:, None].to(x))
         assert gram is not None
-        return mirror_gram(gram)
+        return mirror_gram(self.team.sum_(gram))
 
     def transform(self, function: Callable[[Tensor], Tensor]) -> Rows:
         """Put ``function`` of x into the store too; it gets some of the rows [g, n, F] at a time."""
@@ -126,25 +134,31 @@ def collect_rows(
     layer_seed = np.random.SeedSequence([options.seed, index]).generate_state(1)[0]
     generator = torch.Generator().manual_seed(int(layer_seed))
     n_channels = pair.parameters[fit.weight].shape[form.out_axis]
-    sizes = [pair.original_value(name, batch).shape[0] for batch in range(pair.n_batches)]
-    if pair.value(fit.data, 0).ndim < 2 or not sum(sizes):
+    sizes = _find_sizes(pair, name, form)
+    n_all = sum(size for size, _, _ in sizes)
+    if pair.value(fit.data, 0).ndim < 2 or not n_all:
         return None
-    per_sample, n_samples = n_rows_to_take(sum(sizes), n_features, form.conv_group, options)
+    per_sample, n_samples = n_rows_to_take(n_all, n_features, form.conv_group, options)
     has_added = False
-    for batch, size in enumerate(sizes):
+    for size, n, batch in sizes:
+        chosen = positions = None
+        if size and n_samples < n_all:
+            n_chosen = ceil(size * n_samples / n_all)
+            chosen = torch.randperm(size, generator=generator)[:n_chosen].sort()[0]
+        if per_sample < n:
+            positions = torch.randperm(n, generator=generator)[:per_sample].sort()[0]
+        if batch is None:  # another process has it
+            continue
         x = pair.value(fit.data, batch)
         wanted, added = find_target(pair, name, links, batch, without=bias)
-        if n_samples < sum(sizes):
-            n = ceil(size * n_samples / sum(sizes))
-            chosen = torch.randperm(size, generator=generator)[:n].sort()[0].to(x.device)
+        if chosen is not None:
+            chosen = chosen.to(x.device)
             x, wanted, added = x[chosen], wanted[chosen], None if added is None else added[chosen]
         if fit.fixed_bias is not None:
             vector = pair.parameters[fit.fixed_bias].reshape(-1, *[1] * (wanted.ndim - 2))
             added = vector.expand_as(wanted) if added is None else added + vector
-        n = form.n_positions(wanted)
-        positions = torch.arange(n)
-        if per_sample < n:
-            positions = torch.randperm(n, generator=generator)[:per_sample].sort()[0]
+        if positions is None:
+            positions = torch.arange(form.n_positions(wanted))
         patches = form.patches(x, positions)
         if bias is not None:
             patches = torch.cat([patches, patches.new_ones(*patches.shape[:2], 1)], 2)
@@ -154,9 +168,27 @@ def collect_rows(
                 f"refit: {step.op_type} '{step.name}' computes {n_channels} channels of '{name}' from "
                 f"{list(x.shape)}, but what is left of the original's is {list(wanted.shape)}"
             )
-        store.append((ROWS, "x"), patches)
-        store.append((ROWS, "wanted"), rows)
+        n_counted = rows.shape[1] if size else 0
+        store.append((ROWS, "x"), patches[:, :n_counted])
+        store.append((ROWS, "wanted"), rows[:, :n_counted])
         if added is not None:
             has_added = True
-            store.append((ROWS, "added"), form.outputs(added, positions))
-    return Rows(store, len(sizes), has_added)
+            store.append((ROWS, "added"), form.outputs(added, positions)[:, :n_counted])
+    return Rows(store, pair.n_batches, has_added, team=pair.team)
+
+
+def _find_sizes(
+    pair: Pair, name: str, form: LinearForm
+) -> list[tuple[int, int, int | None]]:
+    """Return the samples and positions that each batch of a tensor has, and which of our own it is.
+
+    In the order of batches; None for those of other processes. An idle process has one without samples.
+    """
+    values = [pair.original_value(name, batch) for batch in range(pair.n_batches)]
+    own = [(len(value), form.n_positions(value)) for value in values]
+    found = pair.team.gather([] if pair.is_idle else own)
+    sizes: list[tuple[int, int, int | None]] = []
+    for index in range(sum(map(len, found))):
+        turn, rank = divmod(index, pair.team.size)
+        sizes.append((*found[rank][turn], turn if rank == pair.team.rank else None))
+    return [*sizes, (0, own[0][1], 0)] if pair.is_idle else sizes

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import mmap
 import os
 import shutil
 from pathlib import Path
@@ -19,6 +20,10 @@ Key = tuple[str, str]
 ORIGINAL, COMPRESSED, ROWS = "original", "compressed", "rows"
 
 
+RESIDENT_BYTES = 1 << 26
+"""So much of what lies on disk may be mapped into memory at once, beside what is at work."""
+
+
 def _reserve(descriptor: int, n_bytes: int) -> None:
     """Take the disk space of a file that will be mapped: a disk that is full then would kill the process."""
     if hasattr(os, "posix_fallocate"):
@@ -31,7 +36,8 @@ class Store:
     """Lists of per-batch tensors by key; what exceeds the limit lies in memory-mapped files.
 
     Memory is counted by storage, so views cost nothing. A storage goes to disk as it is, strides and all:
-    what is computed from it does not depend on where it lies.
+    what is computed from it does not depend on where it lies. What was read of it leaves the process's memory
+    again (not the system's cache, while there is room), so that this does not grow with the samples.
     """
 
     def __init__(self, folder: Path, limit_bytes: int) -> None:
@@ -40,7 +46,8 @@ class Store:
         self._devices: dict[Key, torch.device] = {}
         self._users: dict[int, int] = {}  # by address of the storage
         self._sizes: dict[int, int] = {}  # of storages in memory
-        self._files: dict[int, Path] = {}
+        self._files: dict[int, tuple[Path, mmap.mmap]] = {}
+        self._n_touched = 0  # bytes that may be mapped
         self.n_bytes = 0
         self.n_files = 0
 
@@ -56,6 +63,8 @@ class Store:
 
     def get(self, key: Key, batch: int) -> Tensor:
         tensor = self._lists[key][batch]
+        if isinstance(tensor, Tensor) and tensor.untyped_storage().data_ptr() in self._files:
+            self._touch(tensor.untyped_storage().nbytes())
         # What does not fit on a device lies on the host; ONNX sequences are lists.
         return tensor.to(self._devices[key]) if isinstance(tensor, Tensor) else tensor
 
@@ -88,12 +97,20 @@ class Store:
             return
         del self._users[address]
         self.n_bytes -= self._sizes.pop(address, 0)
-        file = self._files.pop(address, None)
-        if file is not None:
+        if address in self._files:
+            path, _ = self._files.pop(address)
             try:
-                file.unlink()
+                path.unlink()
             except OSError:  # some systems keep mapped files; the folder goes at the end
-                _log.debug("cannot remove %s yet", file)
+                _log.debug("cannot remove %s yet", path)
+
+    def _touch(self, n_bytes: int) -> None:
+        """Count what is about to be read or written, and let go of what was: it is in the files."""
+        self._n_touched += n_bytes
+        if self._n_touched > RESIDENT_BYTES and hasattr(mmap, "MADV_DONTNEED"):
+            for _, file in self._files.values():
+                file.madvise(mmap.MADV_DONTNEED)
+            self._n_touched = n_bytes
 
     def _spill(self, tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
@@ -106,16 +123,18 @@ class Store:
         path = self._folder / f"{self.n_files}.bin"
         self.n_files += 1
         try:
-            with path.open("wb") as stream:
+            with path.open("wb+") as stream:
                 _reserve(stream.fileno(), storage.nbytes())
+                file = mmap.mmap(stream.fileno(), storage.nbytes())
         except OSError as error:
             raise CalibrationError(
                 f"activations for the refit cannot be written to {self._folder.parent} "
                 f"({error.strerror or error}); give --work-dir on a larger disk, or fewer --max-samples"
             ) from error
-        file = torch.from_file(str(path), shared=True, size=storage.nbytes(), dtype=torch.uint8)
-        file.copy_(torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(storage))
-        mapped = file.untyped_storage()
-        self._files[mapped.data_ptr()] = path
+        self._touch(storage.nbytes())
+        copy = torch.frombuffer(file, dtype=torch.uint8)
+        copy.copy_(torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(storage))
+        mapped = copy.untyped_storage()
+        self._files[mapped.data_ptr()] = path, file
         whole = torch.empty(0, dtype=tensor.dtype)
         return whole.set_(mapped, tensor.storage_offset(), tensor.size(), tensor.stride())

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from hap_onnx.coupling.channels import ChannelGroup, Coupling, Read
 from hap_onnx.data.calibration import Subset
+from hap_onnx.distributed import ALONE, Team
 from hap_onnx.errors import CalibrationError, ModelError
 from hap_onnx.events import OnEvent, ignore_event, track
 from hap_onnx.ops.linear import LinearForm, linear_form
@@ -131,6 +132,7 @@ def collect_curvature(
     batch_size: int,
     seed: int,
     layers: Collection[str] = (),
+    team: Team = ALONE,
     on_event: OnEvent = ignore_event,
 ) -> dict[str, LayerCurvature]:
     """Collect A and G of every contraction that reads channels, and of the nodes in ``layers``.
@@ -156,21 +158,24 @@ def collect_curvature(
     a_sums: dict[str, Tensor] = {}
     g_sums: dict[str, Tensor] = {}
     n_rows: dict[str, int] = {}
-    n_samples = 0
     directions = torch.Generator().manual_seed(seed)
     places = torch.Generator().manual_seed(seed + 1)
+    drawn = _Drawn(twin, subset, scales, forms)
     n_batches = -(-subset.n_samples // batch_size)
-    for batch in track(subset.batches(batch_size), stage="sensitivity", total=n_batches, on_event=on_event):
+    dealt = team.deal(subset, batch_size)
+    for n_batch, batch in track(dealt, stage="sensitivity", total=n_batches, on_event=on_event):
+        if batch is None:
+            drawn.skip(n_batch, directions, places)
+            continue
         with torch.enable_grad():
             outputs, seen, made = _run_and_capture(twin, to_tensors(batch.inputs, twin), forms)
+            drawn.note(n_batch, outputs, made)
             pairs = output_directions(outputs, scales, directions)
             total = sum((output * noise).sum() for output, noise in pairs)
             names = list(made)
             gradients: Sequence[Tensor | None] = [None] * len(names)
             if isinstance(total, Tensor) and total.requires_grad:  # else opaque operators block all of it
                 gradients = torch.autograd.grad(total, [made[name] for name in names], allow_unused=True)
-        n_batch = len(next(iter(batch.inputs.values())))
-        n_samples += n_batch
         with torch.no_grad():
             for name, gradient in zip(names, gradients, strict=True):
                 form, _ = forms[name]
@@ -189,10 +194,12 @@ def collect_curvature(
                 if gradient is not None:
                     rows = form.outputs(gradient, torch.arange(n_positions))
                     g_sums[name] = add_gram(g_sums.get(name), rows)
+    a_sums, g_sums = (team.sum_all(sums, device=twin.device) for sums in (a_sums, g_sums))
+    n_rows = {name: sum(one.get(name, 0) for one in team.gather(n_rows)) for name in a_sums}
     for name, total in a_sums.items():
         a_sums[name] = (total if total.ndim == 2 else mirror_gram(total)).div_(n_rows[name])
     for total in g_sums.values():
-        mirror_gram(total).div_(n_samples)
+        mirror_gram(total).div_(subset.n_samples)
     _check_finite(a_sums)
     unknown = {name for name, total in g_sums.items() if not torch.isfinite(total).all()}
     return {  # of a layer with gradients beyond all bounds nothing is known
@@ -200,6 +207,40 @@ def collect_curvature(
         for name, (form, read) in forms.items()
         if name in a_sums and name not in unknown
     }
+
+
+class _Drawn:
+    """What is drawn for each batch, so that others can draw as much for those that they do not run."""
+
+    def __init__(
+        self,
+        twin: Twin,
+        subset: Subset,
+        scales: Mapping[str, float],
+        forms: Mapping[str, tuple[LinearForm, Read | None]],
+    ) -> None:
+        self._twin, self._subset, self._scales, self._forms = twin, subset, scales, forms
+        self._by_size: dict[int, tuple[list[torch.Size], list[int]]] = {}
+
+    def note(self, n: int, outputs: Mapping[str, Tensor], made: Mapping[str, Tensor]) -> None:
+        """Remember the shapes of output directions, and the numbers of positions, of a batch of ``n``."""
+        self._by_size[n] = (
+            [outputs[name].shape for name in self._scales],
+            [self._forms[name][0].n_positions(y) for name, y in made.items()],
+        )
+
+    def skip(self, n: int, directions: torch.Generator, places: torch.Generator) -> None:
+        """Draw what a batch of ``n`` samples would take; the first of a size is run to learn that."""
+        if n not in self._by_size:
+            inputs = to_tensors(next(iter(self._subset.batches(n))).inputs, self._twin)
+            with torch.no_grad():
+                outputs, _, made = _run_and_capture(self._twin, inputs, self._forms)
+            self.note(n, outputs, made)
+        shapes, n_positions = self._by_size[n]
+        for shape in shapes:
+            torch.randn(shape, generator=directions)
+        for n_places in n_positions:
+            torch.randperm(n_places, generator=places)
 
 
 def _run_and_capture(

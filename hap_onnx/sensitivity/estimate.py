@@ -42,7 +42,8 @@ from scipy.special import ndtr
 from torch import Tensor
 
 from hap_onnx.coupling.channels import ChannelGroup, Coupling, WeightAxis
-from hap_onnx.data.calibration import Subset
+from hap_onnx.data.calibration import Batch, Subset
+from hap_onnx.distributed import ALONE, Team
 from hap_onnx.errors import CalibrationError, ModelError, UsageError
 from hap_onnx.events import Event, OnEvent, ignore_event, track
 from hap_onnx.ops.linear import LinearForm, linear_form
@@ -92,6 +93,7 @@ class Options:
         n_directions: random output directions per sample of ``gauss-newton`` and ``gate``.
         tolerance: ``hutchinson`` stops when the expected share of elements that are on the wrong side of the
             middle of their group is at most this (see :func:`misplaced_share`); 0 uses all probes.
+        team: the processes that share the samples.
     """
 
     graph: gs.Graph | None = None
@@ -102,6 +104,7 @@ class Options:
     batch_size: int = 64
     seed: int = 0
     tolerance: float = 0.05
+    team: Team = field(default=ALONE, repr=False)
     on_event: OnEvent = field(default=ignore_event, repr=False)
 
     def __post_init__(self) -> None:
@@ -137,7 +140,8 @@ def hutchinson(twin: Twin, coupling: Coupling, subset: Subset, options: Options 
     factor = _relative_factor(twin, coupling, slices)
 
     def losses() -> Iterator[tuple[Tensor, int]]:
-        for inputs, labels, n in _batches(twin, subset, survey.batch_size):
+        for batch in options.team.batches(subset, survey.batch_size):
+            inputs, labels, n = _unpack(twin, batch)
             yield objective.loss(twin(inputs), labels) / n, n
 
     def reduce(diagonal: Tensors) -> Tensor:
@@ -151,7 +155,7 @@ def hutchinson(twin: Twin, coupling: Coupling, subset: Subset, options: Options 
     try:
         with _borrowed(twin, names):
             moments = hutchinson_traces(
-                lambda vectors: mean_hvps(losses(), parameters, vectors),
+                lambda vectors: mean_hvps(losses(), parameters, vectors, team=options.team),
                 parameters,
                 n_probes=options.n_probes,
                 generator=torch.Generator().manual_seed(options.seed),
@@ -483,8 +487,12 @@ def _batches(
 ) -> Iterator[tuple[dict[str, Tensor], Tensor | None, int]]:
     """Yield (inputs, labels, number of samples)."""
     for batch in subset.batches(batch_size):
-        labels = None if batch.labels is None else torch.from_numpy(np.array(batch.labels))
-        yield to_tensors(batch.inputs, twin), labels, len(next(iter(batch.inputs.values())))
+        yield _unpack(twin, batch)
+
+
+def _unpack(twin: Twin, batch: Batch) -> tuple[dict[str, Tensor], Tensor | None, int]:
+    labels = None if batch.labels is None else torch.from_numpy(np.array(batch.labels))
+    return to_tensors(batch.inputs, twin), labels, len(next(iter(batch.inputs.values())))
 
 
 @dataclass(frozen=True)
@@ -572,17 +580,25 @@ def _sweep(
     """
     objective = _make_objective(twin, subset, survey, options, cross_entropy=options.loss == "cross-entropy")
     draw = _Draw(options.seed)
-    samples = batches = None
-    found = _batches(twin, subset, survey.batch_size)
+    seen: tuple[Moments, Moments] | None = None  # of samples and of batches
+    dealt = options.team.deal(subset, survey.batch_size)
     n_batches = -(-subset.n_samples // survey.batch_size)
-    for inputs, _, n in track(found, stage=STAGE, total=n_batches, on_event=options.on_event):
+    alike: dict[int, dict[str, Tensor]] = {}  # outputs by the number of samples, without their numbers
+    for n, batch in track(dealt, stage=STAGE, total=n_batches, on_event=options.on_event):
+        if batch is None:  # another process runs it: draw what it draws
+            if n not in alike:
+                alike[n] = _empty_outputs(twin, subset, n)
+            for direction in range(options.n_directions):
+                objective.directions(alike[n], draw, direction)
+            continue
+        inputs, _, _ = _unpack(twin, batch)
         watcher = make_watcher(n)
         outputs = twin(inputs, on_read=watcher.on_read, on_write=watcher.on_write)
         for direction in range(options.n_directions):
             pairs = [(y, v) for y, v in objective.directions(outputs, draw, direction) if y.requires_grad]
             wanted = watcher.wanted()
             if not pairs or not wanted:
-                return []
+                break
             gradients = torch.autograd.grad(
                 [y for y, _ in pairs],
                 wanted,
@@ -591,18 +607,30 @@ def _sweep(
                 allow_unused=True,
             )
             per_sample, whole = watcher.harvest(gradients)  # [n, n_elements], [n_elements]
-            if samples is None or batches is None:
-                samples, batches = (Moments(len(whole), device=whole.device) for _ in range(2))
-            samples.add(per_sample)
-            batches.add(whole[None], weight=n)
+            if seen is None:
+                seen = Moments(len(whole), device=whole.device), Moments(len(whole), device=whole.device)
+            seen[0].add(per_sample)
+            seen[1].add(whole[None], weight=n)
         del watcher, outputs, pairs  # the graph goes before the next batch
-    if samples is None or batches is None:
-        return []
+    everyone = [one for one in options.team.gather(seen) if one is not None]
+    for more in everyone[1:]:
+        for moments, others in zip(everyone[0], more, strict=True):
+            moments.merge(others)
     # Elements of which a part knows nothing have a mean of zero there, and no error.
     return [
         (part.mean, torch.where(part.mean == 0, torch.zeros_like(part.mean), part.std_error))
-        for part in (samples, batches)
+        for one in everyone[:1]
+        for part in one
     ]
+
+
+def _empty_outputs(twin: Twin, subset: Subset, n: int) -> dict[str, Tensor]:
+    """Return zeros with the shapes of the outputs for ``n`` samples."""
+    with torch.no_grad():
+        outputs = twin(_unpack(twin, next(iter(subset.batches(n))))[0])
+    return {
+        name: y.new_zeros(()).expand(y.shape) for name, y in outputs.items() if isinstance(y, Tensor)
+    }
 
 
 def _finish(name: str, parts: Sequence[Part], survey: _Survey, n_probes: int) -> ElementScores:

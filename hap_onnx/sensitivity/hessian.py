@@ -16,6 +16,8 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import Tensor
 
+from hap_onnx.distributed import ALONE, Team
+
 Tensors = Sequence[Tensor]
 """One vector in pieces, one piece per parameter."""
 
@@ -75,13 +77,18 @@ def hvp(gradients: Tensors, parameters: Tensors, v: Tensors, *, retain_graph: bo
 
 
 def mean_hvps(
-    losses: Iterable[tuple[Tensor, int]], parameters: Tensors, vectors: Sequence[Tensors]
+    losses: Iterable[tuple[Tensor, int]],
+    parameters: Tensors,
+    vectors: Sequence[Tensors],
+    *,
+    team: Team = ALONE,
 ) -> list[list[Tensor]]:
     """Return Hv in float64 for each of ``vectors``, with H the Hessian of the mean loss over all samples.
 
     ``losses`` yields (mean loss of a batch, number of its samples). Batches are weighted by their samples,
     so the result does not depend on how the data was batched. Each batch's graph is freed before the next
-    one is asked for, and all vectors share its forward pass and gradient.
+    one is asked for, and all vectors share its forward pass and gradient. Each process of a ``team`` has
+    losses of its own batches.
     """
     sums = [[torch.zeros_like(p, dtype=torch.float64) for p in parameters] for _ in vectors]
     n_total = 0
@@ -93,9 +100,10 @@ def mean_hvps(
             sums[index] = add_scaled(sums[index], product, n_samples)
         del gradients
         n_total += n_samples
+    n_total = int(team.total(n_total))
     if n_total == 0:
         raise ValueError("no samples to take the mean over")
-    return [[piece / n_total for piece in total] for total in sums]
+    return [[team.sum_(piece) / n_total for piece in total] for total in sums]
 
 
 # --- statistics ---
@@ -118,15 +126,23 @@ class Moments:
         if not len(values):
             return
         values = values.double()
-        added = weight * len(values)
         mean = values.mean(0)
-        delta = mean - self.mean
-        total = self._weight + added
-        self._squares += weight * (values - mean).square().sum(0)
-        self._squares += delta.square() * (self._weight * added / total)
-        self.mean = self.mean + delta * (added / total)
-        self._weight = total
+        self._join(mean, weight * (values - mean).square().sum(0), weight * len(values))
         self.n += len(values)
+
+    def merge(self, other: Moments) -> None:
+        """Add what others have observed."""
+        if other.n:
+            self._join(other.mean.to(self.mean.device), other._squares.to(self.mean.device), other._weight)
+            self.n += other.n
+
+    def _join(self, mean: Tensor, squares: Tensor, weight: float) -> None:
+        delta = mean - self.mean
+        total = self._weight + weight
+        self._squares += squares
+        self._squares += delta.square() * (self._weight * weight / total)
+        self.mean = self.mean + delta * (weight / total)
+        self._weight = total
 
     @property
     def std_error(self) -> Tensor:

@@ -84,13 +84,14 @@ def test_each_epoch_sees_every_sample_once_in_an_order_of_its_own() -> None:
     number_of = {x[index].tobytes(): index for index in range(len(x))}
     orders = []
     for epoch in range(3):
-        batches = training._batches(trainer, 4 * epoch, 4 * epoch + 4)
-        orders.append([number_of[image.tobytes()] for batch in batches for image in batch.inputs["x"]])
+        shares = training._shares(trainer, 4 * epoch, 4 * epoch + 4)
+        orders.append([number_of[image.tobytes()] for share in shares for image in share.batch.inputs["x"]])
     calibrate = set(case().subsets()[0].indices.tolist())
     assert all(set(order) == calibrate and len(order) == len(calibrate) for order in orders)
     assert orders[0] != orders[1] != orders[2]
     again = make_trainer()
-    rest = [batch.inputs["x"] for batch in training._batches(again, 5, 8)]  # from within the second epoch
+    shares = training._shares(again, 5, 8)  # from within the second epoch
+    rest = [share.batch.inputs["x"] for share in shares]
     assert [number_of[image.tobytes()] for part in rest for image in part] == orders[1][16:]
 
 
@@ -98,8 +99,8 @@ def test_only_what_is_learned_changes() -> None:
     trainer = make_trainer()
     before = {name: p.detach().clone() for name, p in trainer.student.parameter_of.items()}
     original = {name: p.detach().clone() for name, p in trainer.teacher.parameter_of.items()}
-    (batch,) = training._batches(trainer, 0, 1)
-    trainer.update(0, batch, RECIPE.rate)
+    (share,) = training._shares(trainer, 0, 1)
+    trainer.update(0, share, RECIPE.rate)
     changed = {name for name, p in trainer.student.parameter_of.items() if not torch.equal(p, before[name])}
     assert changed == set(find_learned(broken()))
     assert all(torch.equal(p, original[name]) for name, p in trainer.teacher.parameter_of.items())
@@ -108,8 +109,8 @@ def test_only_what_is_learned_changes() -> None:
 def test_an_update_moves_each_weight_by_about_the_rate_relative_to_its_size() -> None:
     trainer = make_trainer(recipe=replace(RECIPE, weight_decay=0.0))
     before = {name: p.detach().clone() for name, p in trainer.parameters.items()}
-    (batch,) = training._batches(trainer, 0, 1)
-    trainer.update(0, batch, 1e-3)
+    (share,) = training._shares(trainer, 0, 1)
+    trainer.update(0, share, 1e-3)
     for name, parameter in trainer.parameters.items():
         size = float(before[name].square().mean().sqrt())
         moved = (parameter.detach() - before[name]).abs()
@@ -135,8 +136,8 @@ def test_only_weights_decay(name: str) -> None:
 
 def test_the_score_is_that_of_averaged_weights_and_changes_nothing() -> None:
     trainer = make_trainer()
-    for step, batch in enumerate(training._batches(trainer, 0, 4)):
-        trainer.update(step, batch, RECIPE.rate)
+    for step, share in enumerate(training._shares(trainer, 0, 4)):
+        trainer.update(step, share, RECIPE.rate)
     before = {name: p.detach().clone() for name, p in trainer.parameters.items()}
     average = {name: tensor.detach().clone() for name, tensor in trainer.average.items()}
     score, _ = trainer.score()
@@ -152,13 +153,13 @@ def test_the_score_is_that_of_averaged_weights_and_changes_nothing() -> None:
 
 def test_a_state_brings_all_back_that_an_update_depends_on() -> None:
     first, second = make_trainer(), make_trainer()
-    batches = list(training._batches(first, 0, 4))
+    shares = list(training._shares(first, 0, 4))
     for step in range(2):
-        first.update(step, batches[step], RECIPE.rate)
+        first.update(step, shares[step], RECIPE.rate)
     state = {name: tensor.detach().clone() for name, tensor in first.tensors().items()}
     second.restore(state)
     for step in (2, 3):
-        losses = [trainer.update(step, batches[step], RECIPE.rate) for trainer in (first, second)]
+        losses = [trainer.update(step, shares[step], RECIPE.rate) for trainer in (first, second)]
         assert losses[0] == losses[1]
     for name, tensor in first.tensors().items():
         assert torch.equal(tensor, second.tensors()[name])
@@ -496,8 +497,8 @@ def test_after_too_many_failures_an_interrupted_run_is_over(
 
 def test_averaged_weights_keep_no_history_of_gradients() -> None:
     trainer = make_trainer()
-    for step, batch in enumerate(training._batches(trainer, 0, 4)):
-        trainer.update(step, batch, RECIPE.rate)
+    for step, share in enumerate(training._shares(trainer, 0, 4)):
+        trainer.update(step, share, RECIPE.rate)
     assert not any(tensor.requires_grad for tensor in trainer.average.values())
 
 
@@ -514,8 +515,8 @@ def test_an_average_over_several_updates_survives_all_that_happens(
             case().distill(broken(), folder=tmp_path, on_event=interrupt_at(n))
     assert as_bytes(case().distill(broken(), folder=tmp_path)) == as_bytes(expected)
     trainer = make_trainer()
-    for step, batch in enumerate(training._batches(trainer, 0, 4)):
-        trainer.update(step, batch, RECIPE.rate)
+    for step, share in enumerate(training._shares(trainer, 0, 4)):
+        trainer.update(step, share, RECIPE.rate)
     name, latest = next(iter(trainer.parameters.items()))
     assert not torch.equal(trainer.average[name], latest)  # or this test would show nothing
 
@@ -528,7 +529,7 @@ def test_each_update_augments_in_its_own_way() -> None:
             self.numbers: list[float] = []
 
         def __call__(self, inputs: Any, generator: np.random.Generator) -> Any:
-            self.numbers.append(generator.random())
+            self.numbers.append(float(generator.random(16)[0]))
             return inputs
 
     numbers = []
@@ -536,9 +537,9 @@ def test_each_update_augments_in_its_own_way() -> None:
         trainer = make_trainer()
         trainer.augmenter = recorder = Recorder()
         for epoch in range(2):
-            batches = training._batches(trainer, 4 * epoch, 4 * epoch + 4)
-            for step, batch in enumerate(batches, start=4 * epoch):
-                trainer.update(step, batch, RECIPE.rate)
+            shares = training._shares(trainer, 4 * epoch, 4 * epoch + 4)
+            for step, share in enumerate(shares, start=4 * epoch):
+                trainer.update(step, share, RECIPE.rate)
         numbers.append(recorder.numbers)
     assert numbers[0] == numbers[1]
     assert len(set(numbers[0])) == 8

@@ -70,7 +70,7 @@ NO_MATTER: dict[str, Any] = {
     "json": True, "html": "r.html", "html_images": True, "summary": "s.md",
     "keep_rejected": True, "val": "v.npz", "max_drop": 0.3, "keep_params": 0.3,
     "keep_macs": 0.3, "keep_latency": 0.3, "max_bytes": 12345, "latency_table": "t.json",
-    "objective": "macs", "then": "int8", "sweep": True,
+    "objective": "macs", "then": "int8", "sweep": True, "dist_timeout": 60,
 }  # fmt: skip
 
 

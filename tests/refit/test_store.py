@@ -11,8 +11,8 @@ import torch
 
 from hap_onnx.errors import CalibrationError
 from hap_onnx.events import Event
-from hap_onnx.refit.store import Store
-from tests.forks import limit_files, run_fork
+from hap_onnx.refit.store import RESIDENT_BYTES, Store
+from tests.forks import limit_files, memory_of, run_fork
 from tests.refit.cases import deep_case, fit
 
 
@@ -26,6 +26,26 @@ def test_spilling_changes_no_bit_and_leaves_nothing_behind(tmp_path: Path) -> No
         for name, values in in_memory.items():
             np.testing.assert_array_equal(spilled[name], values)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the system does not tell")
+def test_what_is_on_disk_takes_no_memory(tmp_path: Path) -> None:
+    n_bytes = 4 * RESIDENT_BYTES
+
+    def work() -> None:
+        store = Store(tmp_path, 0)
+        before, seen = memory_of("RssFile"), []
+        for number in range(16):
+            store.append(("", "x"), torch.full((n_bytes // 64,), float(number)))
+            seen.append(memory_of("RssFile"))
+        for number in range(16):
+            assert [float(x) for x in store.get(("", "x"), number).aminmax()] == [number] * 2
+            seen.append(memory_of("RssFile"))
+        assert max(seen) - before < 2 * RESIDENT_BYTES
+        store.close()
+
+    ended = run_fork(work)
+    assert ended.code == 0, ended.err
 
 
 def test_a_failure_leaves_nothing_behind(tmp_path: Path) -> None:
