@@ -41,6 +41,22 @@ def test_the_farthest_come_first_and_equal_ones_are_none(tmp_path: Path) -> None
     assert (worst[0].index, worst[0].before, worst[0].label) == (29 - 11, None, None)
 
 
+def test_answers_that_change_come_before_those_that_do_not(tmp_path: Path) -> None:
+    """A page that tells of a drop must show the samples on which it is."""
+    n = 2 * N_WORST
+    np.savez(tmp_path / "d.npz", x=rand(n, 3, 8, 8))
+    part = arrays_of(tmp_path / "d.npz")
+    before = {"y": np.tile(np.array([[1.0, 0.9]], np.float32), (n, 1))}
+    after = {"y": before["y"] * np.linspace(10, 2, n, dtype=np.float32)[:, None]}  # far, and of the same class
+    after["y"][[14, 17]] = [[0.9, 0.95], [0.9, 1.1]]  # near, and of the other
+    worst = find_worst(before, after, part, scales={"y": 1.0}, scores="y")
+    assert [sample.index for sample in worst[:3]] == [n - 1 - 17, n - 1 - 14, n - 1]
+    assert [sample.before != sample.after for sample in worst] == [True] * 2 + [False] * (N_WORST - 2)
+    assert all(first.distance > second.distance for first, second in zip(worst[2:], worst[3:], strict=False))
+    unknown = find_worst(before, after, part, scales={"y": 1.0}, scores=None)
+    assert [sample.index for sample in unknown] == [n - 1 - place for place in range(N_WORST)]
+
+
 def test_images_have_their_names_classes_and_pictures(tmp_path: Path) -> None:
     for name, colour in (("cat", (250, 10, 20)), ("dog", (0, 0, 200))):
         (tmp_path / name).mkdir()

@@ -301,8 +301,10 @@ def _worst(worst: Sequence[WorstSample], images: Mapping[int, bytes]) -> Section
         shown = [_image(sample, images) for sample in worst]
         columns.insert(1, ("picture", shown, True))
     columns = [column for column in columns if any(column[1])]
+    has_classes = any(sample.before is not None for sample in worst)
+    order = "other answers first, then by the" if has_classes else "in the order of the"
     table = Table(
-        "Samples on which the two models differ most, in the order of the distance of their outputs",
+        f"Samples on which the two models differ most, {order} distance of their outputs",
         tuple(name for name, _, _ in columns),
         tuple(zip(*(cells for _, cells, _ in columns), strict=True)),
         frozenset(place for place, (_, _, is_text) in enumerate(columns) if is_text),
@@ -313,7 +315,6 @@ def _worst(worst: Sequence[WorstSample], images: Mapping[int, bytes]) -> Section
         broken = sum(sample.label == sample.before != sample.after for sample in worst)
         mended = sum(sample.label == sample.after != sample.before for sample in worst)
         note += f" Right before and wrong now: {broken}; wrong before and right now: {mended}."
-    has_classes = any(sample.before is not None for sample in worst)
     return Section("worst", "Worst samples", [*([Text(note)] if has_classes else []), table])
 
 
