@@ -189,10 +189,10 @@ def _cards(before: ModelFacts, after: ModelFacts, report: CompressReport | Valid
         note = (
             f"{latency.before_ms:.3g} → {latency.after_ms:.3g} ms; {low:.2f} to {high:.2f} of the time (95 %)"
         )
-        cards.append(Card("latency", words.speed(latency.before_ms, latency.after_ms), note, tone))
+        cards.append(Card("latency", words.speed(latency.ratio), note, tone))
     elif before.latency_ms and after.latency_ms:
         note = f"{before.latency_ms:.3g} → {after.latency_ms:.3g} ms"
-        cards.append(Card("latency", words.speed(before.latency_ms, after.latency_ms), note))
+        cards.append(Card("latency", words.speed(after.latency_ms / before.latency_ms), note))
     if report.quality is not None:
         cards.append(_quality_card(report.quality))
     return cards
