@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -47,12 +48,12 @@ def test_answers_that_change_come_before_those_that_do_not(tmp_path: Path) -> No
     np.savez(tmp_path / "d.npz", x=rand(n, 3, 8, 8))
     part = arrays_of(tmp_path / "d.npz")
     before = {"y": np.tile(np.array([[1.0, 0.9]], np.float32), (n, 1))}
-    after = {"y": before["y"] * np.linspace(10, 2, n, dtype=np.float32)[:, None]}  # far, and of the same class
-    after["y"][[14, 17]] = [[0.9, 0.95], [0.9, 1.1]]  # near, and of the other
+    after = {"y": before["y"] * np.linspace(10, 2, n, dtype=np.float32)[:, None]}  # far, of the same class
+    after["y"][[14, 17]] = [[0.9, 0.95], [0.9, 1.1]]  # near, of the other
     worst = find_worst(before, after, part, scales={"y": 1.0}, scores="y")
     assert [sample.index for sample in worst[:3]] == [n - 1 - 17, n - 1 - 14, n - 1]
     assert [sample.before != sample.after for sample in worst] == [True] * 2 + [False] * (N_WORST - 2)
-    assert all(first.distance > second.distance for first, second in zip(worst[2:], worst[3:], strict=False))
+    assert all(first.distance > second.distance for first, second in pairwise(worst[2:]))
     unknown = find_worst(before, after, part, scales={"y": 1.0}, scores=None)
     assert [sample.index for sample in unknown] == [n - 1 - place for place in range(N_WORST)]
 
