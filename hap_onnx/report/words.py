@@ -111,8 +111,8 @@ def facts_rows(report: CompressReport | ValidateReport) -> Rows:
     rows.append(("file", *sizes, change(before.bytes, after.bytes)))
     if before.latency_ms and after.latency_ms:
         times = _milliseconds(before), _milliseconds(after)
-        # The median of the rounds' ratios, where there are rounds: interval and gate are about it, and on a busy
-        # machine it is not the ratio of the medians.
+        # The median of the rounds' ratios, where there are rounds: interval and gate are about it, and on a
+        # busy machine it is not the ratio of the medians.
         ratio = after.latency_ms / before.latency_ms if report.latency is None else report.latency.ratio
         rows.append(("latency", *times, speed(ratio)))
     if quality is not None:
