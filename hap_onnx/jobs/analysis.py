@@ -154,10 +154,10 @@ def _group_points(ranking: GroupRanking, curve: GroupCurve) -> tuple[LossPoint, 
 
 
 def _layers(prepared: PreparedModel, losses: LossModel) -> tuple[LayerSensitivity, ...]:
-    terms_of = {terms.node: terms for terms in losses.cost.layers}
+    terms_of = {terms.node: terms for terms in losses.cost.layers}  # of those that the planner may replace
     found = []
     for node in prepared.graph.nodes:
-        if node.name not in losses.implants:
+        if node.name not in terms_of:
             continue
         entry = losses.implants[node.name]
         curves = _implant_curves(prepared, node, entry, terms_of[node.name])
