@@ -128,6 +128,7 @@ def expect_files(command: Command, folder: Path) -> list[Path]:
         output = wanted.output or (default_folder if wanted.sweep else default_output)(model)
         files = list(files_of(wanted, output=output).values())
         if wanted.sweep:
+            shutil.rmtree(folder / output, ignore_errors=True)  # a sweep wants a folder of its own
             names = [f"keep-{wanted.objective or 'macs'}-{ratio:.2f}.json" for ratio in wanted.sweep]
             files += [output / name for name in (*names, "sweep.json", "sweep.md", "sweep.svg")]
     for path in files:
