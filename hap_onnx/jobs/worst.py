@@ -40,7 +40,7 @@ def find_worst(
         return names[number] if 0 <= number < len(names) else str(number)
 
     tops = [None, None] if scores is None else [top_classes(outputs[scores]) for outputs in (before, after)]
-    same = np.zeros(len(far), bool) if scores is None else tops[0] == tops[1]
+    same = np.zeros(len(far), bool) if scores is None else np.equal(tops[0], tops[1])
     order = np.lexsort((-far, same))[:N_WORST]
     found = []
     for place in order.tolist():
