@@ -39,15 +39,15 @@ def find_worst(
     def name_of(number: int) -> str:
         return names[number] if 0 <= number < len(names) else str(number)
 
-    tops = [None, None] if scores is None else [top_classes(outputs[scores]) for outputs in (before, after)]
-    same = np.zeros(len(far), bool) if scores is None else np.equal(tops[0], tops[1])
+    tops = [] if scores is None else [top_classes(outputs[scores]) for outputs in (before, after)]
+    same = np.equal(*tops) if tops else np.zeros(len(far), bool)
     order = np.lexsort((-far, same))[:N_WORST]
     found = []
     for place in order.tolist():
         if not far[place] > 0:
             continue
         index = int(part.indices[place])
-        says = [None if top is None or top[place] < 0 else name_of(int(top[place])) for top in tops]
+        says = [None if top[place] < 0 else name_of(int(top[place])) for top in tops]
         right = None if labels is None or scores is None else name_of(int(labels[place]))
         number, source = part.dataset.number_of(index), part.dataset.name_of(index)
         found.append(WorstSample(number, source, float(far[place]), right, *says))
