@@ -115,6 +115,17 @@ def test_layers_that_the_planner_cannot_replace_are_left_out(name: str) -> None:
     assert found.sizes
 
 
+def test_depthwise_layers_belong_to_the_group_that_they_pass_on() -> None:
+    """Else a page says of them that they keep all channels."""
+    one = make_job(TOPOLOGIES["depthwise_plain"]().model)
+    found = analyse(setting(one), objective="macs")
+    layers = [node for node in one.prepared.graph.nodes if len(node.inputs) > 1 and node.op == "Conv"]
+    first, depthwise, *_ = layers
+    assert depthwise.attrs["group"] == depthwise.inputs[1].values.shape[0] == 8
+    (group,) = [group for group in found.groups if first.name in group.nodes]
+    assert group.nodes == (first.name, depthwise.name)
+
+
 def test_curves_of_groups_are_thinned_and_keep_what_was_measured() -> None:
     one = job()
     for group, ranking, curve in zip(
