@@ -454,7 +454,7 @@ def compress(session: Session, model: Path, data: Path | None, config: Path | No
     words = {name: value for name, value in given.items() if name != "json"}
     if wanted.work_dir is not None:
         session.left += f" at {output}"
-        session.hint = f"; the same command goes on from {wanted.work_dir}"
+        session.hint = _goes_on_from(wanted.work_dir)
     pipeline = session.load_pipeline()
     session.load_views(plot=is_sweep, html=wanted.html is not None)
     function = pipeline.sweep if is_sweep else pipeline.compress
@@ -467,6 +467,10 @@ def compress(session: Session, model: Path, data: Path | None, config: Path | No
             session.show(error.report, as_json=wanted.json)
         raise
     session.show(report, as_json=wanted.json, data=data, options=given)
+
+
+def _goes_on_from(work_dir: Path) -> str:
+    return f"; the same command goes on from {work_dir}"
 
 
 def _counting(session: Session, folder: Path, on_event: OnEvent) -> OnEvent:
@@ -571,6 +575,8 @@ def _report_only(
     as_json = given.pop("json", False)
     outputs = {flag_of(name): given[name] for name in ("output", "latency_table") if name in given}
     check_outputs({**outputs, **reports_of(given)}, inputs=inputs)
+    if "work_dir" in given:
+        session.hint = _goes_on_from(given["work_dir"])
     function = getattr(session.load_pipeline(), _LIBRARY_NAMES[command])
     session.load_views(html="html" in given)
     with session.events() as on_event:

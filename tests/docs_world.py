@@ -18,9 +18,9 @@ from torch.nn import functional as F
 import hap_onnx
 from hap_onnx.data.preprocess import IMAGENET_MEAN, IMAGENET_STD
 from tests.helpers import make_model, node
-from tests.pages import find_blocks
+from tests.pages import ROOT, find_blocks
 
-N_CALIB, N_PHOTOS = 1000, 200
+N_CALIB, N_PHOTOS = 1000, 1000
 REAL_SIZES = {"256": "10", "224": "8"}
 """Sizes of images in recipes on the pages, and what stands for them here, where images have 8x8 pixels."""
 
@@ -119,8 +119,10 @@ def write_world(folder: Path) -> None:
         if block.name:
             text = block.text
             for real, small in REAL_SIZES.items():
+                assert real in text or block.name != "recipe.toml"
                 text = text.replace(real, small)
             (folder / block.name).write_text(text, encoding="utf-8")
+    shutil.copytree(ROOT / "examples", folder / "examples")
     hap_onnx.compress(
         folder / "model.onnx", folder / "calib.npz", keep_macs=0.5, method="prune", sensitivity="magnitude",
         allow_slower=True, max_samples=200, threads=1, output=folder / "model.hap.onnx",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 import resource
@@ -60,7 +61,8 @@ def start_fork(
         gc.collect()
         for stream in (sys.stdout, sys.stderr):
             if stream is not None and not stream.closed:
-                stream.flush()
+                with contextlib.suppress(OSError):  # to a disk that is full; the work has said so
+                    stream.flush()
     except BaseException:
         import traceback
 

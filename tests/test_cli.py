@@ -82,6 +82,18 @@ def test_compress_passes_what_was_given_and_nothing_else(library, capsys):
     assert err == "a note\n"
 
 
+def test_an_interrupted_analysis_says_how_it_goes_on(library, monkeypatch, capsys):
+    def stop(*_, **__):
+        raise cli.Stop(signal.SIGINT)
+
+    monkeypatch.setattr(library, "analyze", stop, raising=False)
+    assert cli.main("analyze net.onnx --data calib.npz --work-dir work".split()) == 130
+    told = "hap-onnx: interrupted; nothing was written; the same command goes on from work\n"
+    assert capsys.readouterr().err == told
+    assert cli.main("analyze net.onnx --data calib.npz".split()) == 130
+    assert capsys.readouterr().err == "hap-onnx: interrupted; nothing was written\n"
+
+
 def test_the_default_output_lies_beside_the_model(library, tmp_path):
     assert cli.main(["compress", str(tmp_path / "net.onnx"), "--data", "x"]) == 0
     assert library.calls[0][2] == {"output": tmp_path / "net.hap.onnx"}

@@ -64,7 +64,10 @@ NOT_RUN = (
 )
 """(page, command, why it is not run)."""
 
-OTHERS_OPTIONS = {"--force-reinstall", "--index-url", "--keep-going", "--help"}
+OTHERS_OPTIONS = {
+    "--force-reinstall", "--index-url", "--keep-going", "--help",
+    "--nnodes", "--nproc-per-node", "--rdzv-backend", "--rdzv-endpoint",
+}  # fmt: skip
 """Options on the pages that belong to other programs than ours."""
 
 
@@ -128,6 +131,7 @@ def expect_files(command: Command, folder: Path) -> list[Path]:
         output = wanted.output or (default_folder if wanted.sweep else default_output)(model)
         files = list(files_of(wanted, output=output).values())
         if wanted.sweep:
+            shutil.rmtree(folder / output, ignore_errors=True)  # a sweep wants a folder of its own
             names = [f"keep-{wanted.objective or 'macs'}-{ratio:.2f}.json" for ratio in wanted.sweep]
             files += [output / name for name in (*names, "sweep.json", "sweep.md", "sweep.svg")]
     for path in files:

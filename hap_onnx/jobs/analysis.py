@@ -11,12 +11,14 @@ import onnx_graphsurgeon as gs
 
 from hap_onnx import report as reports
 from hap_onnx.config import CompressConfig
+from hap_onnx.coupling.channels import ChannelGroup
 from hap_onnx.errors import BudgetError
 from hap_onnx.events import track
 from hap_onnx.implants.loss import ImplantLosses, implant_costs, losses_of_ranks
 from hap_onnx.jobs.candidates import Setting, choose_within
 from hap_onnx.model.measure import node_macs, weights_of
 from hap_onnx.ops.implant import ImplantForm
+from hap_onnx.ops.linear import linear_form
 from hap_onnx.planning.choose import Choice, group_roles, predicted_costs, predicted_losses
 from hap_onnx.planning.cost import METRICS, LayerTerms
 from hap_onnx.planning.curves import GroupCurve, GroupRanking, Measured
@@ -115,7 +117,7 @@ def _groups(prepared: PreparedModel, losses: LossModel) -> tuple[GroupSensitivit
                 name=group.name,
                 role=roles[group.name],
                 size=group.size,
-                nodes=group.producers,
+                nodes=(*group.producers, *_followers(prepared, group)),
                 params=saved[0],
                 macs=per_sample(saved[1], prepared),
                 score=score,
@@ -124,6 +126,17 @@ def _groups(prepared: PreparedModel, losses: LossModel) -> tuple[GroupSensitivit
             )
         )
     return tuple(found)
+
+
+def _followers(prepared: PreparedModel, group: ChannelGroup) -> list[str]:
+    """Return the layers that lose channels with those that they read, which are depthwise ones."""
+    coupling = prepared.coupling
+    roles = {(weight.initializer, weight.axis): weight.role for weight in coupling.weights}
+    following = [name for name, axis, _ in group.axes if roles[name, axis] == "follower"]
+    nodes = {node.name: node for node in prepared.graph.nodes}
+    found = dict.fromkeys(node for name in following for node in coupling.initializer_nodes[name])
+    others = [node for node in found if node not in group.producers]  # whose biases follow their weights
+    return [node for node in others if linear_form(nodes[node]) is not None]
 
 
 def _group_score(
@@ -154,10 +167,10 @@ def _group_points(ranking: GroupRanking, curve: GroupCurve) -> tuple[LossPoint, 
 
 
 def _layers(prepared: PreparedModel, losses: LossModel) -> tuple[LayerSensitivity, ...]:
-    terms_of = {terms.node: terms for terms in losses.cost.layers}
+    terms_of = {terms.node: terms for terms in losses.cost.layers}  # of those that the planner may replace
     found = []
     for node in prepared.graph.nodes:
-        if node.name not in losses.implants:
+        if node.name not in terms_of:
             continue
         entry = losses.implants[node.name]
         curves = _implant_curves(prepared, node, entry, terms_of[node.name])

@@ -47,7 +47,7 @@ from hap_onnx.jobs.self_check import (
     check_result,
     run_both,
 )
-from hap_onnx.jobs.targets import SPARE_BYTES, params_within, search_smallest
+from hap_onnx.jobs.targets import SPARE_BYTES, check_can_search, params_within, search_smallest
 from hap_onnx.jobs.work_folder import Keys, WorkFolder, work_keys
 from hap_onnx.jobs.worst import draw_worst, find_worst
 from hap_onnx.model.model_io import load_model, save_model
@@ -497,6 +497,11 @@ class Job:
         limit, part = self.config.drop_limit, self.splits.choose
         assert limit is not None
         reference = run_outputs(self.session, part, batch_size=self.batch_size) if self.team.leads else {}
+
+        def check() -> None:
+            check_can_search(self.metric.measure(reference, reference, part.labels), limit=limit)
+
+        self.team.lead(check)
 
         def measure(candidate: Candidate) -> Quality:
             session = open_session(self._to_final(candidate), self.config)

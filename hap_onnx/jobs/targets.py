@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Generic, TypeVar
@@ -65,6 +66,21 @@ class Found(Generic[T]):
     refused: T | None
 
 
+def check_can_search(unchanged: Quality, *, limit: float) -> None:
+    """Raise BudgetError if the search would refuse even a model that changes nothing.
+
+    ``unchanged`` is the quality of the original against itself, on the samples set aside for choices.
+    """
+    margin = SEARCH_MARGIN * _spread(unchanged)
+    if margin > limit:
+        more = f"give {math.ceil(margin / limit)} times as much data, " if limit else ""
+        raise BudgetError(
+            f"the {unchanged.n_samples} samples that steer the search cannot tell a loss of {limit:g} of "
+            f"{unchanged.metric} from chance, which alone makes {margin:.2g}: {more}allow more with "
+            "--max-drop, or say how large the model may be, for example with --keep-macs 0.5"
+        )
+
+
 def search_smallest(
     full: Mapping[str, float],
     compress_to: Callable[[Budgets], T],
@@ -89,8 +105,7 @@ def search_smallest(
             high = middle
             continue
         quality = measure(candidate)
-        interval = quality.interval
-        spread = 0.0 if interval is None else (interval[1] - interval[0]) / (2 * 1.96)
+        spread = _spread(quality)
         fits = quality.drop + SEARCH_MARGIN * spread <= limit
         note(
             f"at {ratio:.0%} of the size: {quality.metric} drops by {quality.drop:.4f} "
@@ -101,3 +116,8 @@ def search_smallest(
         else:
             refused, high = candidate, middle
     return Found(accepted, refused)
+
+
+def _spread(quality: Quality) -> float:
+    """The standard error of a drop; 0 where it is not known."""
+    return 0.0 if quality.interval is None else (quality.interval[1] - quality.interval[0]) / (2 * 1.96)

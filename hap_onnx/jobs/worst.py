@@ -23,6 +23,9 @@ def find_worst(
 ) -> tuple[WorstSample, ...]:
     """Return the samples of a part whose outputs lie farthest apart, worst first; equal ones are none.
 
+    Where there are classes, samples that get another one come before all others: they are what a drop
+    consists of, and may lie near each other, just beyond a boundary.
+
     Args:
         before, after: outputs of both models, all samples of ``part`` on axis 0.
         scales: of the outputs that count, see ``curvature.output_scales``.
@@ -30,20 +33,21 @@ def find_worst(
     """
     far = distances(before, after, scales)
     far = np.where(np.isnan(far), np.inf, far)
-    order = np.argsort(-far, kind="stable")[:N_WORST]
     names = part.dataset.class_names or ()
     labels = part.labels
 
     def name_of(number: int) -> str:
         return names[number] if 0 <= number < len(names) else str(number)
 
-    tops = [None, None] if scores is None else [top_classes(outputs[scores]) for outputs in (before, after)]
+    tops = [] if scores is None else [top_classes(outputs[scores]) for outputs in (before, after)]
+    same = np.equal(*tops) if tops else np.zeros(len(far), bool)
+    order = np.lexsort((-far, same))[:N_WORST]
     found = []
     for place in order.tolist():
         if not far[place] > 0:
-            break
+            continue
         index = int(part.indices[place])
-        says = [None if top is None or top[place] < 0 else name_of(int(top[place])) for top in tops]
+        says = [None if top[place] < 0 else name_of(int(top[place])) for top in tops]
         right = None if labels is None or scores is None else name_of(int(labels[place]))
         number, source = part.dataset.number_of(index), part.dataset.name_of(index)
         found.append(WorstSample(number, source, float(far[place]), right, *says))

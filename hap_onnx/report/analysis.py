@@ -38,8 +38,9 @@ class GroupSensitivity:
     share random vectors. The score is infinite where nothing is known, such as where no gradient reaches a
     channel; the error is None where there is none.
 
-    ``kept`` is what the plan leaves of ``size`` channels, None without a plan. ``nodes`` make its channels.
-    ``params`` and ``macs`` are what the group could save at most. ``curve`` ascends in width.
+    ``kept`` is what the plan leaves of ``size`` channels, None without a plan. ``nodes`` make its channels,
+    or pass each on by itself (depthwise layers). ``params`` and ``macs`` are what the group could save at
+    most. ``curve`` ascends in width.
     """
 
     name: str

@@ -170,7 +170,7 @@ def _gains(before: ModelFacts, after: ModelFacts, latency: Latency | None, quali
     size, macs = words.change(before.bytes, after.bytes), words.change(before.macs, after.macs)
     parts = [f"{name} {change}" for name, change in (("file", size), ("MACs", macs)) if change]
     if latency is not None:
-        parts.append(words.speed(latency.before_ms, latency.after_ms))
+        parts.append(words.speed(latency.ratio))
     if quality is not None:
         parts.append(f"{escape(quality.metric)} {words.quality_change(quality)}")
     return ", ".join(parts)

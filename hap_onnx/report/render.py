@@ -213,6 +213,7 @@ class EventPrinter:
         hidden = quiet or not self._console.is_terminal
         self._progress = Progress(*columns, console=self._console, transient=True, disable=hidden)
         self._tasks: dict[str, TaskID] = {}
+        self._noted = ""
 
     def __enter__(self) -> EventPrinter:
         self._progress.start()
@@ -239,7 +240,8 @@ class EventPrinter:
             self._progress.stop_task(self._tasks[event.stage])
         elif event.kind == "warning":
             self._console.print(Text(f"warning: {printable(event.message)}", style="yellow"))
-        elif event.kind == "note" and not self._quiet:
+        elif event.kind == "note" and not self._quiet and event.message != self._noted:
+            self._noted = event.message  # what holds of --data holds of --val, too, and is said once
             self._console.print(Text(printable(event.message)))
 
     def _start(self, event: Event) -> None:

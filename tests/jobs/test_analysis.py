@@ -104,6 +104,28 @@ def test_groups_of_other_models_come_in_the_order_of_their_nodes(name: str) -> N
     assert places == sorted(places)
 
 
+@pytest.mark.parametrize("name", ["depthwise_plain", "depthwise_multiplied", "shuffle_net_units"])
+def test_layers_that_the_planner_cannot_replace_are_left_out(name: str) -> None:
+    """Such as depthwise ones: what a kernel of theirs costs depends on channels that go for other reasons."""
+    one = make_job(TOPOLOGIES[name]().model)
+    found = analyse(setting(one), objective="macs")
+    replaceable = [terms.node for terms in one.losses.cost.layers]
+    assert [layer.node for layer in found.layers] == replaceable
+    assert len(replaceable) < len(one.losses.implants)
+    assert found.sizes
+
+
+def test_depthwise_layers_belong_to_the_group_that_they_pass_on() -> None:
+    """Else a page says of them that they keep all channels."""
+    one = make_job(TOPOLOGIES["depthwise_plain"]().model)
+    found = analyse(setting(one), objective="macs")
+    layers = [node for node in one.prepared.graph.nodes if len(node.inputs) > 1 and node.op == "Conv"]
+    first, depthwise, *_ = layers
+    assert depthwise.attrs["group"] == depthwise.inputs[1].values.shape[0] == 8
+    (group,) = [group for group in found.groups if first.name in group.nodes]
+    assert group.nodes == (first.name, depthwise.name)
+
+
 def test_curves_of_groups_are_thinned_and_keep_what_was_measured() -> None:
     one = job()
     for group, ranking, curve in zip(

@@ -17,6 +17,7 @@ from hap_onnx.jobs.targets import (
     SEARCH_MARGIN,
     SEARCH_RATIOS,
     Found,
+    check_can_search,
     params_within,
     search_smallest,
 )
@@ -118,6 +119,20 @@ def test_a_drop_must_be_within_the_limit_by_a_margin_for_chance(spread: float | 
     assert (found.accepted == pytest.approx(0.1)) if fits else found.accepted is None
     assert (found.refused is None) == fits
     assert all(("accepted" in note) == fits for note in trial.notes)
+
+
+@pytest.mark.parametrize(("spread", "limit"), [(0.0, 0.0), (0.0, 0.01), (0.0078, 0.01), (None, 0.0)])
+def test_a_search_begins_where_no_change_is_within_the_limit(spread: float | None, limit: float) -> None:
+    check_can_search(Trial(lambda _: 0.0, spread=spread).measure(1.0), limit=limit)
+
+
+def test_a_search_that_can_find_nothing_says_so_before_it_begins() -> None:
+    unchanged = Trial(lambda _: 0.0, spread=0.0224).measure(1.0)
+    told = r"^the 40 samples .* 0\.01 of accuracy from chance, .* makes 0\.029: give 3 times as much data"
+    with pytest.raises(BudgetError, match=told):
+        check_can_search(unchanged, limit=0.01)
+    with pytest.raises(BudgetError, match=r"0\.029: allow more with --max-drop, or .* --keep-macs"):
+        check_can_search(unchanged, limit=0.0)
 
 
 def test_the_limit_itself_is_within_it_and_nan_is_not() -> None:

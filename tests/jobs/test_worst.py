@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -39,6 +40,22 @@ def test_the_farthest_come_first_and_equal_ones_are_none(tmp_path: Path) -> None
     worst = find_worst(before, after, part, scales={"y": 2.0}, scores=None)
     assert len(worst) == N_WORST
     assert (worst[0].index, worst[0].before, worst[0].label) == (29 - 11, None, None)
+
+
+def test_answers_that_change_come_before_those_that_do_not(tmp_path: Path) -> None:
+    """A page that tells of a drop must show the samples on which it is."""
+    n = 2 * N_WORST
+    np.savez(tmp_path / "d.npz", x=rand(n, 3, 8, 8))
+    part = arrays_of(tmp_path / "d.npz")
+    before = {"y": np.tile(np.array([[1.0, 0.9]], np.float32), (n, 1))}
+    after = {"y": before["y"] * np.linspace(10, 2, n, dtype=np.float32)[:, None]}  # far, of the same class
+    after["y"][[14, 17]] = [[0.9, 0.95], [0.9, 1.1]]  # near, of the other
+    worst = find_worst(before, after, part, scales={"y": 1.0}, scores="y")
+    assert [sample.index for sample in worst[:3]] == [n - 1 - 17, n - 1 - 14, n - 1]
+    assert [sample.before != sample.after for sample in worst] == [True] * 2 + [False] * (N_WORST - 2)
+    assert all(first.distance > second.distance for first, second in pairwise(worst[2:]))
+    unknown = find_worst(before, after, part, scales={"y": 1.0}, scores=None)
+    assert [sample.index for sample in unknown] == [n - 1 - place for place in range(N_WORST)]
 
 
 def test_images_have_their_names_classes_and_pictures(tmp_path: Path) -> None:

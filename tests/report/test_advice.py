@@ -81,6 +81,36 @@ def test_an_analysis_is_followed_by_the_smallest_size_that_loses_little() -> Non
     )
 
 
+def test_the_next_command_knows_the_data_as_the_last_one_did() -> None:
+    """Without its preprocessing the model would see noise, and what was to be left alone would change."""
+    given = {
+        "preprocess": "raw", "val": Path("my test"), "exclude": ("head.*", "b c"), "allow_slower": True,
+        "providers": ("CUDAExecutionProvider", "CPUExecutionProvider"), "work_dir": Path("w"), "seed": 3,
+        "keep_macs": 0.5, "html": Path("page.html"),
+    }  # fmt: skip
+    kept = (
+        "--preprocess raw --val 'my test' --exclude 'head.*' --exclude 'b c' --allow-slower "
+        "--providers CUDAExecutionProvider,CPUExecutionProvider --work-dir w"
+    )
+    again = next_step(compress_report(quality=LOST), data="c", options=given)
+    assert again is not None
+    assert again.startswith(
+        f"hap-onnx compress models/net.onnx --data c --keep-macs 0.5 --max-bytes 2e+06 --epochs 20 {kept}  ("
+    )
+    validate = next_step(compress_report(), data="c", options={**given, "allow_slower": False})
+    assert validate is not None
+    assert validate.startswith(
+        "hap-onnx validate models/net.onnx models/net.hap.onnx --data DATA --preprocess raw "
+        "--providers CUDAExecutionProvider,CPUExecutionProvider  ("
+    )
+    for step in (again, validate):
+        name, *words = shlex.split(step.partition("  (")[0])[1:]
+        cli.cli.commands[name].make_context(name, words, obj=cli.Session())
+    analyze = next_step(inspect_report(), data="c", options={"exclude": ("a",), "json": True})
+    assert analyze is not None
+    assert analyze.startswith("hap-onnx analyze net.onnx --data c --exclude a  (")
+
+
 def test_the_line_is_plain_in_a_pipe() -> None:
     text = render_report(analyze_report(), io.StringIO(), advice="hap-onnx compress x")
     assert text.endswith("\nnext: hap-onnx compress x\n")

@@ -194,6 +194,14 @@ def test_without_a_terminal_there_are_notes_but_no_bars():
     assert play(io.StringIO(), quiet=False) == "a [note]\nwarning: a [warning]\n"
 
 
+def test_a_note_that_comes_twice_in_a_row_is_said_once():
+    stream = io.StringIO()
+    with EventPrinter(stream, quiet=False) as printer:
+        for message in ("images are resized", "images are resized", "2 files left out", "images are resized"):
+            printer(Event("load", "note", message))
+    assert stream.getvalue().splitlines() == ["images are resized", "2 files left out", "images are resized"]
+
+
 def test_quiet_keeps_only_warnings():
     assert play(io.StringIO(), quiet=True) == "warning: a [warning]\n"
     assert "refit" not in play(Terminal(), quiet=True)

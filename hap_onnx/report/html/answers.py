@@ -20,6 +20,7 @@ from hap_onnx.report import (
     ValidateReport,
     words,
 )
+from hap_onnx.report.advice import SMALL_LOSS
 from hap_onnx.report.analysis import SizePoint
 from hap_onnx.report.html.parts import Answer, Command, Part, Text
 
@@ -278,15 +279,24 @@ def _could_become(report: AnalyzeReport) -> list[Part]:
     losses = ", ".join(
         f"{point.loss:.2g} at {words.share(size_of(point, analysis.objective))}" for point in named
     )
-    return [
+    parts: list[Part] = [
         Text(
             f"The loss that is expected at a share of the {cost}: {losses}. Loss is the distance of the "
-            "outputs to the "
-            "original's: 0 is no change, and about 1 a model that ignores its input. It is a forecast "
-            "before repair, "
-            "good for comparing; only a compressed model tells what it means for quality."
+            "outputs to the original's: 0 is no change, and about 1 a model that ignores its input. It is a "
+            "forecast before repair, good for comparing; only a compressed model tells what it means for "
+            "quality."
         )
     ]
+    cheap = [point for point in analysis.sizes if point.loss <= SMALL_LOSS]
+    if cheap:
+        least = min(size_of(point, analysis.objective) for point in cheap)
+        parts.append(
+            Text(
+                f"Down to {words.share(least)} of the {cost} it is at most {SMALL_LOSS:g}, at which "
+                "classifiers keep all but about a point of their accuracy."
+            )
+        )
+    return parts
 
 
 def size_of(point: SizePoint, objective: str) -> float:

@@ -28,6 +28,7 @@ from hap_onnx.report.html.svg import (
     inline_svg,
 )
 from hap_onnx.report.plot import sweep_figure
+from hap_onnx.report.short_names import shorten
 
 _WIDTHS = {"narrow": 320, "wide": 720}  # CSS pixels
 _LONGEST_NAMES = {"narrow": 18, "wide": 42}
@@ -109,31 +110,6 @@ def draw_family(name: str, report: SweepReport) -> Drawing:
     return _draw(name, build)
 
 
-def short_names(names: Sequence[str], longest: int) -> list[str]:
-    """Names without the folders that all of them start or end with; what is too long loses its middle."""
-    parts = [name.split("/") for name in names]
-    if len(parts) > 1:
-        start, end = _n_common(parts), _n_common([part[::-1] for part in parts])
-        room = min(map(len, parts)) - 1  # something is left of each
-        start = min(start, room)
-        end = min(end, room - start)
-        parts = [part[start : len(part) - end] for part in parts]
-    return [_elided("/".join(part), longest) for part in parts]
-
-
-def _n_common(parts: Sequence[Sequence[str]]) -> int:
-    """How many items all begin with."""
-    columns = enumerate(zip(*parts))
-    return next((place for place, column in columns if len(set(column)) > 1), min(map(len, parts)))
-
-
-def _elided(name: str, longest: int) -> str:
-    if len(name) <= longest:
-        return name
-    tail = (longest - 1) * 2 // 3  # ends tell more than starts
-    return f"{name[: longest - 1 - tail]}…{name[len(name) - tail :]}"
-
-
 # ---------------------------------------------------------------- drawing
 
 
@@ -164,7 +140,7 @@ def _rows_figure(size: str, names: Sequence[str], *, label: str, n_keys: int) ->
     lines = n_keys if size == "narrow" else 1
     figure, axes = _figure(size, n * row + 48 + 18 * lines + (20 if n > _FULL_ROWS else 0))
     step = math.ceil(_LABEL / row)
-    shown = short_names(names, _LONGEST_NAMES[size])
+    shown = shorten(names, _LONGEST_NAMES[size])
     axes.set_yticks(range(0, n, step), shown[::step])
     axes.set_ylim(n - 0.5, -0.5)
     axes.tick_params(axis="y", length=0)

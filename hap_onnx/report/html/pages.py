@@ -189,10 +189,10 @@ def _cards(before: ModelFacts, after: ModelFacts, report: CompressReport | Valid
         note = (
             f"{latency.before_ms:.3g} → {latency.after_ms:.3g} ms; {low:.2f} to {high:.2f} of the time (95 %)"
         )
-        cards.append(Card("latency", words.speed(latency.before_ms, latency.after_ms), note, tone))
+        cards.append(Card("latency", words.speed(latency.ratio), note, tone))
     elif before.latency_ms and after.latency_ms:
         note = f"{before.latency_ms:.3g} → {after.latency_ms:.3g} ms"
-        cards.append(Card("latency", words.speed(before.latency_ms, after.latency_ms), note))
+        cards.append(Card("latency", words.speed(after.latency_ms / before.latency_ms), note))
     if report.quality is not None:
         cards.append(_quality_card(report.quality))
     return cards
@@ -301,8 +301,10 @@ def _worst(worst: Sequence[WorstSample], images: Mapping[int, bytes]) -> Section
         shown = [_image(sample, images) for sample in worst]
         columns.insert(1, ("picture", shown, True))
     columns = [column for column in columns if any(column[1])]
+    has_classes = any(sample.before is not None for sample in worst)
+    order = "other answers first, then by the" if has_classes else "in the order of the"
     table = Table(
-        "Samples on which the two models differ most, in the order of the distance of their outputs",
+        f"Samples on which the two models differ most, {order} distance of their outputs",
         tuple(name for name, _, _ in columns),
         tuple(zip(*(cells for _, cells, _ in columns), strict=True)),
         frozenset(place for place, (_, _, is_text) in enumerate(columns) if is_text),
@@ -313,7 +315,6 @@ def _worst(worst: Sequence[WorstSample], images: Mapping[int, bytes]) -> Section
         broken = sum(sample.label == sample.before != sample.after for sample in worst)
         mended = sum(sample.label == sample.after != sample.before for sample in worst)
         note += f" Right before and wrong now: {broken}; wrong before and right now: {mended}."
-    has_classes = any(sample.before is not None for sample in worst)
     return Section("worst", "Worst samples", [*([Text(note)] if has_classes else []), table])
 
 

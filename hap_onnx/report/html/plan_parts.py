@@ -12,6 +12,7 @@ from hap_onnx.report.html.answers import size_of
 from hap_onnx.report.html.parts import Chart, Section, Table
 
 LOSS = "loss (0: no change, 1: ignores its input)"
+_HOW_ESTIMATED = {"obs": "Measured by taking away half of the group and repairing what reads it (obs)."}
 
 
 # ---------------------------------------------------------------- sensitivities
@@ -51,10 +52,9 @@ def _groups_section(analysis: Analysis) -> Section:
         frozenset({0, 1}),
     )
     caption = (
-        "How much the outputs depend on one channel of each group, from the first layer on top to the "
-        "last one. "
-        f"Further right matters more; each line is ten times the one before. Bars are 95 % intervals. "
-        f"Estimated by {analysis.sensitivity}."
+        "How much the outputs depend on one channel of each group, from the first layer on top to the last "
+        "one. Further right matters more; equal steps are equal factors. Bars are 95 % intervals. "
+        f"{_HOW_ESTIMATED.get(analysis.sensitivity, f'Estimated by {analysis.sensitivity}.')}"
         f"{_unknown([group.score for group in groups])}"
     )
     section = Chart(_extremes("channel groups", [(g.name, g.score) for g in groups]), caption, drawing, table)
@@ -83,9 +83,8 @@ def _layers_section(analysis: Analysis) -> Section:
         frozenset({0, 1, 2}),
     )
     caption = (
-        "What it would cost to put a stand-in with half the arithmetic in the place of each layer, from "
-        "the first "
-        f"layer on top to the last one. {LOSS[0].upper()}{LOSS[1:]}; bars are 95 % intervals."
+        "What it would cost to put a stand-in with half the arithmetic in the place of each layer, from the "
+        f"first layer on top to the last one. {LOSS[0].upper()}{LOSS[1:]}; bars are 95 % intervals."
         f"{_unknown([layer.score for layer in layers])}"
     )
     section = Chart(_extremes("layers", [(x.node, x.score) for x in layers]), caption, drawing, table)
@@ -149,9 +148,8 @@ def changes(report: CompressReport) -> Section | None:
         f"{n_narrow} lost channels, {n_replaced} got a cheaper stand-in."
     )
     caption = (
-        "Each bar is a layer, from the first on top to the last. Removed: its channels are gone. "
-        "Replaced: a cheaper "
-        "stand-in (an implant) computes them. Kept: as before."
+        "Each bar is a layer, from the first on top to the last. Removed: its channels are gone. Replaced: a "
+        "cheaper stand-in (an implant) computes them. Kept: as before."
     )
     return Section("changes", "What was changed", [Chart(text, caption, drawing, table)])
 
@@ -214,9 +212,8 @@ def sizes(analysis: Analysis | None) -> Section | None:
     if chosen:
         text += f" This plan: {chosen[1]:.3g} at {chosen[0]:.1f} %."
     caption = (
-        "The smaller the model (further left), the larger the loss that the planner expects, before "
-        "repair. Each line "
-        "across is ten times the one below; a loss of 0 stands at the lower end."
+        "The smaller the model (further left), the larger the loss that the planner expects, before repair. "
+        "Equal steps upwards are equal factors; a loss of 0 stands at the lower end."
     )
     return Section("sizes", "Loss against size", [Chart(text, caption, drawing, table)])
 
@@ -252,13 +249,11 @@ def predictions(report: CompressReport | AnalyzeReport) -> Section | None:
     middle = ratios[len(ratios) // 2]
     near = sum(0.5 <= ratio <= 2 for ratio in ratios)
     caption = (
-        "Before a plan is made, the losses that curvature predicts are checked by trying some of them. "
-        "On the dashed line "
-        "a prediction is right; above it, the loss is larger than predicted. Of "
-        f"{words.plural(len(found), 'trial')}, {near} "
-        f"came within a factor of two; the middle one measured {middle:.2f} times its prediction. Plans "
-        "reckon with "
-        "predictions that these measurements have corrected."
+        "Before a plan is made, the losses that curvature predicts are checked by trying some of them. On "
+        "the dashed line a prediction is right; above it, the loss is larger than predicted. Of "
+        f"{words.plural(len(found), 'trial')}, {near} came within a factor of two; the middle one measured "
+        f"{middle:.2f} times its prediction. Plans reckon with predictions that these measurements have "
+        "corrected."
     )
     text = (
         f"Chart: measured over predicted loss of {words.plural(len(found), 'trial')}, both on logarithmic "

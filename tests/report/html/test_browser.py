@@ -21,6 +21,8 @@ axe_package = pytest.importorskip("axe_selenium_python")
 from selenium import webdriver  # noqa: E402 - what follows needs it
 from selenium.webdriver.chrome.service import Service  # noqa: E402
 
+PATIENCE = 600
+"""Seconds for axe on the longest page; alone it takes a few, on a busy machine minutes."""
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 DRIVER = shutil.which("chromedriver")
 
@@ -74,6 +76,13 @@ return Math.min(...[...document.querySelectorAll("svg")].filter(svg => svg.check
 """
 
 
+# Options of commands that a narrow screen breaks at their hyphens: [the word, ...].
+BROKEN_WORDS = """
+return [...document.querySelectorAll("pre span")].filter(word => word.textContent.length < 30
+  && word.offsetHeight > 1.5 * parseFloat(getComputedStyle(word).lineHeight)).map(word => word.textContent);
+"""
+
+
 @pytest.fixture(scope="module")
 def browser() -> Iterator[webdriver.Chrome]:
     options = webdriver.ChromeOptions()
@@ -82,7 +91,8 @@ def browser() -> Iterator[webdriver.Chrome]:
         options.add_argument(argument)
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
     driver = webdriver.Chrome(options=options, service=Service(DRIVER))
-    driver.set_script_timeout(300)
+    driver.set_script_timeout(PATIENCE)
+    driver.command_executor.client_config.timeout = PATIENCE + 30  # the client would give up after 120
     try:
         yield driver
     finally:
@@ -112,6 +122,7 @@ def test_a_page_can_be_read(browser: webdriver.Chrome, axe: str, page: Path, wid
     browser.get(page.as_uri())
     assert browser.execute_script("return document.documentElement.scrollWidth") <= width
     assert browser.execute_script(CUT_OFF) == []
+    assert browser.execute_script(BROKEN_WORDS) == []
     assert browser.execute_script(SMALLEST_LETTERS) >= 10.5
     color = browser.execute_script("return getComputedStyle(document.body).backgroundColor")
     assert color == {"light": "rgb(255, 255, 255)", "dark": "rgb(15, 19, 24)"}[scheme]
