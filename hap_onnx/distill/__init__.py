@@ -25,6 +25,7 @@ from hap_onnx.distill.learned import find_learned
 from hap_onnx.distill.objective import Objective, find_hidden, find_scores
 from hap_onnx.distill.training import Recipe, Trainer, train
 from hap_onnx.events import Event, OnEvent, ignore_event
+from hap_onnx.interrupts import interruptible
 from hap_onnx.model.measure import constants_of
 from hap_onnx.model.saving import make_folder
 from hap_onnx.model.temporary import temporary_folder
@@ -137,7 +138,7 @@ def distill(
     length = f"{recipe.epochs} epoch{'' if recipe.epochs == 1 else 's'}"
     _note(on_event, f"training on {calibrate.n_samples} samples for {length}{how}")
     trainer = Trainer(teacher, student, reached, objective, augmenter, calibrate, choose, recipe)
-    with _folder(folder) as place:
+    with _folder(folder) as place, interruptible():
         state_key = _key(compressed, recipe, objective, (kinds, reached, key))
         trained = train(trainer, place, state_key, on_event=on_event)
     progress = trained.progress
