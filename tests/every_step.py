@@ -5,21 +5,19 @@ from __future__ import annotations
 import contextlib
 import dis
 import os
-import pathlib
 import shutil
 import signal
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from functools import lru_cache
+from functools import cache
 from types import CodeType, FrameType
 from typing import Any
 
 import hap_onnx
 
-PLACES = (os.path.dirname(hap_onnx.__file__), *(
-    module.__file__ for module in (contextlib, shutil, tempfile, pathlib, os)
-))  # fmt: skip
+# What the functions of other modules do is one step, as a signal in them is one before or after it.
+PLACES = (os.path.dirname(hap_onnx.__file__), *(module.__file__ for module in (contextlib, shutil, tempfile)))
 
 
 class Interrupted(BaseException):
@@ -53,28 +51,28 @@ class _Steps:
     def __init__(self, number: int, act: Callable[[], None]) -> None:
         self.n_seen = 0
         self._number, self._act = number, act
-        self._last: dict[FrameType, str] = {}
+        self._last: dict[int, str] = {}  # by id: a frame that is kept keeps what it holds
 
     def trace(self, frame: FrameType, event: str, _: Any) -> Any:
         if event == "call":
             if not frame.f_code.co_filename.startswith(PLACES):
                 return None
             frame.f_trace_opcodes = True
-            self._last[frame] = "CALL"
+            self._last[id(frame)] = "CALL"
         elif event == "line":
-            self._last[frame] = "CALL"
+            self._last[id(frame)] = "CALL"
         elif event == "opcode":
-            if "CALL" in self._last[frame] or "JUMP" in self._last[frame]:
+            if "CALL" in self._last[id(frame)] or "JUMP" in self._last[id(frame)]:
                 self.n_seen += 1
                 if self.n_seen == self._number:
                     self._act()
-            self._last[frame] = _names(frame.f_code)[frame.f_lasti]
+            self._last[id(frame)] = _names(frame.f_code)[frame.f_lasti]
         elif event == "return":
-            del self._last[frame]
+            del self._last[id(frame)]
         return self.trace
 
 
-@lru_cache(maxsize=None)
+@cache
 def _names(code: CodeType) -> dict[int, str]:
     return {step.offset: step.opname for step in dis.get_instructions(code)}
 
