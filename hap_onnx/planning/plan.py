@@ -29,7 +29,7 @@ from hap_onnx.errors import ModelError, UsageError, ValidationError
 from hap_onnx.implants.factors import KINDS
 from hap_onnx.interrupts import interruptible
 from hap_onnx.model.temporary import folder_beside
-from hap_onnx.text_files import read_text
+from hap_onnx.text_files import describe_age, read_text
 
 PLAN_SCHEMA = "hap-onnx/plan/1"
 _MAX_PLAN_BYTES = 2**28
@@ -277,6 +277,11 @@ def load_plan(path: str | Path) -> CompressionPlan:
         raise ModelError(f"the plan {path} is damaged: it is not valid JSON ({error})") from error
     if not isinstance(document, dict) or document.get("schema") != PLAN_SCHEMA:
         found = document.get("schema") if isinstance(document, dict) else None
+        if age := describe_age(found, PLAN_SCHEMA):
+            raise ModelError(
+                f"the plan {path} was written by {age}; apply it with that version, or make it anew with "
+                "'hap-onnx compress ... --save-plan'"
+            )
         raise ModelError(
             f"{path} is not a plan that this version can read: its schema is {found!r}, not {PLAN_SCHEMA!r}"
         )
