@@ -48,6 +48,7 @@ from hap_onnx.errors import (
     ValidationError,
     is_out_of_memory,
 )
+from hap_onnx.interrupts import hold_signals
 from hap_onnx.place import Place, find_place
 from hap_onnx.report.printable import one_line, printable
 
@@ -77,9 +78,8 @@ class Signals:
 
     def __init__(self) -> None:
         self._previous: dict[int, Any] = {}
-        self._held = False
+        self._seen: set[int] = set()
         self._over = False
-        self._pending: int | None = None
 
     def __enter__(self) -> Signals:
         if threading.current_thread() is threading.main_thread():
@@ -93,27 +93,17 @@ class Signals:
             signal.signal(number, handler)
 
     def _stop(self, number: int, _: FrameType | None) -> None:
-        # A second SIGTERM must not break the clean-up after the first; a second Ctrl-C may.
-        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_IGN)
-        if self._held:
-            self._pending = number
-        elif not self._over:
+        is_first = number not in self._seen
+        self._seen.add(number)
+        if is_first and not self._over:
             raise Stop(number)
+        # A second SIGTERM must not break the clean-up after the first; a second Ctrl-C may.
+        if not is_first and number == signal.SIGINT:
+            raise KeyboardInterrupt
 
     def end(self) -> None:
         """Ignore signals from now on: the results are being named, in less time than it takes to stop."""
         self._over = True
-
-    @contextmanager
-    def hold(self) -> Iterator[None]:
-        """Let signals wait: raising in the middle of importing a C extension can crash the interpreter."""
-        self._held = True
-        try:
-            yield
-        finally:
-            self._held = False
-        if self._pending is not None:
-            raise Stop(self._pending)
 
 
 # ---------------------------------------------------------------- one invocation
@@ -132,14 +122,17 @@ class Session:
     signals: Signals = field(default_factory=Signals)
 
     def load_pipeline(self) -> Any:
-        """Import the library proper; takes seconds."""
-        with self.signals.hold():
+        """Import the library proper; takes seconds.
+
+        Signals wait: raising in the middle of importing a C extension can crash the interpreter.
+        """
+        with hold_signals():
             from hap_onnx import pipeline
         return pipeline
 
     def load_views(self, *, plot: bool = False, html: bool = False) -> None:
         """Import what draws, which else would be done in the middle of a job."""
-        with self.signals.hold():
+        with hold_signals():
             if plot:
                 import hap_onnx.report.plot
             if html:

@@ -1,10 +1,11 @@
-"""Read text files that a user names, within bounds."""
+"""Read text files that a user names, within bounds, and tell whose version wrote them."""
 
 from __future__ import annotations
 
 import errno
 import stat
 from pathlib import Path
+from typing import Any
 
 MAX_BYTES = 16 * 2**20
 
@@ -24,3 +25,18 @@ def read_text(path: Path, *, max_bytes: int = MAX_BYTES, encoding: str = "utf-8"
     if status.st_size > max_bytes:
         raise OSError(errno.EFBIG, f"larger than {max_bytes / 2**20:g} MB", str(path))
     return path.read_text(encoding)
+
+
+def describe_age(found: Any, known: str) -> str | None:
+    """Say which version has written a file whose schema is ``found``; None if it is no other one's.
+
+    Schemas are ``hap-onnx/KIND/NUMBER``; this version reads that of ``known``.
+    """
+    kind, number = known.rsplit("/", 1)
+    if not isinstance(found, str) or not found.startswith(f"{kind}/"):
+        return None
+    digits = found.removeprefix(f"{kind}/")
+    if not digits.isascii() or not digits.isdigit() or int(digits[:9]) == int(number):
+        return None
+    age = "an older" if int(digits[:9]) < int(number) else "a newer"
+    return f"{age} version of hap-onnx (its schema is {found[:80]!r}, not {known!r})"

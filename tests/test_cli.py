@@ -17,6 +17,7 @@ from hap_onnx import cli
 from hap_onnx.config import COMMAND_OPTIONS, SWEEP_RATIOS, flag_of
 from hap_onnx.errors import BudgetError, CalibrationError, GateError, ModelError, ValidationError
 from hap_onnx.events import Event
+from hap_onnx.interrupts import hold_signals
 
 
 class Library:
@@ -289,7 +290,7 @@ def test_a_signal_during_an_import_waits_for_its_end():
     finished = []
 
     def load():
-        with cli.Signals() as signals, signals.hold():
+        with cli.Signals(), hold_signals():
             os.kill(os.getpid(), signal.SIGTERM)
             time.sleep(0.01)
             finished.append(True)

@@ -469,7 +469,7 @@ TRAINED = (*BUDGET, "--epochs", "4", "--batch-size", "16", "--method", "prune", 
     ("place", "number"),
     [
         ("update 1", signal.SIGKILL),
-        ("update 7", signal.SIGKILL),
+        pytest.param("update 7", signal.SIGKILL, marks=pytest.mark.slow),  # as 15, which is stopped otherwise
         ("replace 5", signal.SIGKILL),
         ("update 15", signal.SIGTERM),
         ("replace 4", signal.SIGINT),

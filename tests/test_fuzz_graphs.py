@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 import pytest
+import torch
 from click.testing import CliRunner
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -19,6 +22,12 @@ from tools.first_divergence import run_onnxruntime
 from tools.fuzz_checks import Failed, check_graph
 from tools.fuzz_graphs import Replayed, Seeded, random_model
 from tools.surgery_oracle import Case
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _lean() -> Iterator[None]:
+    with fuzz.lean():
+        yield
 
 
 class Drawn:
@@ -134,3 +143,16 @@ def test_the_command_counts(tmp_path: Path) -> None:
     assert "5 graphs from seed 3" in result.output
     assert "exact 5" in result.output
     assert not (tmp_path / "no").exists()
+
+
+def test_what_makes_it_quick_is_undone() -> None:
+    before = torch.backends.mkldnn.enabled, torch.get_num_threads(), logging.getLogger("hap_onnx").level
+    torch.backends.mkldnn.set_flags(True)
+    try:
+        with fuzz.lean():
+            assert not torch.backends.mkldnn.enabled
+        assert torch.backends.mkldnn.enabled
+    finally:
+        torch.backends.mkldnn.set_flags(before[0])
+    after = torch.backends.mkldnn.enabled, torch.get_num_threads(), logging.getLogger("hap_onnx").level
+    assert after == before

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import signal
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import onnx
 import pytest
@@ -28,9 +30,14 @@ def fill(place: Place, files: dict[str, bytes]) -> dict[str, str]:
 
 
 def problems(
-    place: Place, stop: Stop, code: int, expected: dict[str, str], stderr: str = STOPPED
+    place: Place,
+    stop: Stop,
+    code: int,
+    expected: dict[str, str],
+    stderr: str = STOPPED,
+    before: Mapping[str, str] = MappingProxyType({}),
 ) -> list[str]:
-    return list(check_kill(place, Ended(code, stderr, 1.0, True), stop, {}, expected))
+    return list(check_kill(place, Ended(code, stderr, 1.0, True), stop, before, expected))
 
 
 def test_what_is_well_after_a_kill(place: Place) -> None:
@@ -59,6 +66,21 @@ def test_what_is_wrong_after_a_kill(place: Place) -> None:
     (said,) = problems(place, KILL, -signal.SIGKILL, expected, "")
     assert said == "the model is there, but not ['out/plan.json']"
     assert any("something was written" in said for said in problems(place, TERM, 143, expected))
+
+
+def test_what_an_earlier_kill_has_left_is_not_held_against_the_next_run(place: Place) -> None:
+    before = fill(place, {".net.onnx.0a1b2c-12.tmp.onnx": b"half", "net-0123.data": b"data"})
+    expected = {"out/net-0123.data": before["out/net-0123.data"]}
+    assert problems(place, TERM, 143, expected, before=before) == []
+    (place.path / "out" / ".net.onnx.0a1b2c-12.tmp.onnx").unlink()  # the next run had come to that
+    assert problems(place, TERM, 143, expected, before=before) == []
+    fill(place, {".net.onnx.0a1b2c-13.tmp.onnx": b"half"})
+    (said,) = problems(place, TERM, 143, expected, before=before)
+    assert said.startswith("left after SIGTERM: ['out/.net.onnx.0a1b2c-13")
+    (place.path / "out" / ".net.onnx.0a1b2c-13.tmp.onnx").unlink()
+    fill(place, {"net-0123.data": b"other"})
+    said, *_ = problems(place, TERM, 143, expected, before=before)
+    assert said == "something was written, though stopped by SIGTERM: ['out/net-0123.data']"
 
 
 def test_what_is_wrong_at_the_end(place: Place) -> None:

@@ -303,9 +303,13 @@ def check_kill(
         is_said = bool(lines) and "nothing was written" in lines[-1]
         if not is_said or any(not line.startswith("warning: ") for line in lines[:-1]):
             yield f"stderr after {number.name}: {ended.stderr[-300:]!r}"
-        if output != {name: digest for name, digest in before.items() if name.startswith("out")}:
-            yield f"something was written, though stopped by {number.name}: {sorted(output)}"
-        if left := [name for name in _temporaries(place) if not name.startswith("work")]:
+        names = sorted(name for name in {*output, *before} if name.startswith("out"))
+        changed = [name for name in names if output.get(name) != before.get(name) and not _is_temporary(name)]
+        if changed:
+            yield f"something was written, though stopped by {number.name}: {changed}"
+        # What a SIGKILL has left before is not this run's, whether it has come to removing it or not.
+        made = [name for name in _temporaries(place) if name not in before]
+        if left := [name for name in made if not name.startswith("work")]:
             yield f"left after {number.name}: {left}"
     for name, digest in outputs.items():
         if any(part.startswith(".") for part in Path(name).parts):
@@ -316,10 +320,13 @@ def check_kill(
         yield f"the model is there, but not {sorted(set(expected) - set(outputs))}"
 
 
+def _is_temporary(name: str) -> bool:
+    return re.search(r"/(\.[^/]*tmp[^/]*|hap-onnx-[^/]*)(/|$)", f"/{name}") is not None
+
+
 def _temporaries(place: Place) -> list[str]:
     """Return names of temporary files and folders that a run has left."""
-    named = place.files("out", "work", "tmp")
-    return [name for name in named if re.search(r"/(\.[^/]*tmp[^/]*|hap-onnx-[^/]*)(/|$)", f"/{name}")]
+    return [name for name in place.files("out", "work", "tmp") if _is_temporary(name)]
 
 
 def check_end(place: Place, ended: Ended, expected: Mapping[str, str]) -> Iterator[str]:

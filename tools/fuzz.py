@@ -16,13 +16,15 @@ import logging
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import click
 import onnx
 import torch
 
+from hap_onnx.jobs.machine import use_threads
 from tools.fuzz_checks import Failed, check_graph
 from tools.fuzz_files import Arena, Ending, FileCase, draw_case, remove, write_case
 from tools.fuzz_graphs import Replayed, Seeded, random_model
@@ -95,6 +97,21 @@ def minimise(drawn: Sequence[int], fails: Callable[[Sequence[int]], bool], *, tr
             return best
 
 
+@contextmanager
+def lean() -> Iterator[None]:
+    """Let small graphs take little time, and say nothing of what is odd in them."""
+    logger = logging.getLogger("hap_onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    flags = torch.backends.mkldnn.set_flags(False)  # what it prepares costs more than these convolutions
+    try:
+        with use_threads(1):
+            yield
+    finally:
+        torch.backends.mkldnn.set_flags(flags[0])
+        logger.setLevel(level)
+
+
 @click.group()
 def main() -> None:
     """Fuzz hap-onnx."""
@@ -107,24 +124,22 @@ def main() -> None:
 @click.option("--stop-after", default=20, show_default=True, help="Failures after which to stop.")
 def graphs(n: int, seed: int, keep: Path, stop_after: int) -> None:
     """Cut N random graphs in many ways, and compare each with the masked original."""
-    torch.set_num_threads(1)
-    torch.backends.mkldnn.set_flags(False)  # what it prepares costs more than these convolutions
-    logging.getLogger("hap_onnx").setLevel(logging.ERROR)
     found, outcomes, progress = Counter[str](), Counter[str](), Progress(n)
-    for number in range(seed, seed + n):
-        draws = Seeded(number)
-        failure: Failed | None = None
-        try:
-            check_graph(random_model(draws), seed=number, counts=found)
-        except Failed as error:
-            failure = error
-        outcomes["exact" if failure is None else failure.kind] += 1
-        if failure is not None:
-            click.echo(f"seed {number}: {failure}")
-            _keep_graph(keep, number, draws.drawn, failure)
-        progress.step(outcomes)
-        if progress.done - outcomes["exact"] >= stop_after:
-            break
+    with lean():
+        for number in range(seed, seed + n):
+            draws = Seeded(number)
+            failure: Failed | None = None
+            try:
+                check_graph(random_model(draws), seed=number, counts=found)
+            except Failed as error:
+                failure = error
+            outcomes["exact" if failure is None else failure.kind] += 1
+            if failure is not None:
+                click.echo(f"seed {number}: {failure}")
+                _keep_graph(keep, number, draws.drawn, failure)
+            progress.step(outcomes)
+            if progress.done - outcomes["exact"] >= stop_after:
+                break
     click.echo(f"{progress.done} graphs from seed {seed}, {progress.rate:.1f}/s: {_line(outcomes)}")
     click.echo(f"in them: {_line(found)}")
     raise SystemExit(int(outcomes["exact"] != progress.done))

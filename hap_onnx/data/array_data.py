@@ -24,6 +24,7 @@ from PIL import Image
 
 from hap_onnx.data.preprocess import nearest_word
 from hap_onnx.errors import CalibrationError
+from hap_onnx.interrupts import hold_signals
 from hap_onnx.model.input_spec import InputSpec, format_shape, is_float, type_name
 from hap_onnx.model.temporary import make_temporary_folder
 
@@ -74,6 +75,11 @@ class StoredArray(Protocol):
         """The rows, in the order asked for. Raises CalibrationError when the file fails."""
 
 
+def _remove_folder(path: Path) -> None:
+    with hold_signals():
+        shutil.rmtree(path, ignore_errors=True)
+
+
 class SpillFolder:
     """A temporary folder for unpacked arrays, removed with its owner or when the program ends."""
 
@@ -85,8 +91,9 @@ class SpillFolder:
     def new_file(self) -> Path:
         """A fresh path inside the folder, which is made when first needed."""
         if self._path is None:
-            self._path = make_temporary_folder("data", self._parent)
-            weakref.finalize(self, shutil.rmtree, self._path, ignore_errors=True)
+            with hold_signals():
+                self._path = make_temporary_folder("data", self._parent)
+                weakref.finalize(self, _remove_folder, self._path)
         self._n_files += 1
         return self._path / f"{self._n_files}.bin"
 

@@ -26,6 +26,7 @@ from hap_onnx.distill.objective import Objective, find_hidden, find_scores
 from hap_onnx.distill.training import Recipe, Trainer, train
 from hap_onnx.distributed import ALONE, Team
 from hap_onnx.events import Event, OnEvent, ignore_event
+from hap_onnx.interrupts import interruptible
 from hap_onnx.model.measure import constants_of
 from hap_onnx.model.saving import make_folder
 from hap_onnx.model.temporary import temporary_folder
@@ -143,7 +144,7 @@ def distill(
     length = f"{recipe.epochs} epoch{'' if recipe.epochs == 1 else 's'}"
     _note(on_event, f"training on {calibrate.n_samples} samples for {length}{how}")
     trainer = Trainer(teacher, student, reached, objective, augmenter, calibrate, choose, recipe, team)
-    with _folder(folder) if team.leads else nullcontext(Path()) as place:
+    with _folder(folder) if team.leads else nullcontext(Path()) as place, interruptible():
         state_key = _key(compressed, recipe, objective, (kinds, reached, key))
         trained = train(trainer, place, state_key, on_event=on_event)
     progress = trained.progress

@@ -13,7 +13,8 @@ import safetensors.torch
 from torch import Tensor
 
 from hap_onnx.errors import ValidationError
-from hap_onnx.model.temporary import folder_beside, remove_leftovers
+from hap_onnx.interrupts import interruptible
+from hap_onnx.model.temporary import folder_beside
 
 _log = logging.getLogger(__name__)
 _ENTRY = "hap_onnx"
@@ -41,11 +42,10 @@ class Progress:
 
 def save_state(path: Path, key: str, progress: Progress, tensors: dict[str, Tensor]) -> None:
     """Write a state; ``key`` says what it belongs to. Raises ValidationError if the disk does not take it."""
-    remove_leftovers(path)
     entry = json.dumps({"key": key, **asdict(progress)})
     try:
         contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
-        with folder_beside(path) as folder:
+        with folder_beside(path) as folder, interruptible():
             temporary = folder / path.name
             safetensors.torch.save_file(contiguous, temporary, metadata={_ENTRY: entry})
             with temporary.open("rb") as stream:

@@ -8,11 +8,13 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import ModuleType
 
 import onnx
 from onnx import ModelProto, TensorProto
 
 from hap_onnx.errors import ValidationError
+from hap_onnx.interrupts import hold_signals, interruptible
 from hap_onnx.model.protos import MAX_PROTO_BYTES, copy_without, count_bytes, n_data_bytes, tensor_header
 from hap_onnx.model.temporary import beside, beside_with_data, data_path, remove_leftovers
 from hap_onnx.model.weights import (
@@ -60,10 +62,11 @@ def save_model(
     path = Path(path)
     temporary: list[Path] = []
     try:
-        with _locked(path.parent):
+        with hold_signals(), _locked(path.parent):
             try:
                 remove_leftovers(path)
-                _write_model(model, path, external_data, temporary, check)
+                with interruptible():
+                    _write_model(model, path, external_data, temporary, check)
             finally:
                 _remove(temporary)
             _sync_folder(path.parent)
@@ -124,7 +127,8 @@ def _remove(temporary: Iterable[Path]) -> None:
 def _locked(folder: Path) -> Iterator[None]:
     """Let one run at a time write models to a folder, where the system can lock one.
 
-    Two that write the same data would share the file, which the first to fail then takes away.
+    Two that write the same data would share the file, which the first to fail then takes away. Signals are
+    let through while it waits.
     """
     try:
         import fcntl
@@ -134,37 +138,43 @@ def _locked(folder: Path) -> Iterator[None]:
         yield
         return
     try:
-        end = time.monotonic() + LOCK_SECONDS
-        while True:
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > end:
-                    raise ValidationError(
-                        f"another program has kept {folder} locked for {LOCK_SECONDS:g} s; wait for it, or "
-                        "write elsewhere"
-                    ) from None
-                time.sleep(0.05)
-            except OSError:  # a file system without locks
-                break
+        with interruptible():
+            _lock(descriptor, fcntl, folder)
         yield
     finally:
         os.close(descriptor)
 
 
+def _lock(descriptor: int, fcntl: ModuleType, folder: Path) -> None:
+    end = time.monotonic() + LOCK_SECONDS
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            if time.monotonic() > end:
+                raise ValidationError(
+                    f"another program has kept {folder} locked for {LOCK_SECONDS:g} s; wait for it, or "
+                    "write elsewhere"
+                ) from None
+            time.sleep(0.05)
+        except OSError:  # a file system without locks
+            return
+
+
 def write_text(path: Path, text: str, *, what: str) -> None:
     """Write a small file, complete or not at all; raises ValidationError, which calls it ``what``."""
     temporary = beside(path)
-    remove_leftovers(path)
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
-    except OSError as error:
-        raise ValidationError(f"{what} {path} cannot be written: {error.strerror or error}") from error
-    finally:
-        with suppress(OSError):
-            temporary.unlink()
+    with hold_signals():
+        remove_leftovers(path)
+        try:
+            temporary.write_text(text, encoding="utf-8")
+            os.replace(temporary, path)
+        except OSError as error:
+            raise ValidationError(f"{what} {path} cannot be written: {error.strerror or error}") from error
+        finally:
+            with suppress(OSError):
+                temporary.unlink()
 
 
 def _write(path: Path, chunks: Iterable[bytes]) -> None:

@@ -17,6 +17,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from hap_onnx.errors import ValidationError
+from hap_onnx.interrupts import hold_signals
 
 _PREFIX = "hap-onnx-"
 _TAG = r"(?P<host>[0-9a-f]{6})-(?P<pid>\d+)"
@@ -42,14 +43,17 @@ def beside_with_data(path: Path, digest: str) -> Path:
 def folder_beside(path: Path) -> Iterator[Path]:
     """Yield a hidden folder beside ``path``, for what libraries write under names of their own.
 
-    It goes at the end. Raises OSError if there cannot be one.
+    It goes at the end, and what a killed run has left at the start. Signals are held: what takes long has to
+    be ``interruptible``. Raises OSError if there cannot be a folder.
     """
-    folder = beside(path, "tmp.d")
-    folder.mkdir()
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+    with hold_signals():
+        remove_leftovers(path)
+        folder = beside(path, "tmp.d")
+        folder.mkdir()
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def data_path(path: Path, digest: str) -> Path:
@@ -125,6 +129,8 @@ def _remove_file(file: Path, target: Path, digest: str | None) -> None:
 def make_temporary_folder(kind: str, parent: Path | None = None) -> Path:
     """Make a temporary folder in ``parent`` (default: the system's place), and remove dead ones there.
 
+    Signals should be held until it is noted that it has to go.
+
     Raises:
         ValidationError: there cannot be one.
     """
@@ -141,9 +147,13 @@ def make_temporary_folder(kind: str, parent: Path | None = None) -> Path:
 
 @contextmanager
 def temporary_folder(kind: str, parent: Path | None = None) -> Iterator[Path]:
-    """Yield a temporary folder that goes at the end, as far as the system lets it."""
-    folder = make_temporary_folder(kind, parent)
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+    """Yield a temporary folder that goes at the end, as far as the system lets it.
+
+    Signals are held: what takes long has to be ``interruptible``.
+    """
+    with hold_signals():
+        folder = make_temporary_folder(kind, parent)
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,8 @@ from torch import Tensor
 
 from hap_onnx.errors import ModelError, ValidationError
 from hap_onnx.implants.loss import ImplantLayer, ImplantLosses, find_implant_layers
-from hap_onnx.model.temporary import beside, remove_leftovers
+from hap_onnx.interrupts import interruptible
+from hap_onnx.model.temporary import folder_beside
 from hap_onnx.planning.curves import GroupCurve, GroupRanking, Measured
 from hap_onnx.planning.decide import LossModel, loss_model
 from hap_onnx.prepare import PreparedModel
@@ -43,19 +43,16 @@ def save_losses(model: LossModel, path: Path) -> None:
             [node, losses.measured_kind, _rows(losses.measured)] for node, losses in model.implants.items()
         ],
     }
-    temporary = beside(path)
     try:
-        remove_leftovers(path)
-        save_file(dict(_tensors(model)), temporary, metadata={"losses": json.dumps(facts)})
-        os.replace(temporary, path)
+        with folder_beside(path) as folder, interruptible():
+            temporary = folder / path.name
+            save_file(dict(_tensors(model)), temporary, metadata={"losses": json.dumps(facts)})
+            os.replace(temporary, path)
     except (OSError, safetensors.SafetensorError) as error:
         raise ValidationError(
             f"{path} cannot be written ({getattr(error, 'strerror', None) or error}); "
             "check --work-dir, its permissions and the free space"
         ) from error
-    finally:
-        with suppress(OSError):
-            temporary.unlink()
 
 
 def load_losses(path: Path, prepared: PreparedModel) -> LossModel:

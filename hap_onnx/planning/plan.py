@@ -27,8 +27,9 @@ from hap_onnx.config import plan_weights_path
 from hap_onnx.coupling.channels import Coupling
 from hap_onnx.errors import ModelError, UsageError, ValidationError
 from hap_onnx.implants.factors import KINDS
-from hap_onnx.model.temporary import folder_beside, remove_leftovers
-from hap_onnx.text_files import read_text
+from hap_onnx.interrupts import interruptible
+from hap_onnx.model.temporary import folder_beside
+from hap_onnx.text_files import describe_age, read_text
 
 PLAN_SCHEMA = "hap-onnx/plan/1"
 _MAX_PLAN_BYTES = 2**28
@@ -239,17 +240,17 @@ def save_plan(plan: CompressionPlan, path: str | Path) -> None:
     if weights_path == path:
         raise UsageError(f"{path} is the name of the plan's weights: give the plan one that ends in .json")
     try:
-        remove_leftovers(path)
         with folder_beside(path) as folder:
             temporary = folder / weights_path.name, folder / path.name
-            stored = {name: _as_storable(array) for name, array in _all_weights(plan).items()}
-            safetensors.numpy.save_file(stored, temporary[0])
-            document = _to_document(plan, _hash_file(temporary[0]))
-            text = json.dumps(document, sort_keys=True, indent=1, allow_nan=False) + "\n"
-            temporary[1].write_text(text, encoding="utf-8")
-            shutil.copymode(temporary[1], temporary[0])  # safetensors lets nobody else read
-            for file in temporary:
-                _sync(file)
+            with interruptible():
+                stored = {name: _as_storable(array) for name, array in _all_weights(plan).items()}
+                safetensors.numpy.save_file(stored, temporary[0])
+                document = _to_document(plan, _hash_file(temporary[0]))
+                text = json.dumps(document, sort_keys=True, indent=1, allow_nan=False) + "\n"
+                temporary[1].write_text(text, encoding="utf-8")
+                shutil.copymode(temporary[1], temporary[0])  # safetensors lets nobody else read
+                for file in temporary:
+                    _sync(file)
             os.replace(temporary[0], weights_path)
             os.replace(temporary[1], path)  # last: a plan that is there is complete
     except (OSError, safetensors.SafetensorError) as error:
@@ -276,6 +277,11 @@ def load_plan(path: str | Path) -> CompressionPlan:
         raise ModelError(f"the plan {path} is damaged: it is not valid JSON ({error})") from error
     if not isinstance(document, dict) or document.get("schema") != PLAN_SCHEMA:
         found = document.get("schema") if isinstance(document, dict) else None
+        if age := describe_age(found, PLAN_SCHEMA):
+            raise ModelError(
+                f"the plan {path} was written by {age}; apply it with that version, or make it anew with "
+                "'hap-onnx compress ... --save-plan'"
+            )
         raise ModelError(
             f"{path} is not a plan that this version can read: its schema is {found!r}, not {PLAN_SCHEMA!r}"
         )

@@ -27,6 +27,7 @@ from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
 from onnxruntime.quantization.registry import QDQRegistry, QLinearOpsRegistry
 
 from hap_onnx.errors import ModelError
+from hap_onnx.interrupts import interruptible
 from hap_onnx.model.protos import MAX_PROTO_BYTES, count_bytes
 from hap_onnx.model.saving import save_model
 from hap_onnx.model.temporary import temporary_folder
@@ -73,7 +74,7 @@ def calibrate(
     kind, options = _METHODS[method]
     model, _ = with_opset(model, LEAST_OPSET)
     typed = with_types(model)
-    with temporary_folder("calibrate") as folder, _quiet():
+    with temporary_folder("calibrate") as folder, interruptible(), _quiet():
         path = folder / "model.onnx"
         large = count_bytes(typed) > MAX_PROTO_BYTES // 2
         save_model(typed, path, external_data=large)

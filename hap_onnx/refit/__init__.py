@@ -34,6 +34,7 @@ from torch import Tensor
 from hap_onnx.data.calibration import Subset
 from hap_onnx.distributed import ALONE, Team
 from hap_onnx.events import OnEvent, ignore_event, track
+from hap_onnx.interrupts import interruptible
 from hap_onnx.model.saving import make_folder
 from hap_onnx.model.temporary import temporary_folder
 from hap_onnx.refit.fit import fit_offset, fit_weights
@@ -102,6 +103,7 @@ def refit(
     with (
         torch.no_grad(),
         temporary_folder("refit", work_dir) as folder,
+        interruptible(),
     ):
         store = Store(folder, memory_limit_bytes)
         try:

@@ -100,7 +100,10 @@ class ImplantUsed:
 
 @dataclass(frozen=True)
 class LayerChosen:
-    """What became of one layer, and why: ``choice`` is dense (as it is) or the kind of its implant."""
+    """What became of one layer, and why.
+
+    ``choice`` is dense (as it is), removed (with its branch) or the kind of its implant.
+    """
 
     node: str
     choice: str

@@ -70,8 +70,8 @@ class LayerSensitivity:
     ``score`` is the expected loss of an implant that takes about half of the layer's multiply-accumulates (a
     quarter to three quarters), at best over kinds; infinite where there is none. ``std_error`` is that
     of the nearest loss that was measured on the layer, over samples and relative to that loss (None where
-    nothing was measured): it knows nothing of how wrong the correction is in between. ``chosen`` is dense or
-    the kind that the plan puts there, None without a plan.
+    nothing was measured): it knows nothing of how wrong the correction is in between. ``chosen`` is dense,
+    removed or the kind that the plan puts there, None without a plan.
     """
 
     node: str

@@ -27,6 +27,8 @@ from hap_onnx.sensitivity.curvature import to_tensors
 from hap_onnx.twin import build_twin, probe_shapes
 
 UNUSED = "the method does not use implants"
+GONE = "gone: its branch is removed"
+"""What a plan notes of a layer that is no more; old plans do so, too."""
 
 
 def facts_before(prepared: PreparedModel) -> reports.ModelFacts:
@@ -127,7 +129,7 @@ def explain_layers(
         if node.name in replaced:
             why = _explain_implant(losses.implants[node.name], replaced[node.name], preset)
         elif node.name not in left:
-            why = "gone: its branch is removed"
+            why = GONE
         elif method == "prune":
             why = "as it is: the method does not use implants"
         elif node.name not in losses.implants:
@@ -199,7 +201,6 @@ def plan_summary(rounds: Sequence[PreparedModel], plan: CompressionPlan) -> repo
 
 def _round_summary(prepared: PreparedModel, plan: CompressionPlan) -> reports.PlanSummary:
     groups = {group.name: group for group in prepared.coupling.groups}
-    kind_of = {replacement.node: replacement.kind for replacement in plan.replacements}
     return reports.PlanSummary(
         groups=tuple(
             reports.GroupKept(d.group, d.size, len(d.keep), plan.notes.get(d.group)) for d in plan.decisions
@@ -219,11 +220,18 @@ def _round_summary(prepared: PreparedModel, plan: CompressionPlan) -> reports.Pl
             node for d in plan.decisions if not len(d.keep) for node in groups[d.group].consumers
         ),
         layers=tuple(
-            reports.LayerChosen(node.name, kind_of.get(node.name, "dense"), plan.layer_notes[node.name])
+            reports.LayerChosen(node.name, _become(node.name, plan), plan.layer_notes[node.name])
             for node in prepared.graph.nodes
             if node.name in plan.layer_notes
         ),
     )
+
+
+def _become(node: str, plan: CompressionPlan) -> str:
+    """What a plan has made of a layer of which it has a note."""
+    if plan.layer_notes[node] == GONE:
+        return "removed"
+    return next((one.kind for one in plan.replacements if one.node == node), "dense")
 
 
 def _as_tuple(value: Any) -> Any:

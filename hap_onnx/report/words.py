@@ -211,6 +211,8 @@ def _plan_text(plan: PlanSummary) -> str:
         text += f", {plural(len(plan.implants), 'implant')} ({kinds})"
     if plan.removed_branches:
         text += f", {plural(len(plan.removed_branches), 'residual branch')} removed"
+        n_gone = sum(layer.choice == "removed" for layer in plan.layers)
+        text += f" ({plural(n_gone, 'layer')})" if n_gone else ""
     return text
 
 

@@ -14,6 +14,7 @@ import numpy as np
 import onnxruntime as ort
 
 from hap_onnx.errors import ModelError, ValidationError
+from hap_onnx.interrupts import interruptible
 from hap_onnx.model.temporary import temporary_folder
 from hap_onnx.runtime.session import ORT_ERRORS, Model, explain, load
 
@@ -50,7 +51,7 @@ def time_kernels(
         ModelError: onnxruntime cannot load or run the model.
         ValidationError: what the profiler wrote is not whole.
     """
-    with temporary_folder("profile") as folder:
+    with temporary_folder("profile") as folder, interruptible():
         prefix = f"{folder}/profile"
         session = load(model, [provider], threads=threads, severity=4, label=_LABEL, profile=prefix)
         try:

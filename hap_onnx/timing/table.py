@@ -25,7 +25,7 @@ from scipy.optimize import nnls
 from hap_onnx.errors import ModelError, UsageError, ValidationError
 from hap_onnx.model.saving import make_folder, write_text
 from hap_onnx.runtime.latency import LatencyComparison
-from hap_onnx.text_files import read_text
+from hap_onnx.text_files import describe_age, read_text
 
 _log = logging.getLogger(__name__)
 
@@ -120,7 +120,7 @@ def read_table(path: Path, machine: Machine) -> LatencyTable:
     """Read a table; an empty one if there is no such file.
 
     Raises:
-        UsageError: it was measured on another machine.
+        UsageError: it was measured on another machine, or written by another version.
         ModelError: the file is damaged.
     """
     try:
@@ -129,9 +129,18 @@ def read_table(path: Path, machine: Machine) -> LatencyTable:
         return LatencyTable(machine)
     except (OSError, ValueError, RecursionError) as error:  # also lists inside of lists
         raise ModelError(f"the latency table {path} cannot be read ({error}); name another") from error
+    schema = content.get("schema") if isinstance(content, dict) else None
+    age = describe_age(schema, SCHEMA)
+    if schema == SCHEMA and "models" not in content:  # the first tables knew layers only
+        age = "an older version of hap-onnx (it has no times of whole models)"
+    if age:
+        raise UsageError(
+            f"the latency table {path} was written by {age}; remove it, or name another file with "
+            "--latency-table, and times are taken anew"
+        )
     try:
-        if content["schema"] != SCHEMA:
-            raise ValueError(f"its schema is {content['schema']!r}, not {SCHEMA!r}")
+        if schema != SCHEMA:
+            raise ValueError(f"its schema is {schema!r}, not {SCHEMA!r}")
         measured_on = Machine(**content["machine"])
         times = {
             str(family): {(int(i), int(o)): _positive(us) for i, o, us in rows}
@@ -150,11 +159,6 @@ def read_table(path: Path, machine: Machine) -> LatencyTable:
             f"{_describe(machine)}; name another file with --latency-table"
         )
     return LatencyTable(machine, times, models, comparisons)
-
-
-def write_table(table: LatencyTable, path: Path) -> None:
-    """Write a table, complete or not at all; raises ValidationError."""
-    _write(_to_text(table), path)
 
 
 def _write(text: str, path: Path) -> None:

@@ -380,6 +380,15 @@ def test_plan_hash_sees_every_part() -> None:
     assert len({plan_hash(other) for other in (plan, *others)}) == 1 + len(others)
 
 
+@pytest.mark.parametrize(("number", "age"), [(0, "an older"), (99, "a newer")])
+def test_a_plan_of_another_version_says_so(tmp_path: Path, number: int, age: str) -> None:
+    path = tmp_path / "plan.json"
+    save_plan(make_plan(), path)
+    path.write_text(path.read_text().replace('"hap-onnx/plan/1"', f'"hap-onnx/plan/{number}"'))
+    with pytest.raises(ModelError, match=f"written by {age} version .* make it anew with"):
+        load_plan(path)
+
+
 def test_loading_says_what_is_missing_or_damaged(tmp_path: Path) -> None:
     path, weights = tmp_path / "p.json", tmp_path / "p.safetensors"
     with pytest.raises(ModelError, match=r"p\.json cannot be read"):

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from planning_cases import Job, make_job
+from sample_reports import compress_report
 from topologies import TOPOLOGIES, Net
 
 from hap_onnx.jobs.carry_out import compress_layers, cut_model
@@ -26,6 +27,7 @@ from hap_onnx.report.summary import (
     recovery_summary,
     with_measured,
 )
+from hap_onnx.report.words import plan_lines
 
 UNUSED = "as it is: the method does not use implants"
 COSTLY = "as it is: an implant that is cheaper loses more per cost than what was done elsewhere"
@@ -263,9 +265,11 @@ def test_a_summary_tells_of_groups_implants_and_branches() -> None:
     assert told.measured == (MeasuredLoss("spatial", 0.125, 0.25),)
     assert plan.removed_branches == ("make_b2",)
     assert {entry.node: entry.choice for entry in plan.layers} == {
-        **dict.fromkeys(notes, "dense"), "make_a2": "lowrank",
+        **dict.fromkeys(notes, "dense"), "make_a2": "lowrank", "make_b1": "removed", "make_b2": "removed",
     }  # fmt: skip
     assert {entry.node: entry.why for entry in plan.layers} == notes
+    told_lines = plan_lines(compress_report(plan=plan))
+    assert told_lines[0].endswith("1 implant (1 lowrank), 1 residual branch removed (2 layers)")
     bare = plan_summary([one.prepared], make_plan(make_choice(one, {}, implant())))
     assert bare.implants[0].measured == ()
     assert bare.layers == ()

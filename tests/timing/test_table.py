@@ -21,7 +21,6 @@ from hap_onnx.timing.table import (
     fit_times,
     read_table,
     this_machine,
-    write_table,
 )
 
 HERE = this_machine("CPUExecutionProvider", 1)
@@ -33,6 +32,13 @@ def example() -> LatencyTable:
     table.add_model("sha", 1234.56789, {"conv": 1.23456})
     table.comparisons["abc"] = timing(0.5)
     return table
+
+
+def write_table(table: LatencyTable, path: Path) -> None:
+    path.unlink(missing_ok=True)  # a table that is there would be read
+    kept = KeptTable(table.machine, path)
+    kept.table = table
+    kept.save()
 
 
 def test_times_are_rounded_before_anything_is_made_of_them() -> None:
@@ -79,6 +85,25 @@ def test_damaged_tables_are_refused(tmp_path: Path, change, message: str) -> Non
         read_table(path, HERE)
     assert str(path) in str(caught.value)
     assert "name another" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "age"),
+    [
+        (lambda c: c.update(schema="hap-onnx/latency/0"), "an older version"),
+        (lambda c: c.update(schema="hap-onnx/latency/99"), "a newer version"),
+        (lambda c: c.pop("models"), "an older version"),
+    ],
+)
+def test_a_table_of_another_version_is_not_called_damaged(tmp_path: Path, change, age: str) -> None:
+    path = tmp_path / "t.json"
+    write_table(example(), path)
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+    with pytest.raises(UsageError, match=f"{age} of hap-onnx .* remove it, or .* --latency-table, .* anew"):
+        read_table(path, HERE)
+    assert KeptTable(HERE, path, is_cache=True).table == LatencyTable(HERE)
 
 
 def test_what_is_no_json_or_of_another_machine_is_refused(tmp_path: Path) -> None:

@@ -94,7 +94,7 @@ def _layers_section(analysis: Analysis) -> Section:
 def _choice(layer: LayerSensitivity) -> str:
     if layer.chosen is None:
         return "layer"
-    return "left as it is" if layer.chosen == "dense" else "replaced"
+    return {"dense": "left as it is", "removed": "removed"}.get(layer.chosen, "replaced")
 
 
 def _error(std_error: float | None) -> float | None:
