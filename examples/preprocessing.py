@@ -3,9 +3,10 @@
     python examples/preprocessing.py
 
 Images must reach a model as they did in its training, else all that is measured on them is worthless.
-hap-onnx cannot know how that was: it says what it does, and stops where labels show the original to be no better than
-chance. Smaller mistakes it cannot see. The one below, to crop where the training stretched, costs two digits in
-five. So compare once: hap-onnx validate of a model with itself must show the accuracy that its training showed.
+hap-onnx cannot know how that was: it says what it does, and stops where labels show the original to be no
+better than chance. Smaller mistakes it cannot see; the one below, to crop where the training stretched, costs
+two digits in five. So compare once: hap-onnx validate of a model with itself must show the accuracy that its
+training showed.
 """
 
 from __future__ import annotations
