@@ -36,7 +36,7 @@ def series(axes: Axes) -> dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]]:
     for container in axes.containers:
         line, _, bars = container
         ends = [np.array(one.get_segments()) for one in (bars[0], bars[-1])]
-        found[container.get_label()] = (np.transpose(line.get_data()), *ends)
+        found[container.get_label()] = (line.get_xydata(), *ends)
     return found
 
 
