@@ -38,6 +38,7 @@ from hap_onnx.interrupts import interruptible
 from hap_onnx.model.saving import make_folder
 from hap_onnx.model.temporary import temporary_folder
 from hap_onnx.refit.fit import fit_offset, fit_weights
+from hap_onnx.refit.heap import freed_blocks_returned
 from hap_onnx.refit.implant import fit_implant
 from hap_onnx.refit.pair import Pair, make_pair, read_inputs
 from hap_onnx.refit.rows import Options
@@ -66,7 +67,7 @@ def refit(
     n_positions: int = 64,
     n_relu_rounds: int = 3,
     work_dir: Path | None = None,
-    memory_limit_bytes: int = 1 << 28,
+    memory_limit_bytes: int = 1 << 27,
     device: str = "cpu",
     team: Team = ALONE,
     on_event: OnEvent = ignore_event,
@@ -102,6 +103,7 @@ def refit(
     options = Options(ridge=ridge, n_positions=n_positions, n_relu_rounds=n_relu_rounds, seed=seed)
     with (
         torch.no_grad(),
+        freed_blocks_returned(),
         temporary_folder("refit", work_dir) as folder,
         interruptible(),
     ):
