@@ -112,9 +112,14 @@ def _write_data(folder: Path) -> _Net:
     return network
 
 
+def write_network(folder: Path) -> None:
+    """Train ``model.onnx`` on handwritten digits, and write these as data."""
+    onnx.save(_to_onnx(_write_data(folder)), folder / "model.onnx")
+
+
 def write_world(folder: Path) -> None:
     """Write models, data, the files that pages show, and one compressed model with its plan."""
-    onnx.save(_to_onnx(_write_data(folder)), folder / "model.onnx")
+    write_network(folder)
     for block in find_blocks():
         if block.name:
             text = block.text

@@ -1,14 +1,17 @@
-"""The GitHub Action: its steps as bash runs them, with GitHub's files and variables in place.
+"""Recipes for CI: the GitHub Action's steps as bash runs them, the workflow, and the recipe in shell.
 
 What GitHub itself does (other actions, expressions) is played as far as the steps need it.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import re
+import resource
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -24,6 +27,8 @@ from helpers import make_model, node, rand
 ROOT = Path(__file__).parents[1]
 ACTION = yaml.safe_load((ROOT / "action.yml").read_text(encoding="utf-8"))
 STEPS = ACTION["runs"]["steps"]
+WORKFLOW = ROOT / "examples" / "ci" / "compress.yml"
+SCRIPT = ROOT / "examples" / "ci" / "compress.sh"
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="the action runs on Linux")
 
@@ -183,6 +188,35 @@ def test_the_action_is_complete():
     for step in STEPS:
         assert ("uses" in step) != ("run" in step)
         assert "uses" not in step or re.fullmatch(r"actions/[\w/-]+@v\d+", step["uses"])
+
+
+@pytest.mark.parametrize(
+    ("schema", "path"),
+    [("github-actions", "action.yml"), ("github-workflows", "examples/ci/compress.yml")],
+)
+def test_files_for_github_hold_to_its_schema(schema, path, tmp_path):
+    if importlib.util.find_spec("check_jsonschema") is None:
+        pytest.skip("check-jsonschema is not installed")
+    check = [sys.executable, "-m", "check_jsonschema", "--builtin-schema", f"vendor.{schema}"]
+    done = subprocess.run([*check, str(ROOT / path)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+    wrong = tmp_path / "wrong.yml"
+    wrong.write_text((ROOT / path).read_text(encoding="utf-8").replace("steps:", "step:"), encoding="utf-8")
+    assert subprocess.run([*check, str(wrong)], capture_output=True, check=False).returncode == 1
+
+
+def test_the_workflow_gives_the_action_inputs_that_it_has_and_reads_outputs_that_it_has():
+    text = WORKFLOW.read_text(encoding="utf-8")
+    jobs = yaml.safe_load(text)["jobs"].values()
+    calls = [step for job in jobs for step in job["steps"] if step.get("uses", "").startswith("hap-onnx/")]
+    assert {call["with"].get("command", "compress") for call in calls} == {"compress", "validate"}
+    assert all(set(call["with"]) <= set(ACTION["inputs"]) for call in calls)
+    required = {name for name, facts in ACTION["inputs"].items() if facts.get("required")}
+    assert all(required <= set(call["with"]) for call in calls)
+    assert {call["id"] for call in calls} == {"hap"}
+    read = set(re.findall(r"steps\.hap\.outputs\.([\w-]+)", text))
+    assert read
+    assert read <= set(ACTION["outputs"])
 
 
 def test_inputs_are_never_part_of_a_script():
@@ -393,3 +427,100 @@ def test_validate_is_a_regression_gate(runner, network, candidate, code, mark):
     assert runner.outputs["passed"] == ("true" if code == 0 else "false")
     text = runner.summary.read_text(encoding="utf-8")
     assert text.startswith(f"### {mark} `{candidate}` against `net.onnx`")
+
+
+# ---------------------------------------------------------------- any other CI: the recipe in shell
+
+
+def run_script(programs, folder, *arguments, **variables):
+    """Run the recipe in a folder of its own; returns exit code, what it said, and seconds of computing."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = subprocess.run(
+        ["bash", str(SCRIPT), *arguments],
+        cwd=folder,
+        env={
+            "HOME": str(folder), "XDG_CACHE_HOME": str(folder / "cache"), "OMP_NUM_THREADS": "1",
+            "PATH": f"{programs}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT), **variables,
+        },
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False,
+    )  # fmt: skip
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return done.returncode, done.stdout, seconds
+
+
+def test_the_script_passes_everything_on_as_it_is(programs, words, tmp_path):
+    given = {"MODEL": "-a $(touch hacked).onnx", "DATA": "b c/", "OUTPUT": "d e.onnx", "HAP_WORK": "f g"}
+    code, said, _ = run_script(programs, tmp_path, "--exclude", "head.*", "a b", **given)
+    assert (code, said.splitlines()[-1]) == (0, "written: d e.onnx")
+    assert words() == [
+        "compress", "--data=b c/", "--output=d e.onnx", "--work-dir=f g", "--report=hap-onnx/report.json",
+        "--summary=hap-onnx/summary.md", "--exclude", "head.*", "a b", "--", "-a $(touch hacked).onnx",
+    ]  # fmt: skip
+    assert (tmp_path / "hap-onnx").is_dir()
+    assert not (tmp_path / "hacked").exists()
+
+
+@pytest.mark.parametrize("missing", ["MODEL", "DATA"])
+def test_the_script_says_what_it_needs(programs, words, tmp_path, missing):
+    given = {name: "x" for name in ("MODEL", "DATA") if name != missing}
+    code, said, _ = run_script(programs, tmp_path, **given)
+    assert code != 0
+    assert missing in said
+    assert not (tmp_path / "words.json").exists()
+
+
+@pytest.mark.parametrize(("code", "told"), [(1, "exit code 1"), (2, "exit code 2"), (3, "refused: ")])
+def test_the_script_ends_with_the_exit_code(programs, words, tmp_path, code, told):
+    found, said, _ = run_script(programs, tmp_path, MODEL="m", DATA="d", CODE=str(code))
+    assert found == code
+    assert told in said.splitlines()[-1]
+    assert "written" not in said
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory):
+    """A folder with a network that knows handwritten digits, ``model.onnx``, and ``calib.npz``."""
+    pytest.importorskip("sklearn")
+    from tests.docs_world import write_network
+
+    folder = tmp_path_factory.mktemp("digits")
+    write_network(folder)
+    return folder
+
+
+@pytest.mark.slow
+def test_the_script_goes_on_from_the_work_of_an_earlier_run(programs, digits, tmp_path):
+    folder = Path(shutil.copytree(digits, tmp_path / "digits"))
+    given = {"MODEL": "model.onnx", "DATA": "calib.npz"}
+    words = ("--keep-macs", "0.5", "--max-drop", "0.05", "--allow-slower")
+    results = []
+    for _ in range(2):
+        code, said, seconds = run_script(programs, folder, *words, **given)
+        assert code == 0, said
+        report = json.loads((folder / "hap-onnx" / "report.json").read_text(encoding="utf-8"))
+        results.append(((folder / "hap-onnx" / "model.onnx").read_bytes(), report, seconds))
+    (model, first, cost), (again, second, less) = results
+    assert first["quality"]["metric"] == "accuracy"
+    assert first["after"]["macs"] <= 0.5 * first["before"]["macs"]
+    assert again == model
+    assert less < cost
+    text = (folder / "hap-onnx" / "summary.md").read_text(encoding="utf-8")
+    assert text.startswith("### ✅ `model.onnx`: file -")
+
+
+@pytest.mark.slow
+def test_the_script_refuses_what_does_not_meet_the_gate(programs, digits, tmp_path):
+    folder = Path(shutil.copytree(digits, tmp_path / "digits"))
+    given = {"MODEL": "model.onnx", "DATA": "calib.npz"}
+    words = ("--keep-params", "0.02", "--max-drop", "0.001", "--allow-slower")
+    code, said, _ = run_script(programs, folder, *words, **given)
+    assert code == 3, said
+    assert said.splitlines()[-1].startswith("refused: ")
+    assert not (folder / "hap-onnx" / "model.onnx").exists()
+    text = (folder / "hap-onnx" / "summary.md").read_text(encoding="utf-8")
+    assert text.startswith("### ❌ `model.onnx`: refused: ")
+    assert (
+        json.loads((folder / "hap-onnx" / "report.json").read_text(encoding="utf-8"))["quality"]["drop"]
+        > 0.001
+    )
