@@ -3,8 +3,8 @@
     python examples/super_resolution.py
 
 PSNR needs the true image, and data for hap-onnx holds inputs and at most one whole number per sample. That is
-enough: here the number says which patch it is, and the metric looks up the truth. One strip of the photos is for
-choosing how to train, and another, used for nothing else, judges the compressed model.
+enough: here the number says which patch it is, and the metric looks up the truth. One strip of the photos is
+for choosing how to train, and another, used for nothing else, judges the compressed model.
 """
 
 from __future__ import annotations

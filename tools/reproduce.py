@@ -159,7 +159,10 @@ class Used:
 
 
 def run_process(command: Sequence[str]) -> Used:
-    """Run a command to its end."""
+    """Run a command to its end.
+
+    Linux hands the peak of memory on to what a process starts, so ours has to be below that of the command.
+    """
     process = subprocess.Popen(command)
     _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)

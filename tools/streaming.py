@@ -26,7 +26,7 @@ from rich.table import Table
 
 import hap_onnx
 from tools.faults import small_network
-from tools.reproduce import run_process
+from tools.reproduce import Used, run_process
 
 SIZE = 64
 FORMS = ("images", "npz", "compressed npz", "iterable")
@@ -49,25 +49,39 @@ def write_model(path: Path) -> None:
     onnx.save(model, path)
 
 
-def write_data(form: str, n_samples: int, folder: Path) -> Path:
+def data_path(form: str, n_samples: int, folder: Path) -> Path:
+    """Where the samples are."""
+    name = f"{form.replace(' ', '-')}-{n_samples}"
+    return folder / (name if form == "images" else f"{name}.npz")
+
+
+def write_data(form: str, n_samples: int, folder: Path) -> None:
     """Write the samples in one of the forms."""
+    path = data_path(form, n_samples, folder)
     if form == "images":
-        path = folder / f"{n_samples}"
         path.mkdir()
         for number, batch in enumerate(make_batches(n_samples)):
             for index, image in enumerate((255 * batch["x"]).astype(np.uint8)):
                 Image.fromarray(image.transpose(1, 2, 0)).save(path / f"{number:04}-{index:02}.png")
-        return path
-    path = folder / f"{form.replace(' ', '-')}-{n_samples}.npz"
+        return
     x = np.concatenate([batch["x"] for batch in make_batches(n_samples)])
     (np.savez_compressed if form == "compressed npz" else np.savez)(path, x=x)
-    return path
 
 
-def be_job(words: dict[str, Any]) -> None:
-    """Compress; made in a process of its own."""
+def be_child(words: dict[str, Any]) -> None:
+    """Write data or compress; each in a process of its own, for a process inherits the peak of its parent."""
+    if "folder" in words:
+        write_data(words["form"], words["n_samples"], Path(words["folder"]))
+        return
     n_samples, data = words.pop("n_samples"), words.pop("data")
     hap_onnx.compress(words.pop("model"), data or make_batches(n_samples), **words)
+
+
+def _run(words: dict[str, Any]) -> Used:
+    used = run_process([sys.executable, "-m", "tools.streaming", "--child", json.dumps(words)])
+    if used.code:
+        raise click.ClickException(f"exit code {used.code} of {words}")
+    return used
 
 
 @click.command(help=__doc__)
@@ -76,7 +90,7 @@ def be_job(words: dict[str, Any]) -> None:
 @click.option("--child", hidden=True)
 def main(samples: tuple[int, ...], forms: tuple[str, ...], child: str | None) -> None:
     if child is not None:
-        be_job(json.loads(child))
+        be_child(json.loads(child))
         return
     os.environ["OMP_NUM_THREADS"] = "1"
     table = Table(title="peak memory, MB")
@@ -88,15 +102,16 @@ def main(samples: tuple[int, ...], forms: tuple[str, ...], child: str | None) ->
         for form in forms:
             peaks = []
             for n_samples in samples:
-                data = None if form == "iterable" else str(write_data(form, n_samples, folder))
+                data = None
+                if form != "iterable":
+                    _run({"form": form, "n_samples": n_samples, "folder": str(folder)})
+                    data = str(data_path(form, n_samples, folder))
                 words = {
                     "model": str(folder / "net.onnx"), "data": data, "n_samples": n_samples,
                     "output": str(folder / "out.onnx"), "keep_macs": 0.5, "allow_slower": True,
                     **({"preprocess": "unit"} if form == "images" else {}),
                 }  # fmt: skip
-                used = run_process([sys.executable, "-m", "tools.streaming", "--child", json.dumps(words)])
-                if used.code:
-                    raise click.ClickException(f"{form}, {n_samples} samples: exit code {used.code}")
+                used = _run(words)
                 peaks.append(used.peak_mb)
                 print(f"{form}, {n_samples}: {used.peak_mb:.0f} MB, {used.cpu_s:.0f} s", flush=True)
             more = peaks[-1] / peaks[0] - 1
