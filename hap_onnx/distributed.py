@@ -217,7 +217,7 @@ def _from_bytes(content: Tensor) -> Any:
 def _portable(error: Exception) -> Exception:
     """Return an error that another process can raise: itself, or what it says."""
     try:
-        pickle.loads(pickle.dumps(error))
+        _from_bytes(_to_bytes(error))
     except Exception:
         return RuntimeError(f"{type(error).__name__}: {error}")
     return error

@@ -111,7 +111,9 @@ def test_each_sample_is_in_one_share() -> None:
 def test_what_the_first_raises_all_raise() -> None:
     def work(team: Team) -> str:
         def fail() -> None:
-            raise BudgetError("no model is that small")
+            error = BudgetError("no model is that small")
+            error.report = MappingProxyType({"macs": 0.5})  # type: ignore[assignment]  # as reports may hold
+            raise error
 
         try:
             team.lead(fail)
