@@ -166,6 +166,21 @@ class Team:
         self._send((False, made))
         return made
 
+    def finish(self, make: Callable[[], T]) -> T:
+        """As ``lead``, for the last step of a job: what is done stays done, also if others are gone by now."""
+        made: list[T] = []
+
+        def keep() -> T:
+            made.append(make())
+            return made[0]
+
+        try:
+            return self.lead(keep)
+        except TeamError:
+            if not made:
+                raise
+            return made[0]
+
     def agree(self, value: T) -> T:
         """Return to all what the first process has found: machines round in their own ways."""
         return self.lead(lambda: value)
