@@ -460,6 +460,14 @@ def test_the_end_of_one_is_the_end_of_all(tmp_path: Path, victim: int, number: s
     assert "small.onnx" in outputs_in(tmp_path)
 
 
+def test_a_leader_at_work_may_take_longer_than_the_timeout() -> None:
+    def work(team: Team) -> tuple[str, float]:
+        made = team.lead(lambda: time.sleep(5) or "validated")
+        return made, team.total(1.0)
+
+    assert run_team(2, work, timeout_s=2.0) == [("validated", 2.0)] * 2
+
+
 def test_what_is_finished_when_another_goes_is_no_failure(tmp_path: Path) -> None:
     def work(rank: int) -> int:
         with join_team(20) as team:
