@@ -8,7 +8,7 @@ import signal
 import time
 from functools import cache
 from pathlib import Path
-from types import MappingProxyType
+from types import MappingProxyType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -21,7 +21,8 @@ from teams import free_port, run_commands, run_team, start_team, wait_for_team
 
 from hap_onnx.data.calibration import Subset
 from hap_onnx.distributed import ALONE, Team, join_team
-from hap_onnx.errors import BudgetError, CalibrationError, TeamError, UsageError
+from hap_onnx.errors import BudgetError, CalibrationError, ModelError, TeamError, UsageError
+from hap_onnx.jobs import rounds
 from hap_onnx.jobs.carry_out import cut_model, refit_layers
 from hap_onnx.place import Place, find_place
 from hap_onnx.planning.choose import Choice, choose
@@ -246,6 +247,23 @@ def plan_of(choice: Choice) -> Any:
         [(decision.group, decision.keep.tolist()) for decision in choice.decisions],
         [(one.node, one.kind, one.rank) for one in choice.replacements],
     )
+
+
+def test_kept_losses_are_used_by_all_or_none(tmp_path: Path) -> None:
+    """Between two looks at a file another job may replace it."""
+    (tmp_path / "losses").touch()
+
+    def work(team: Team) -> bool:
+        def load(*_: Any) -> str:
+            if team.rank == 1:
+                raise ModelError("it is gone")
+            return "losses"
+
+        rounds.load_losses = load  # type: ignore[assignment]
+        shop: Any = SimpleNamespace(team=team, note=print)
+        return rounds.Round(shop, job().prepared)._kept_losses(tmp_path / "losses") is None
+
+    assert run_team(2, work) == [True, True]
 
 
 # --- refit ---
