@@ -23,6 +23,7 @@ import pickle
 import re
 import signal
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -50,6 +51,8 @@ _NOISE = re.compile(r"^(\[[^\]]*\]\s*)+")
 """What torch puts before its messages."""
 SECONDS_FOR_NOTES = 5.0
 """How long a process that has lost others waits to learn why."""
+_AT_WORK = -1
+"""Sent in place of the length of a result that is not there yet."""
 
 
 # ---------------------------------------------------------------- the team
@@ -59,12 +62,13 @@ SECONDS_FOR_NOTES = 5.0
 class Team:
     """The processes of one job, as one of them sees it. All must call the same methods in the same order.
 
-    Methods raise TeamError when another process is gone or does not answer.
+    Methods raise TeamError when another process is gone, or does not answer for ``timeout_s``.
     """
 
     rank: int = 0
     size: int = 1
     local_rank: int = 0
+    timeout_s: float = 1800.0
 
     @property
     def leads(self) -> bool:
@@ -158,7 +162,8 @@ class Team:
                 raise found
             return found
         try:
-            made = make()
+            with self._signs_of_life():
+                made = make()
         except Exception as error:
             with suppress(TeamError):  # what went wrong first is what counts
                 self._send((True, _portable(error)))
@@ -166,9 +171,46 @@ class Team:
         self._send((False, made))
         return made
 
+    def finish(self, make: Callable[[], T]) -> T:
+        """As ``lead``, for the last step of a job: what is done is done, also if others are gone by now."""
+        made: list[T] = []
+
+        def keep() -> T:
+            made.append(make())
+            return made[0]
+
+        try:
+            return self.lead(keep)
+        except TeamError:
+            if not made:
+                raise
+            return made[0]
+
     def agree(self, value: T) -> T:
         """Return to all what the first process has found: machines round in their own ways."""
         return self.lead(lambda: value)
+
+    @contextmanager
+    def _signs_of_life(self) -> Iterator[None]:
+        """Tell the others, who wait for what this process makes, that it is at work: it may take hours."""
+        over = threading.Event()
+
+        def give() -> None:
+            with suppress(RuntimeError):  # who is gone is noticed when the result is sent
+                while not over.wait(self.timeout_s / 4):
+                    dist.broadcast(torch.tensor(_AT_WORK), src=0)
+
+        thread = threading.Thread(target=give, daemon=True)
+        thread.start()
+        try:
+            yield
+        except Exception:
+            over.set()
+            thread.join()
+            raise
+        finally:  # a signal does not wait for the others
+            over.set()
+        thread.join()
 
     def _send(self, value: Any) -> None:
         content = _to_bytes(value)
@@ -177,9 +219,10 @@ class Team:
             dist.broadcast(content, src=0)
 
     def _receive(self) -> Any:
-        length = torch.tensor(0)
+        length = torch.tensor(_AT_WORK)
         with _talking():
-            dist.broadcast(length, src=0)
+            while int(length) == _AT_WORK:
+                dist.broadcast(length, src=0)
             content = torch.empty(int(length), dtype=torch.uint8)
             dist.broadcast(content, src=0)
         return _from_bytes(content)
@@ -217,7 +260,7 @@ def _from_bytes(content: Tensor) -> Any:
 def _portable(error: Exception) -> Exception:
     """Return an error that another process can raise: itself, or what it says."""
     try:
-        pickle.loads(pickle.dumps(error))
+        _from_bytes(_to_bytes(error))
     except Exception:
         return RuntimeError(f"{type(error).__name__}: {error}")
     return error
@@ -284,7 +327,7 @@ def join_team(timeout_s: float) -> Iterator[Team]:
             f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}: {_first_line(error)}"
         ) from error
     try:
-        yield Team(place.rank, place.size, place.local_rank)
+        yield Team(place.rank, place.size, place.local_rank, timeout_s)
         notes.leave({"kind": "done"})
     except BaseException as error:
         cause = notes.explain(error)

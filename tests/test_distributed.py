@@ -8,7 +8,7 @@ import signal
 import time
 from functools import cache
 from pathlib import Path
-from types import MappingProxyType
+from types import MappingProxyType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -21,12 +21,14 @@ from teams import free_port, run_commands, run_team, start_team, wait_for_team
 
 from hap_onnx.data.calibration import Subset
 from hap_onnx.distributed import ALONE, Team, join_team
-from hap_onnx.errors import BudgetError, CalibrationError, TeamError, UsageError
+from hap_onnx.errors import BudgetError, CalibrationError, ModelError, TeamError, UsageError
+from hap_onnx.jobs import rounds
 from hap_onnx.jobs.carry_out import cut_model, refit_layers
 from hap_onnx.place import Place, find_place
 from hap_onnx.planning.choose import Choice, choose
 from hap_onnx.planning.decide import LossModel, build_loss_model
 from hap_onnx.planning.plan import load_plan
+from hap_onnx.sensitivity import estimate as estimates
 from hap_onnx.sensitivity.curvature import collect_curvature
 from hap_onnx.sensitivity.estimate import Options, estimate
 
@@ -57,7 +59,7 @@ def test_a_single_process_is_a_team_of_its_own() -> None:
     assert ALONE.sum_all({"a": tensor})["a"] is tensor
     assert ALONE.gather(3) == [3]
     assert ALONE.map(str, [1, 2]) == ["1", "2"]
-    assert ALONE.lead(lambda: 4) == ALONE.agree(4) == 4
+    assert ALONE.lead(lambda: 4) == ALONE.finish(lambda: 4) == ALONE.agree(4) == 4
     assert ALONE.part_of(5) == slice(0, 5)
     with join_team(1) as team:
         assert team is ALONE
@@ -111,7 +113,9 @@ def test_each_sample_is_in_one_share() -> None:
 def test_what_the_first_raises_all_raise() -> None:
     def work(team: Team) -> str:
         def fail() -> None:
-            raise BudgetError("no model is that small")
+            error = BudgetError("no model is that small")
+            error.report = MappingProxyType({"macs": 0.5})  # type: ignore[assignment]  # as reports may hold
+            raise error
 
         try:
             team.lead(fail)
@@ -195,6 +199,22 @@ def test_estimates_are_those_of_one_process(name: str, loss: Any) -> None:
         subset.dataset.labels = None
 
 
+def test_all_end_an_estimate_after_the_same_probe() -> None:
+    """Machines that round in their own ways may see the last channel settle at other probes."""
+    one = job()
+
+    def work(team: Team) -> int:
+        estimates.misplaced_share = lambda *_: float(team.rank == 0)  # type: ignore[assignment]
+        options = Options(
+            graph=one.prepared.graph, loss="distance", scales=one.scales, n_probes=16, batch_size=BATCH_SIZE,
+            team=team,
+        )  # fmt: skip
+        found = estimate("hutchinson", one.prepared.twin, one.prepared.coupling, one.subset, options=options)
+        return found.n_probes
+
+    assert run_team(2, work) == [16, 16]
+
+
 def losses_of(team: Team) -> LossModel:
     one = job()
     return build_loss_model(
@@ -227,6 +247,23 @@ def plan_of(choice: Choice) -> Any:
         [(decision.group, decision.keep.tolist()) for decision in choice.decisions],
         [(one.node, one.kind, one.rank) for one in choice.replacements],
     )
+
+
+def test_kept_losses_are_used_by_all_or_none(tmp_path: Path) -> None:
+    """Between two looks at a file another job may replace it."""
+    (tmp_path / "losses").touch()
+
+    def work(team: Team) -> bool:
+        def load(*_: Any) -> str:
+            if team.rank == 1:
+                raise ModelError("it is gone")
+            return "losses"
+
+        rounds.load_losses = load  # type: ignore[assignment]
+        shop: Any = SimpleNamespace(team=team, note=print)
+        return rounds.Round(shop, job().prepared)._kept_losses(tmp_path / "losses") is None
+
+    assert run_team(2, work) == [True, True]
 
 
 # --- refit ---
@@ -439,6 +476,28 @@ def test_the_end_of_one_is_the_end_of_all(tmp_path: Path, victim: int, number: s
     done = run_commands(2, tmp_path, *words)
     assert [one.code for one in done] == [0, 0], done[0].err
     assert "small.onnx" in outputs_in(tmp_path)
+
+
+def test_a_leader_at_work_may_take_longer_than_the_timeout() -> None:
+    def work(team: Team) -> tuple[str, float]:
+        made = team.lead(lambda: time.sleep(5) or "validated")
+        return made, team.total(1.0)
+
+    assert run_team(2, work, timeout_s=2.0) == [("validated", 2.0)] * 2
+
+
+def test_what_is_finished_when_another_goes_is_no_failure(tmp_path: Path) -> None:
+    def work(rank: int) -> int:
+        with join_team(20) as team:
+            team.total(1.0)
+            if rank == 1:
+                os.kill(os.getpid(), signal.SIGKILL)
+            print(team.finish(lambda: time.sleep(1) or "written"))
+        return 0
+
+    ended = wait_for_team(start_team(2, work, folder=tmp_path), tmp_path)
+    assert [one.code for one in ended] == [0, -signal.SIGKILL], ended[0].err
+    assert ended[0].out == "written\n"
 
 
 @pytest.mark.slow

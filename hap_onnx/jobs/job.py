@@ -303,7 +303,7 @@ class Job:
         self.check_can_shrink()
         with self.lock():
             found = self._make()
-        return self.team.lead(lambda: self._finish(found))
+        return self.team.finish(lambda: self._finish(found))
 
     @contextmanager
     def lock(self) -> Iterator[None]:
@@ -316,7 +316,7 @@ class Job:
         """Find sensitivities, and plan for a family of budgets; nothing is cut."""
         with self.lock():
             analysis = self._analysis
-        return self.team.lead(lambda: self._write_analysis(analysis))
+        return self.team.finish(lambda: self._write_analysis(analysis))
 
     def _write_analysis(self, analysis: Analysis) -> reports.AnalyzeReport:
         report = reports.AnalyzeReport(

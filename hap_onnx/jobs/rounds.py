@@ -134,10 +134,12 @@ class Round:
         found = self.shop.team.gather(_hash_file(path))
         if found[0] is None or found != found[:1] * len(found):
             return None
+        losses = None
         try:
             losses = load_losses(path, self.prepared)
         except ModelError as error:
             _log.warning("not used: %s", error)
+        if not all(self.shop.team.gather(losses is not None)):  # all have to find them, or none
             return None
         self.shop.note(f"sensitivities are those of an earlier run, from {path}")
         return losses

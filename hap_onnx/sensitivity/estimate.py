@@ -149,7 +149,8 @@ def hutchinson(twin: Twin, coupling: Coupling, subset: Subset, options: Options 
 
     def settled(moments: Moments) -> bool:
         mean, error = moments.mean.cpu().numpy(), moments.std_error.cpu().numpy()
-        return misplaced_share(coupling.groups, mean, error) <= options.tolerance
+        # Each machine rounds in its own way, and all have to end after the same probe.
+        return options.team.agree(misplaced_share(coupling.groups, mean, error) <= options.tolerance)
 
     options.on_event(Event(STAGE, "start", total=options.n_probes))
     try:
