@@ -26,7 +26,8 @@ def write_reports(
 
     Args:
         images: makes the pictures of the page, by the number of the sample.
-        refusal, warnings: what the command ends with and what it said on its way, for the summary.
+        refusal: what the command ends with, where that is an error.
+        warnings: what it said on its way, for the summary.
     """
     if summary is not None and not isinstance(report, InspectReport):
         from hap_onnx.report.markdown import render_summary
@@ -35,7 +36,7 @@ def write_reports(
     if html is not None and not isinstance(report, InspectReport):
         from hap_onnx.report.html import render_html  # what draws is slow to import
 
-        write_text(html, render_html(report, images=images()), what="the page")
+        write_text(html, render_html(report, images=images(), refusal=refusal), what="the page")
     if json is not None:
         write_text(json, _to_json(report), what="the report")
 

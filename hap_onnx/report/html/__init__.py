@@ -9,13 +9,16 @@ from hap_onnx.report import AnalyzeReport, CompressReport, SweepReport, Validate
 ReportOnPage = CompressReport | AnalyzeReport | SweepReport | ValidateReport
 
 
-def render_html(report: ReportOnPage, *, images: Mapping[int, bytes] | None = None) -> str:
+def render_html(
+    report: ReportOnPage, *, images: Mapping[int, bytes] | None = None, refusal: str | None = None
+) -> str:
     """Return a report as a page; the same report gives the same text.
 
     Importing what draws takes a moment, so that is done here.
 
     Args:
         images: PNG files by ``WorstSample.index``, shown beside the samples on which the models differ most.
+        refusal: why nothing was written, if the command ends in an error: the message of the error.
 
     Raises:
         ValueError: if an image is no PNG file.
@@ -33,7 +36,7 @@ def render_html(report: ReportOnPage, *, images: Mapping[int, bytes] | None = No
         keep_trailing_newline=True,
     )
     environment.filters["tight"] = _tight
-    page = make_page(report, images or {})
+    page = make_page(report, images or {}, refusal)
     return environment.get_template("page.html.jinja").render(page=page)
 
 

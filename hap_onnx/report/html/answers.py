@@ -35,7 +35,7 @@ def compress_answers(report: CompressReport) -> list[Answer]:
             "How much smaller and faster is it?",
             [Text(_smaller(report.before, report.after)), *_faster(report)],
         ),
-        Answer("How much worse is it?", _worse(report.quality, limit_name="--max-drop")),
+        Answer("How much worse is it?", _worse(report.quality, held_out=True)),
         Answer("What was changed?", _changed(report)),
         Answer("What could not be touched?", [Text(_frozen(report.frozen))]),
         Answer("What to do next?", _next_after_compress(report)),
@@ -49,7 +49,7 @@ def validate_answers(report: ValidateReport) -> list[Answer]:
             "How much smaller and faster is it?",
             [Text(_smaller(report.before, report.after)), *_faster(report)],
         ),
-        Answer("How much worse is it?", _worse(report.quality, limit_name="--max-drop")),
+        Answer("How much worse is it?", _worse(report.quality, held_out=False)),
         Answer("What to do next?", _next_after_validate(report)),
     ]
 
@@ -117,18 +117,20 @@ def _on(latency: Latency) -> str:
     return f" ({latency.provider.removesuffix('ExecutionProvider')}, batch {latency.batch}{threads})"
 
 
-def _worse(quality: Quality | None, *, limit_name: str) -> list[Part]:
+def _worse(quality: Quality | None, *, held_out: bool) -> list[Part]:
+    """``held_out``: whether it is known that the samples had no say in what was made."""
     if quality is None:
         return [Text("This was not measured: there was no data, or nothing was compressed yet.")]
-    return [Text(" ".join([_drop_text(quality), *_gate_text(quality, limit_name), *_sample_text(quality)]))]
+    return [Text(" ".join([_drop_text(quality, held_out), *_gate_text(quality), *_sample_text(quality)]))]
 
 
-def _drop_text(quality: Quality) -> str:
+def _drop_text(quality: Quality, held_out: bool) -> str:
     name, low, high = quality.metric, *quality.interval
     before, after = (words.metric_value(name, value) for value in (quality.before, quality.after))
     what = METRIC_MEANINGS.get(name, f"The metric {name}")
     text = f"{what} went from {before} to {after} ({words.quality_change(quality)})"
-    text += f" on {words.plural(quality.n_samples, 'sample')} that {_was(quality)} used for nothing else."
+    text += f" on {words.plural(quality.n_samples, 'sample')}"
+    text += f" that {_was(quality)} used for nothing else." if held_out else "."
     bounds = f"between {words.signed(name, -high)} and {words.signed(name, -low)}"
     if low <= 0 <= high:
         return f"{text} That may be chance: with 95 % confidence the true change lies {bounds}."
@@ -146,18 +148,18 @@ METRIC_MEANINGS = {
 }
 
 
-def _gate_text(quality: Quality, limit_name: str) -> list[str]:
+def _gate_text(quality: Quality) -> list[str]:
     if quality.max_drop is None:
-        return [f"There was no limit; {limit_name} sets one."]
+        return ["There was no limit; --max-drop sets one."]
     limit = words.signed(quality.metric, quality.max_drop).lstrip("+")
     if not quality.passed:
-        return [f"That is more than the limit of {limit} ({limit_name}): the gate failed."]
+        return [f"That is more than the limit of {limit} (--max-drop): the gate failed."]
     if quality.interval[1] > quality.max_drop:
         return [
             f"The measured change is within the limit of {limit}, but a true loss beyond it "
             "cannot be ruled out with this many samples."
         ]
-    return [f"That is within the limit of {limit} ({limit_name}), chance included."]
+    return [f"That is within the limit of {limit} (--max-drop), chance included."]
 
 
 def _sample_text(quality: Quality) -> list[str]:
@@ -224,6 +226,11 @@ def _command(*parts: str) -> Command:
     return Command(" ".join(part if part.isupper() else shlex.quote(part) for part in parts))
 
 
+def was_refused(report: CompressReport) -> bool:
+    """Whether a model was made and measured, and yet not written; a dry run measures nothing."""
+    return report.output is None and report.quality is not None
+
+
 def _next_after_compress(report: CompressReport) -> list[Part]:
     quality = report.quality
     if report.output is None and quality is not None and not quality.passed:
@@ -232,6 +239,13 @@ def _next_after_compress(report: CompressReport) -> list[Part]:
                 "Nothing was written, since the gate failed. Keep more of the model (for example a larger "
                 "--keep-macs), train it after compression (--epochs 20), or accept a larger loss "
                 "(--max-drop)."
+            )
+        ]
+    elif was_refused(report):
+        return [
+            Text(
+                "Nothing was written, since the result does not meet what was asked for. The first line of "
+                "this page says what is missing."
             )
         ]
     elif report.output is None:

@@ -21,24 +21,24 @@ from hap_onnx.report import (
 from hap_onnx.report.analysis import WorstSample
 from hap_onnx.report.html import answers, charts, plan_parts
 from hap_onnx.report.html.parts import Card, Cell, Chart, Image, Listing, Page, Part, Section, Table, Text
-from hap_onnx.report.printable import printable_parts
+from hap_onnx.report.printable import one_line, printable_parts
 
 ReportOnPage = CompressReport | AnalyzeReport | SweepReport | ValidateReport
 
 
-def make_page(report: ReportOnPage, images: Mapping[int, bytes]) -> Page:
-    """Return what is on the page of a report; ``images`` are PNG files by the index of their sample."""
-    report = printable_parts(report)
+def make_page(report: ReportOnPage, images: Mapping[int, bytes], refusal: str | None) -> Page:
+    """Return what is on the page of a report; see ``render_html``."""
+    report, refusal = printable_parts(report), None if refusal is None else one_line(refusal)
     if isinstance(report, AnalyzeReport):
         return _analyze_page(report)
     if isinstance(report, SweepReport):
-        return _sweep_page(report)
+        return _sweep_page(report, refusal)
     if isinstance(report, ValidateReport):
         return _validate_page(report)
-    return _compress_page(report, images)
+    return _compress_page(report, images, refusal)
 
 
-def _compress_page(report: CompressReport, images: Mapping[int, bytes]) -> Page:
+def _compress_page(report: CompressReport, images: Mapping[int, bytes], refusal: str | None) -> Page:
     sections = [
         _both_models(report.before, report.after, report),
         _then(report.then, report.quality),
@@ -52,19 +52,19 @@ def _compress_page(report: CompressReport, images: Mapping[int, bytes]) -> Page:
         _time(report.seconds),
         _provenance(report, _budget_rows(report)),
     ]
-    passed = None if report.quality is None else report.quality.passed
+    is_refused = refusal is not None or answers.was_refused(report)
     return Page(
         kind="Compression report",
         model=report.model,
-        verdict=_compress_verdict(report),
-        passed=passed,
+        verdict=_compress_verdict(report, refusal),
+        passed=False if is_refused else None if report.quality is None else report.quality.passed,
         cards=_cards(report.before, report.after, report),
         answers=answers.compress_answers(report),
         sections=[section for section in sections if section is not None],
     )
 
 
-def _compress_verdict(report: CompressReport) -> str:
+def _compress_verdict(report: CompressReport, refusal: str | None) -> str:
     smaller = words.change(report.before.bytes, report.after.bytes)
     if report.output is not None:
         gate = report.quality is not None and report.quality.max_drop is not None and report.quality.passed
@@ -73,6 +73,10 @@ def _compress_verdict(report: CompressReport) -> str:
         )
     if report.quality is not None and not report.quality.passed:
         return "Nothing was written: too much quality was lost."
+    if refusal is not None:
+        return f"Nothing was written: {refusal.rstrip('.')}."
+    if answers.was_refused(report):
+        return "Nothing was written: it was refused."
     return "Nothing was written: this is a plan only."
 
 
@@ -126,7 +130,7 @@ def _analyze_page(report: AnalyzeReport) -> Page:
     )
 
 
-def _sweep_page(report: SweepReport) -> Page:
+def _sweep_page(report: SweepReport, refusal: str | None) -> Page:
     titles, *rows = words.sweep_rows(report)
     marks = {"": "", "*": "best", "x": "refused"}
     table = Table(
@@ -157,11 +161,14 @@ def _sweep_page(report: SweepReport) -> Page:
         _time(report.seconds),
         _provenance(report, [("asked for", ", ".join(f"{keep:g}" for keep in report.asked))]),
     ]
+    verdict = f"{words.plural(best, 'model')} to choose from, of {len(report.asked)} asked for."
+    if refusal is not None:
+        verdict = f"Nothing was written: {refusal.rstrip('.')}."
     return Page(
         kind="Sweep",
         model=report.model,
-        verdict=f"{words.plural(best, 'model')} to choose from, of {len(report.asked)} asked for.",
-        passed=None,
+        verdict=verdict,
+        passed=None if refusal is None else False,
         cards=[],
         answers=answers.sweep_answers(report),
         sections=[section for section in sections if section is not None],

@@ -271,6 +271,26 @@ def test_a_failed_gate_and_a_plan_say_that_nothing_was_written():
     assert "run the same command without --dry-run" in text
 
 
+def test_what_was_refused_for_its_speed_is_no_plan():
+    """All was measured and the quality gate holds, and yet there is no model: the page says why."""
+    slow = Latency(1.0, 1.5, 1.5, (1.4, 1.6), 99, 1, "CPU", 1)
+    report = compress_report(output=None, latency=slow)
+    why = "the result is slower than the original in onnxruntime; keep less, or pass --allow-slower"
+    for page in (Page(render_html(report, refusal=why)), Page(render_html(report))):
+        assert "plan only" not in page.text
+        assert "--dry-run" not in page.text
+        assert "too much quality" not in page.text
+        assert [attrs["class"] for tag, attrs in page.tags if "verdict" in (attrs.get("class") or "")] == [
+            "verdict bad"
+        ]
+    told = Page(render_html(report, refusal=why)).text
+    assert "Nothing was written: the result is slower than the original in onnxruntime" in told
+    assert "Nothing was written: it was refused." in Page(render_html(report)).text
+    sweep = sweep_report(points=sweep_report().points[3:])
+    told = Page(render_html(sweep, refusal="no point of the sweep is met")).text
+    assert "Nothing was written: no point of the sweep is met." in told
+
+
 @pytest.mark.parametrize(
     ("interval", "words"),
     [
@@ -282,6 +302,14 @@ def test_a_failed_gate_and_a_plan_say_that_nothing_was_written():
 def test_latency_is_told_by_its_interval(interval, words):
     latency = Latency(2.0, 1.7, 0.85, interval, 99, None, "CPU", 1)
     assert words in Page(render_html(validate_report(latency=latency))).text
+
+
+def test_a_comparison_claims_nothing_about_its_samples():
+    """Anybody may compare two models on the data that one of them was made with."""
+    assert "used for nothing else" in Page(render_html(compress_report())).text
+    text = Page(render_html(validate_report())).text
+    assert "used for nothing else" not in text
+    assert "on 1017 samples. With 95 % confidence" in text
 
 
 def test_a_page_tells_one_speed():
