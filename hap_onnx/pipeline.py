@@ -405,7 +405,15 @@ def validate(
         latency=timing.facts(),
     )
     on_event(Event("validate", "commit"))
-    write_reports(report, json=words["report"], html=words["html"], summary=words["summary"])
+    write_reports(
+        report,
+        json=words["report"],
+        html=words["html"],
+        summary=words["summary"],
+        data=data,
+        options=words,
+        preprocessing=dataset.preprocessing,
+    )
     return report
 
 

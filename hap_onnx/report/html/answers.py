@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import math
-import shlex
 from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path
 
 from hap_onnx.report import (
     AnalyzeReport,
@@ -20,7 +18,7 @@ from hap_onnx.report import (
     ValidateReport,
     words,
 )
-from hap_onnx.report.advice import SMALL_LOSS
+from hap_onnx.report.advice import SMALL_LOSS, Step
 from hap_onnx.report.analysis import SizePoint
 from hap_onnx.report.html.parts import Answer, Command, Part, Text
 
@@ -28,7 +26,7 @@ FEW_SAMPLES = 500  # below, the 95 % interval of an accuracy is several points w
 _COST_VERBS = {"params": "stores", "macs": "computes", "latency": "needs"}
 
 
-def compress_answers(report: CompressReport) -> list[Answer]:
+def compress_answers(report: CompressReport, steps: Sequence[Step]) -> list[Answer]:
     """How much smaller, how much worse, what changed, what could not be touched, what to do next."""
     return [
         Answer(
@@ -38,11 +36,11 @@ def compress_answers(report: CompressReport) -> list[Answer]:
         Answer("How much worse is it?", _worse(report.quality, held_out=True)),
         Answer("What was changed?", _changed(report)),
         Answer("What could not be touched?", [Text(_frozen(report.frozen))]),
-        Answer("What to do next?", _next_after_compress(report)),
+        _next(steps),
     ]
 
 
-def validate_answers(report: ValidateReport) -> list[Answer]:
+def validate_answers(report: ValidateReport, steps: Sequence[Step]) -> list[Answer]:
     """How much smaller, how much worse, what to do next."""
     return [
         Answer(
@@ -50,27 +48,27 @@ def validate_answers(report: ValidateReport) -> list[Answer]:
             [Text(_smaller(report.before, report.after)), *_faster(report)],
         ),
         Answer("How much worse is it?", _worse(report.quality, held_out=False)),
-        Answer("What to do next?", _next_after_validate(report)),
+        _next(steps),
     ]
 
 
-def analyze_answers(report: AnalyzeReport) -> list[Answer]:
+def analyze_answers(report: AnalyzeReport, steps: Sequence[Step]) -> list[Answer]:
     """How small it could become, what it depends on most, what cannot be touched, what to do next."""
     return [
         Answer("How small could it become?", _could_become(report)),
         Answer("What does it depend on most?", _depends_on(report)),
         Answer("What cannot be touched?", [Text(_frozen(report.frozen))]),
-        Answer("What to do next?", _next_after_analyze(report)),
+        _next(steps),
     ]
 
 
-def sweep_answers(report: SweepReport) -> list[Answer]:
+def sweep_answers(report: SweepReport, steps: Sequence[Step]) -> list[Answer]:
     """What there is to choose from, how much worse each is, what to do next."""
     best = [point for point in report.points if point.best and point.quality is not None]
     return [
         Answer("How small can it become, and how much worse is it then?", _family(report, best)),
         Answer("What could not be done?", _refused(report)),
-        Answer("What to do next?", _next_after_sweep(report, best)),
+        _next(steps),
     ]
 
 
@@ -222,66 +220,21 @@ def _frozen(frozen: Sequence[FrozenNode]) -> str:
 # ---------------------------------------------------------------- what next
 
 
-def _command(*parts: str) -> Command:
-    return Command(" ".join(part if part.isupper() else shlex.quote(part) for part in parts))
-
-
 def was_refused(report: CompressReport) -> bool:
     """Whether a model was made and measured, and yet not written; a dry run measures nothing."""
     return report.output is None and report.quality is not None
 
 
-def _next_after_compress(report: CompressReport) -> list[Part]:
-    quality = report.quality
-    if report.output is None and quality is not None and not quality.passed:
-        parts: list[Part] = [
-            Text(
-                "Nothing was written, since the gate failed. Keep more of the model (for example a larger "
-                "--keep-macs), train it after compression (--epochs 20), or accept a larger loss "
-                "(--max-drop)."
-            )
-        ]
-    elif was_refused(report):
-        return [
-            Text(
-                "Nothing was written, since the result does not meet what was asked for. The first line of "
-                "this page says what is missing."
-            )
-        ]
-    elif report.output is None:
-        return [
-            Text(
-                "Nothing was written. If the plan is to your liking, run the same command without --dry-run."
-            )
-        ]
-    else:
-        parts = [
-            Text("Put it to a last test on data that had no say in any of this:"),
-            _command("hap-onnx", "validate", report.model, report.output, "--data", "DATA"),
-        ]
-    trained = any(one.method == "distill" for one in report.recovery)
-    if quality is not None and quality.interval[0] > 0 and not trained:
-        parts.append(
-            Text("Quality was lost. Training after compression wins part of it back: add --epochs 20.")
-        )
-    if quality is not None and quality.passed and quality.interval[0] <= 0:
-        parts.append(Text("No loss could be shown, so a smaller model may do: see what others would cost."))
-        parts.append(_command("hap-onnx", "compress", report.model, "--data", "DATA", "--sweep"))
-    return parts
+def _next(steps: Sequence[Step]) -> Answer:
+    parts: list[Part] = []
+    for step in steps:
+        parts.append(Text(step.why))
+        if step.command is not None:
+            parts.append(Command(step.command))
+    return Answer("What to do next?", parts)
 
 
-def _next_after_validate(report: ValidateReport) -> list[Part]:
-    if report.passed:
-        return [Text(f"{report.candidate} may take the place of {report.reference}.")]
-    if report.slower:
-        return [
-            Text(
-                "Do not use it: it is slower than the original. Wider steps of channels may help (--align 8)."
-            )
-        ]
-    return [
-        Text("Do not use it, or accept a larger loss (--max-drop). Keeping more of the model helps most.")
-    ]
+# ---------------------------------------------------------------- what may become of it
 
 
 def _could_become(report: AnalyzeReport) -> list[Part]:
@@ -339,15 +292,6 @@ def _depends_on(report: AnalyzeReport) -> list[Part]:
     return [Text(" ".join(text) or "There is nothing to compare.")]
 
 
-def _next_after_analyze(report: AnalyzeReport) -> list[Part]:
-    return [
-        Text("See what sizes cost in quality, measured on your data:"),
-        _command("hap-onnx", "compress", report.model, "--data", "DATA", "--sweep"),
-        Text("Or ask for the smallest model within one point of quality:"),
-        _command("hap-onnx", "compress", report.model, "--data", "DATA"),
-    ]
-
-
 def _family(report: SweepReport, best: Sequence[SweepPoint]) -> list[Part]:
     if not best:
         return [Text("No model was found that may be chosen.")]
@@ -376,18 +320,3 @@ def _refused(report: SweepReport) -> list[Part]:
             f"The sweep was interrupted: {words.plural(missing, 'point')} of {len(report.asked)} not done."
         )
     return [Text(note) for note in notes] or [Text("All that was asked for was reached.")]
-
-
-def _next_after_sweep(report: SweepReport, best: Sequence[SweepPoint]) -> list[Part]:
-    if not best:
-        return [Text("Ask for larger fractions (--sweep 0.9,0.8), or for a larger --max-drop.")]
-    unharmed = [point for point in best if point.quality is not None and point.quality.interval[0] <= 0]
-    chosen = (unharmed or best[:1])[-1]
-    why = "no loss could be shown" if unharmed else "the loss is least"
-    plan = str(Path(report.output or "") / (chosen.plan or ""))
-    return [
-        Text(f"Choose by what you can afford to lose. The smallest of which {why}:" if unharmed else
-             "Choose by what you can afford to lose. The one with the least loss:"),
-        _command("hap-onnx", "apply", report.model, plan),
-        Text(words.SWEEP_CAUTION),
-    ]  # fmt: skip

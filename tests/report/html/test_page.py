@@ -386,9 +386,22 @@ def test_any_name_can_be_a_label(name):
 
 def test_a_command_with_odd_file_names_is_quoted_for_a_shell():
     text = render_html(compress_report(model="my net.onnx", output="out;rm -rf.onnx"))
-    (command,) = re.findall("<pre><code>(.*?)</code></pre>", text)
+    command = re.findall("<pre><code>(.*?)</code></pre>", text)[0]
     shown = "".join(part for _, part in Page(command).texts)  # each word in a tag that holds it together
     assert shown == "hap-onnx validate 'my net.onnx' 'out;rm -rf.onnx' --data DATA"
+
+
+def test_a_page_tells_how_it_came_about_and_goes_on_in_the_same_way():
+    """Without the preprocessing and what was left alone, nobody gets the same again."""
+    given = {"preprocess": "raw", "exclude": (f"head{HOSTILE}",), "seed": 3, "html": Path("page.html")}
+    made = "Images are resized <somehow>."
+    page = Page(render_html(compress_report(), data=Path("my data"), options=given, preprocessing=made))
+    assert f"data {made}" in page.text
+    assert "hap-onnx compress models/net.onnx --data 'my data' --exclude 'head" in page.text
+    assert "--preprocess raw --seed 3 --html page.html" in page.text
+    assert "hap-onnx validate models/net.onnx models/net.hap.onnx --data DATA --preprocess raw" in page.text
+    assert page.count("script") == 0
+    assert "\x1b" not in page.text
 
 
 @pytest.mark.parametrize("name", REPORTS)
