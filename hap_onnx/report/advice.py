@@ -23,7 +23,7 @@ SMALL_LOSS = 0.01
 """An expected loss at which classifiers keep all but about a point of their accuracy."""
 LARGE_DROP = 0.02
 """A drop of the metric that calls for more than the closed-form repair."""
-SOME_DATA = "DATA"  # stands for a path that nobody has named
+SOME_DATA = "DATA"  # stands for other data, and for a path that nobody has named
 
 
 _OPTIONS = {option.name: option for option in describe_options()}
@@ -33,7 +33,8 @@ CARRIED = (
 )  # fmt: skip
 """What a next command must know, too: how the data is read, and what may be done to the model."""
 OF_SAMPLES = ("probes", "max_samples", "batch_size", "seed")
-"""What else must be the same for ``compress`` to start from the sensitivities that a work folder keeps."""
+"""What a next command on the same data must know, too, for the same samples to play the same parts: only then
+are figures comparable, and sensitivities that a work folder keeps of use."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,8 @@ def next_steps(
 
     Args:
         data: that of the command which ended with ``report``.
-        options: its options, by name; the next command gets those of ``CARRIED`` that it takes.
+        options: its options, by name; the next command gets those of ``CARRIED`` that it takes, and on the same
+            data those of ``OF_SAMPLES``.
     """
     options = _given(_name_of(report), options or {})
     if isinstance(report, InspectReport):
@@ -117,20 +119,19 @@ def _after_analyze(report: AnalyzeReport, data: Any, options: Mapping[str, Any])
     analysis, model = report.analysis, report.model
     if not analysis.groups and not analysis.layers:
         return (Step("Nothing: there is nothing in it that could be made smaller."),)
-    same = {option: options[option] for option in OF_SAMPLES if option in options}
     objective = {"objective": options["objective"]} if "objective" in options else {}
     cheap = [point for point in analysis.sizes if point.loss <= SMALL_LOSS]
     if cheap:
         point = min(cheap, key=lambda point: point.asked)
         budget = {f"keep_{analysis.objective}": point.asked}
-        command = _command("compress", model, data=data, given=options, **budget, **same)
+        command = _command("compress", model, data=data, given=options, **budget)
         why = f"Make the smallest for which little loss is expected ({point.loss:.2g}):"
         first = Step(why, command, f"expected loss {point.loss:.2g}: small")
     else:
-        command = _command("compress", model, data=data, given=options, **objective, **same)
+        command = _command("compress", model, data=data, given=options, **objective)
         why = "Ask for the smallest model within one point of quality:"
         first = Step(why, command, "the smallest model within a point")
-    sweep = _command("compress", model, data=data, given=options, sweep=True, **objective, **same)
+    sweep = _command("compress", model, data=data, given=options, sweep=True, **objective)
     return first, Step("Or see what sizes cost in quality, measured on your data:", sweep)
 
 
@@ -140,7 +141,7 @@ def _after_compress(report: CompressReport, data: Any, options: Mapping[str, Any
         return (_after_refusal(report),)
     if quality is None:
         return ()  # a plan that was applied is what was wanted
-    command = _command("validate", report.model, report.output, data=None, given=options)
+    command = _command("validate", report.model, report.output, data=SOME_DATA, given=options)
     why = "Put it to a last test on data that had no say in any of this:"
     steps = [Step(why, command, "on samples that were not used here")]
     trained = any(one.method == "distill" for one in report.recovery)
@@ -177,7 +178,7 @@ def _after_refusal(report: CompressReport) -> Step:
 def _after_validate(report: ValidateReport, data: Any, options: Mapping[str, Any]) -> tuple[Step, ...]:
     quality = report.quality
     if not quality.passed:
-        command = _command("compress", report.reference, data=None, given=options, max_drop=quality.max_drop)
+        command = _command("compress", report.reference, data=SOME_DATA, given=options, max_drop=quality.max_drop)
         why = (
             "Do not use it, or accept a larger loss (--max-drop). Keeping more of the model helps most; this "
             "searches the smallest model within the limit:"
@@ -216,9 +217,10 @@ def _after_sweep(report: SweepReport) -> tuple[Step, ...]:
 
 def _command(name: str, *files: str, data: Any, given: Mapping[str, Any], **options: Any) -> str:
     without = {"then"} if "sweep" in options else set()  # a sweep is about float32
+    names = CARRIED if data is SOME_DATA else CARRIED + OF_SAMPLES
     carried = {
         option: given[option]
-        for option in CARRIED
+        for option in names
         if option in given and option in COMMAND_OPTIONS[name] and option not in without
     }
     return _line(name, *files, data=data, options={**options, **carried})

@@ -90,7 +90,7 @@ def test_the_next_command_knows_the_data_as_the_last_one_did() -> None:
     }  # fmt: skip
     kept = (
         "--preprocess raw --val 'my test' --exclude 'head.*' --exclude 'b c' --allow-slower "
-        "--providers CUDAExecutionProvider,CPUExecutionProvider --work-dir w"
+        "--providers CUDAExecutionProvider,CPUExecutionProvider --work-dir w --seed 3"
     )
     again = next_step(compress_report(quality=LOST), data="c", options=given)
     assert again is not None
@@ -120,7 +120,10 @@ def test_compress_finds_what_analyze_has_kept() -> None:
         context = cli.cli.commands[name].make_context(name, words, obj=cli.Session())
         for option, value in given.items():
             assert str(context.params[option]) == str(value)
-        assert "seed" not in (next_step(compress_report(), data="c", options=given) or "")
+    assert "seed" not in str(next_step(compress_report(), data="c", options=given))  # on other data
+    harmless = compress_report(quality=replace(QUALITY, drop=0.0, interval=(-0.01, 0.01)))
+    assert "--sweep" in str(next_steps(harmless, data="c", options=given)[-1].command)
+    assert "--work-dir w --probes 50" in str(next_steps(harmless, data="c", options=given)[-1].command)
 
 
 def test_options_that_are_as_usual_are_not_repeated() -> None:
