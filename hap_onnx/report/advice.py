@@ -65,8 +65,8 @@ def next_steps(
 
     Args:
         data: that of the command which ended with ``report``.
-        options: its options, by name; the next command gets those of ``CARRIED`` that it takes, and on the same
-            data those of ``OF_SAMPLES``.
+        options: its options, by name; the next command gets those of ``CARRIED`` that it takes, and those of
+            ``OF_SAMPLES`` if it is about the same data.
     """
     options = _given(_name_of(report), options or {})
     if isinstance(report, InspectReport):
@@ -178,7 +178,8 @@ def _after_refusal(report: CompressReport) -> Step:
 def _after_validate(report: ValidateReport, data: Any, options: Mapping[str, Any]) -> tuple[Step, ...]:
     quality = report.quality
     if not quality.passed:
-        command = _command("compress", report.reference, data=SOME_DATA, given=options, max_drop=quality.max_drop)
+        limit = {"max_drop": quality.max_drop}
+        command = _command("compress", report.reference, data=SOME_DATA, given=options, **limit)
         why = (
             "Do not use it, or accept a larger loss (--max-drop). Keeping more of the model helps most; this "
             "searches the smallest model within the limit:"
