@@ -32,6 +32,7 @@ from hap_onnx.report import (
     Conversion,
     FrozenNode,
     GroupKept,
+    ImplantUsed,
     Latency,
     LayerChosen,
     ModelFacts,
@@ -178,6 +179,17 @@ def test_what_became_of_a_layer_is_told_in_shares_of_its_channels():
     text = Page(render_html(compress_report(plan=plan))).text
     assert "a 0 25 75 lowrank rank 3 gone 0 0 100 branch last 0 0 100 branch other 0 0 100 branch" in text
     assert "free 100 0 0 as it is" in text
+
+
+def test_pointwise_kernels_replace_only_some_channels_of_a_layer():
+    """The others keep their whole kernels beside them."""
+    plan = PlanSummary(
+        (GroupKept("a", 16, 12), GroupKept("b", 16, 16)),
+        (ImplantUsed("a", "pointwise", 3), ImplantUsed("b", "pointwise", 4)),
+        layers=(LayerChosen("a", "pointwise", "3 of 12"), LayerChosen("b", "pointwise", "4 of 16")),
+    )
+    text = Page(render_html(compress_report(plan=plan))).text
+    assert "a 56 19 25 pointwise 3 of 12 b 75 25 0 pointwise 4 of 16" in text
 
 
 def test_groups_of_an_analysis_say_which_layers_they_narrow():
