@@ -129,6 +129,8 @@ def _drop_text(quality: Quality, held_out: bool) -> str:
     text = f"{what} went from {before} to {after} ({words.quality_change(quality)})"
     text += f" on {words.plural(quality.n_samples, 'sample')}"
     text += f" that {_was(quality)} used for nothing else." if held_out else "."
+    if low == high == 0:
+        return f"{text} No sample tells the two models apart."
     bounds = f"between {words.signed(name, -high)} and {words.signed(name, -low)}"
     if low <= 0 <= high:
         return f"{text} That may be chance: with 95 % confidence the true change lies {bounds}."
@@ -241,8 +243,11 @@ def _could_become(report: AnalyzeReport) -> list[Part]:
     analysis = report.analysis
     if not analysis.sizes:
         return [Text("There is nothing in it that could be made smaller.")]
+    sizes = [point for point in analysis.sizes if math.isfinite(point.loss)]
+    if not sizes:
+        return [Text("It could become smaller, but what that costs is not known of any size.")]
     cost = words.COST_NAMES.get(analysis.objective, analysis.objective)
-    named = _landmarks(analysis.sizes, analysis.objective)
+    named = _landmarks(sizes, analysis.objective)
     losses = ", ".join(
         f"{point.loss:.2g} at {words.share(size_of(point, analysis.objective))}" for point in named
     )

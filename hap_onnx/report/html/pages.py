@@ -264,7 +264,8 @@ def _quality_card(quality: Quality) -> Card:
 def _both_models(before: ModelFacts, after: ModelFacts, report: CompressReport | ValidateReport) -> Section:
     titles, *rows = words.facts_rows(report)
     table = Table("The original and the compressed model", titles, tuple(rows))
-    lines = [*words.latency_lines(report.latency), *words.quality_lines(report.quality)]
+    samples = "sample" if isinstance(report, ValidateReport) else "held-out sample"
+    lines = [*words.latency_lines(report.latency), *words.quality_lines(report.quality, of=samples)]
     lines += _fidelity(report.fidelity)
     return Section("before-after", "Before and after", [table, *map(Text, lines)])
 

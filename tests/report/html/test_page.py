@@ -321,6 +321,7 @@ def test_a_comparison_claims_nothing_about_its_samples():
     assert "used for nothing else" in Page(render_html(compress_report())).text
     text = Page(render_html(validate_report())).text
     assert "used for nothing else" not in text
+    assert "held-out" not in text
     assert "on 1017 samples. With 95 % confidence" in text
 
 
@@ -331,6 +332,24 @@ def test_a_page_tells_one_speed():
     assert text.count("1.28x faster") == 2
     assert "it is 1.28 times as fast (0.89 ms before, 0.734 ms after)" in text
     assert "1.21" not in text
+
+
+def test_a_model_compared_with_itself_has_no_change_that_may_be_chance():
+    same = replace(QUALITY, after=QUALITY.before, drop=0.0, interval=(0.0, 0.0))
+    text = Page(render_html(validate_report(quality=same))).text
+    assert "No sample tells the two models apart." in text
+    assert "may be chance" not in text
+
+
+def test_sizes_of_which_nothing_is_known_are_not_named():
+    report = full_analysis()
+    known, *others = report.analysis.sizes
+    lost = tuple(replace(point, loss=math.inf) for point in others)
+    text = Page(render_html(full_analysis(analysis=replace(report.analysis, sizes=(known, *lost))))).text
+    assert "is expected at a share of the multiply-accumulates: " in text
+    assert "inf at" not in text
+    text = Page(render_html(full_analysis(analysis=replace(report.analysis, sizes=lost)))).text
+    assert "what that costs is not known of any size" in text
 
 
 def test_numbers_that_are_none_break_no_chart():
