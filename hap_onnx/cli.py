@@ -443,7 +443,7 @@ def compress(session: Session, model: Path, data: Path | None, config: Path | No
     files = files_of(wanted, output=output)
     if is_sweep:
         check_folder(output, {**files, "--work-dir": wanted.work_dir})
-    check_outputs(files, inputs=inputs)
+    check_outputs(files, inputs=inputs, work_dir=wanted.work_dir)
     words = {name: value for name, value in given.items() if name != "json"}
     if wanted.work_dir is not None:
         session.left += f" at {output}"
@@ -567,7 +567,7 @@ def _report_only(
     given = _given(options, command=command)
     as_json = given.pop("json", False)
     outputs = {flag_of(name): given[name] for name in ("output", "latency_table") if name in given}
-    check_outputs({**outputs, **reports_of(given)}, inputs=inputs)
+    check_outputs({**outputs, **reports_of(given)}, inputs=inputs, work_dir=given.get("work_dir"))
     if "work_dir" in given:
         session.hint = _goes_on_from(given["work_dir"])
     function = getattr(session.load_pipeline(), _LIBRARY_NAMES[command])

@@ -717,11 +717,14 @@ def files_of(config: CompressConfig, *, output: Path | None) -> dict[str, Path]:
     return {option: path for option, path in files.items() if path is not None}
 
 
-def check_outputs(outputs: Mapping[str, Path], *, inputs: Mapping[str, Any]) -> None:
+def check_outputs(
+    outputs: Mapping[str, Path], *, inputs: Mapping[str, Any], work_dir: Path | None = None
+) -> None:
     """Refuse, before any work is done, what could not be written or would overwrite an input.
 
     Both map what the user calls a file to its path; inputs that are not paths are passed over. Links
-    of both kinds are seen through. (A link at an output's place is replaced by the file.) Raises UsageError
+    of both kinds are seen through. (A link at an output's place is replaced by the file.) Outputs may lie in
+    ``work_dir``, but not in its place. Raises UsageError
     for a collision and for what is no regular file, ValidationError for a folder that is missing and for
     what is not writable.
     """
@@ -736,6 +739,8 @@ def check_outputs(outputs: Mapping[str, Path], *, inputs: Mapping[str, Any]) -> 
                 raise UsageError(
                     f"{option} {path} would overwrite a file of {other} {known}: choose another name"
                 )
+        if work_dir is not None and _same_file(path, work_dir):
+            raise UsageError(f"{option} {path} is the same as --work-dir {work_dir}: choose another name")
         if path.is_dir():
             raise UsageError(f"{option} {path} is a folder: give the name of a file")
         if (path.exists() and not path.is_file()) or os.path.realpath(path.parent) == "/dev":

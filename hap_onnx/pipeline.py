@@ -106,9 +106,8 @@ def compress(
     if config.sweep is not None:
         raise UsageError("compress makes one model: hap_onnx.sweep makes several at once")
     output = _output_of(model, config)
-    check_outputs(
-        files_of(config, output=output), inputs={"MODEL": model, "--data": data, "--val": config.val}
-    )
+    inputs = {"MODEL": model, "--data": data, "--val": config.val}
+    check_outputs(files_of(config, output=output), inputs=inputs, work_dir=config.work_dir)
     with use_threads(config.threads), join_team(config.dist_timeout) as team:
         return Job(model, data, config, output, on_event, team).run()
 
@@ -132,7 +131,8 @@ def sweep(
     output = _output_of(model, config)
     files = files_of(config, output=output)
     check_folder(output, {**files, "--work-dir": config.work_dir})
-    check_outputs(files, inputs={"MODEL": model, "--data": data, "--val": config.val})
+    inputs = {"MODEL": model, "--data": data, "--val": config.val}
+    check_outputs(files, inputs=inputs, work_dir=config.work_dir)
     with use_threads(config.threads), join_team(config.dist_timeout) as team:
         return run_sweep(Job(model, data, config, output, on_event, team))
 
@@ -157,7 +157,8 @@ def analyze(
         ModelError, CalibrationError, UsageError, ValidationError: see ``compress``.
     """
     config = CompressConfig.from_options({**check_options(options, command="analyze"), "allow_slower": True})
-    check_outputs(files_of(config, output=None), inputs={"MODEL": model, "--data": data})
+    files = files_of(config, output=None)
+    check_outputs(files, inputs={"MODEL": model, "--data": data}, work_dir=config.work_dir)
     with use_threads(config.threads), join_team(config.dist_timeout) as team:
         return Job(model, data, config, None, on_event, team).analyze()
 
@@ -405,7 +406,15 @@ def validate(
         latency=timing.facts(),
     )
     on_event(Event("validate", "commit"))
-    write_reports(report, json=words["report"], html=words["html"], summary=words["summary"])
+    write_reports(
+        report,
+        json=words["report"],
+        html=words["html"],
+        summary=words["summary"],
+        data=data,
+        options=words,
+        preprocessing=dataset.preprocessing,
+    )
     return report
 
 

@@ -362,6 +362,17 @@ def test_two_outputs_are_two_files(tmp_path):
         check_outputs({"--output": same, "--report": same}, inputs={})
 
 
+def test_an_output_is_not_the_work_folder_but_may_lie_in_it(tmp_path):
+    """Else the folder is made first, and minutes later the file cannot be written."""
+    work = tmp_path / "work"
+    for _ in range(2):
+        with pytest.raises(UsageError, match=r"--html .* is the same as --work-dir"):
+            check_outputs({"--html": tmp_path / "x" / ".." / "work"}, inputs={}, work_dir=work)
+        work.mkdir(exist_ok=True)
+    (work / "page.html").write_text("an earlier one")
+    check_outputs({"--html": work / "page.html"}, inputs={}, work_dir=work)
+
+
 def test_outputs_that_cannot_be_written_are_refused_at_once(tmp_path):
     with pytest.raises(UsageError, match="is a folder"):
         check_outputs({"--output": tmp_path}, inputs={})

@@ -33,6 +33,7 @@ from hap_onnx.ops.implant import ImplantForm, implant_forms, is_of_implant
 from hap_onnx.ops.linear import LinearForm, linear_form
 from hap_onnx.planning.align import Align, allowed_widths
 from hap_onnx.planning.cost import LATENCY, N_METRICS, LayerTerms
+from hap_onnx.planning.cost_graph import replaceable_layers
 from hap_onnx.planning.curves import Fork, Measured, finite_loss, run_forks
 from hap_onnx.planning.times import NodeTimes
 from hap_onnx.prepare import PreparedModel
@@ -166,6 +167,9 @@ def _look_at_contractions(prepared: PreparedModel) -> dict[str, ImplantLayer | s
             if own_bias in outputs | prepared.untouched:
                 own_bias = None
             found[node.name] = ImplantLayer(node.name, weight.name, own_bias, form, forms)
+    offered = {name for name, layer in found.items() if isinstance(layer, ImplantLayer)}
+    for name in offered - replaceable_layers(graph, prepared.coupling, prepared.shapes, offered):
+        found[name] = "its channels go together with those that it reads, which no implant follows"
     return found
 
 

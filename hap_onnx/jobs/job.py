@@ -7,7 +7,7 @@ import logging
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from copy import copy
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
@@ -100,6 +100,7 @@ class Job:
     ) -> None:
         """Open the model and the data; ``output`` is None where no model is to be written."""
         self.config, self._output, self.team = config, output, team
+        self._data = data if isinstance(data, (str, Path)) else None  # what a page calls it
         self.warnings: list[str] = []  # what readers of a summary should know, too
 
         def tell(event: Event) -> None:
@@ -829,6 +830,9 @@ class Job:
             images=lambda: draw_worst(worst, self.splits.report) if self.config.html_images else {},
             refusal=refusal,
             warnings=(*self.warnings, *warnings),
+            data=self._data,
+            options={option.name: getattr(self.config, option.name) for option in fields(self.config)},
+            preprocessing=self.splits.report.dataset.preprocessing,
         )
 
 

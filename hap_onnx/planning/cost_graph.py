@@ -64,19 +64,12 @@ def cost_model(
     builder = _TermBuilder()
     whole = network.without(set())
 
-    readers: dict[str, list[str]] = defaultdict(list)
-    constants: dict[str, gs.Constant] = {}
-    for node in graph.nodes:
-        for tensor in constants_of(node):
-            readers[tensor.name].append(node.name)
-            constants[tensor.name] = tensor
+    readers, sliced = _readers(graph), _sliced_axes(network)
+    constants = {tensor.name: tensor for node in graph.nodes for tensor in constants_of(node)}
     outputs = {tensor.name: tensor for tensor in graph.outputs if isinstance(tensor, gs.Constant)}
     constants.update(outputs)
     counted = {tensor.name for node in graph.nodes for tensor in weights_of(node)}
     counted |= {name for name, tensor in outputs.items() if is_float_type(np.dtype(tensor.values.dtype))}
-    sliced: dict[str, dict[int, AxisLength]] = defaultdict(dict)
-    for weight in coupling.weights:
-        sliced[weight.initializer][weight.axis] = network.length(weight.elements)
     found_layers = _find_layers(network, set(layers), sliced, {*outputs}, readers)
     for name, tensor in constants.items():
         users = readers[name]
@@ -113,6 +106,32 @@ def cost_model(
             shape, axes = network.bias_left(read)
             builder.add(PARAMS, shape, axes, dies, born_with=group)
     return builder.build(tuple(group.size for group in coupling.groups), removable)
+
+
+def replaceable_layers(
+    graph: gs.Graph, coupling: Coupling, shapes: Shapes, layers: Collection[str]
+) -> frozenset[str]:
+    """Return those of ``layers`` that ``cost_model`` would have as such: no plan can replace any other."""
+    network = Network(graph, coupling, shapes)
+    outputs = {tensor.name for tensor in graph.outputs}
+    return frozenset(_find_layers(network, set(layers), _sliced_axes(network), outputs, _readers(graph)))
+
+
+def _readers(graph: gs.Graph) -> Mapping[str, list[str]]:
+    """The nodes that read each constant, once per use."""
+    readers: dict[str, list[str]] = defaultdict(list)
+    for node in graph.nodes:
+        for tensor in constants_of(node):
+            readers[tensor.name].append(node.name)
+    return readers
+
+
+def _sliced_axes(network: Network) -> Mapping[str, dict[int, AxisLength]]:
+    """By constant, the axes that lose channels."""
+    sliced: dict[str, dict[int, AxisLength]] = defaultdict(dict)
+    for weight in network.coupling.weights:
+        sliced[weight.initializer][weight.axis] = network.length(weight.elements)
+    return sliced
 
 
 def removable_branches(graph: gs.Graph, coupling: Coupling, shapes: Shapes) -> frozenset[str]:

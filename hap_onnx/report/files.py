@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from hap_onnx.model.saving import write_text
 from hap_onnx.report import InspectReport, Report
@@ -21,12 +22,17 @@ def write_reports(
     images: Callable[[], Images] = dict,
     refusal: str | None = None,
     warnings: Sequence[str] = (),
+    data: Any = None,
+    options: Mapping[str, Any] | None = None,
+    preprocessing: str = "",
 ) -> None:
     """Write those that have a name, of a report that has such a form; raises ValidationError.
 
     Args:
         images: makes the pictures of the page, by the number of the sample.
-        refusal, warnings: what the command ends with and what it said on its way, for the summary.
+        refusal: what the command ends with, where that is an error.
+        warnings: what it said on its way, for the summary.
+        data, options, preprocessing: what the report is about, for the page; see ``render_html``.
     """
     if summary is not None and not isinstance(report, InspectReport):
         from hap_onnx.report.markdown import render_summary
@@ -35,7 +41,15 @@ def write_reports(
     if html is not None and not isinstance(report, InspectReport):
         from hap_onnx.report.html import render_html  # what draws is slow to import
 
-        write_text(html, render_html(report, images=images()), what="the page")
+        page = render_html(
+            report,
+            images=images(),
+            refusal=refusal,
+            data=data,
+            options=options,
+            preprocessing=preprocessing,
+        )
+        write_text(html, page, what="the page")
     if json is not None:
         write_text(json, _to_json(report), what="the report")
 

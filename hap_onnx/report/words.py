@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -295,7 +296,24 @@ def _keep(ratio: float) -> str:
     return f"{ratio:.2f}" if round(ratio, 2) == ratio else f"{ratio:g}"
 
 
+def sweep_choice(report: SweepReport) -> SweepPoint | None:
+    """The smallest of the best points of which no loss could be shown, else the best with the least loss."""
+    best = [point for point in report.points if point.best and point.quality is not None]
+    best.sort(key=lambda point: -point.reached[report.budget])
+    unharmed = [point for point in best if point.quality is not None and point.quality.interval[0] <= 0]
+    candidates = unharmed or best[:1]
+    return candidates[-1] if candidates else None
+
+
 def apply_command(report: SweepReport) -> str | None:
-    """How to write a model, the smallest of the best; None if there is none."""
-    plans = [point.plan or "" for point in report.points if point.best]
-    return f"hap-onnx apply {report.model} {Path(report.output or '') / plans[-1]}" if plans else None
+    """How to write the model of ``sweep_choice``; None if there is none."""
+    choice = sweep_choice(report)
+    if choice is None:
+        return None
+    plan = Path(report.output or "") / (choice.plan or "")
+    return f"hap-onnx apply {file_word(report.model)} {file_word(str(plan))}"
+
+
+def file_word(path: str) -> str:
+    """A file as one word of a command, which is no option even if its name begins like one."""
+    return shlex.quote(f"./{path}" if path.startswith("-") else path)

@@ -28,6 +28,7 @@ from hap_onnx.implants.loss import (
     weight_overrides,
 )
 from hap_onnx.model.model_io import load_model
+from hap_onnx.planning.cost_graph import cost_model
 from hap_onnx.planning.curves import Fork, Measured, run_forks
 from hap_onnx.prepare import prepare
 from hap_onnx.surgery.grafting import insert_implants
@@ -144,6 +145,23 @@ def test_weights_and_biases_that_are_not_the_layers_own_stay() -> None:
         assert (layers["make_b"].bias is None) == (
             sum(tensor.name == bias for node in prepared.graph.nodes for tensor in node.inputs) > 1
         )
+
+
+def test_only_layers_that_a_plan_can_replace_are_tried() -> None:
+    """A depthwise layer loses channels with what it reads: measuring implants of it would tell nothing."""
+    net = Net()
+    x = net.relu(net.conv("x", 3, 8, out="a"))
+    x = net.relu(net.conv(x, 8, 8, group=8, out="depthwise"))
+    net.conv(x, 8, 4, out="y")
+    assert set(names_of(net)) == {"make_a", "make_y"}
+    prepared = prepare(load_model(net.model("y")), {"x": rand(2, 3, 6, 6)})
+    assert "go together with those that it reads" in explain_refusals(prepared)["make_depthwise"]
+    # Where its channels stay, so do those of the layer: an implant of it is like any other.
+    kept = prepare(load_model(net.model("y")), {"x": rand(2, 3, 6, 6)}, exclude=["make_a"])
+    for case in (prepared, kept):
+        names = {layer.node for layer in find_implant_layers(case)}
+        cost = cost_model(case.graph, case.coupling, case.shapes, layers=names)
+        assert {terms.node for terms in cost.layers} == names
 
 
 def test_excluded_biases_are_not_shifted() -> None:

@@ -3,19 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from hap_onnx.report import AnalyzeReport, CompressReport, SweepReport, ValidateReport
 
 ReportOnPage = CompressReport | AnalyzeReport | SweepReport | ValidateReport
 
 
-def render_html(report: ReportOnPage, *, images: Mapping[int, bytes] | None = None) -> str:
+def render_html(
+    report: ReportOnPage,
+    *,
+    images: Mapping[int, bytes] | None = None,
+    refusal: str | None = None,
+    data: Any = None,
+    options: Mapping[str, Any] | None = None,
+    preprocessing: str = "",
+) -> str:
     """Return a report as a page; the same report gives the same text.
 
     Importing what draws takes a moment, so that is done here.
 
     Args:
         images: PNG files by ``WorstSample.index``, shown beside the samples on which the models differ most.
+        refusal: why nothing was written, if the command ends in an error: the message of the error.
+        data, options: those of the command, for what makes the report again and what may follow.
+        preprocessing: how the data was read, in a sentence.
 
     Raises:
         ValueError: if an image is no PNG file.
@@ -33,7 +45,14 @@ def render_html(report: ReportOnPage, *, images: Mapping[int, bytes] | None = No
         keep_trailing_newline=True,
     )
     environment.filters["tight"] = _tight
-    page = make_page(report, images or {})
+    page = make_page(
+        report,
+        images=images or {},
+        refusal=refusal,
+        data=data,
+        options=options or {},
+        preprocessing=preprocessing,
+    )
     return environment.get_template("page.html.jinja").render(page=page)
 
 

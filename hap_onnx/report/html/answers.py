@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import math
-import shlex
 from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path
 
 from hap_onnx.report import (
     AnalyzeReport,
@@ -20,7 +18,7 @@ from hap_onnx.report import (
     ValidateReport,
     words,
 )
-from hap_onnx.report.advice import SMALL_LOSS
+from hap_onnx.report.advice import SMALL_LOSS, Step
 from hap_onnx.report.analysis import SizePoint
 from hap_onnx.report.html.parts import Answer, Command, Part, Text
 
@@ -28,49 +26,49 @@ FEW_SAMPLES = 500  # below, the 95 % interval of an accuracy is several points w
 _COST_VERBS = {"params": "stores", "macs": "computes", "latency": "needs"}
 
 
-def compress_answers(report: CompressReport) -> list[Answer]:
+def compress_answers(report: CompressReport, steps: Sequence[Step]) -> list[Answer]:
     """How much smaller, how much worse, what changed, what could not be touched, what to do next."""
     return [
         Answer(
             "How much smaller and faster is it?",
             [Text(_smaller(report.before, report.after)), *_faster(report)],
         ),
-        Answer("How much worse is it?", _worse(report.quality, limit_name="--max-drop")),
+        Answer("How much worse is it?", _worse(report.quality, held_out=True)),
         Answer("What was changed?", _changed(report)),
         Answer("What could not be touched?", [Text(_frozen(report.frozen))]),
-        Answer("What to do next?", _next_after_compress(report)),
+        _next(steps),
     ]
 
 
-def validate_answers(report: ValidateReport) -> list[Answer]:
+def validate_answers(report: ValidateReport, steps: Sequence[Step]) -> list[Answer]:
     """How much smaller, how much worse, what to do next."""
     return [
         Answer(
             "How much smaller and faster is it?",
             [Text(_smaller(report.before, report.after)), *_faster(report)],
         ),
-        Answer("How much worse is it?", _worse(report.quality, limit_name="--max-drop")),
-        Answer("What to do next?", _next_after_validate(report)),
+        Answer("How much worse is it?", _worse(report.quality, held_out=False)),
+        _next(steps),
     ]
 
 
-def analyze_answers(report: AnalyzeReport) -> list[Answer]:
+def analyze_answers(report: AnalyzeReport, steps: Sequence[Step]) -> list[Answer]:
     """How small it could become, what it depends on most, what cannot be touched, what to do next."""
     return [
         Answer("How small could it become?", _could_become(report)),
         Answer("What does it depend on most?", _depends_on(report)),
         Answer("What cannot be touched?", [Text(_frozen(report.frozen))]),
-        Answer("What to do next?", _next_after_analyze(report)),
+        _next(steps),
     ]
 
 
-def sweep_answers(report: SweepReport) -> list[Answer]:
+def sweep_answers(report: SweepReport, steps: Sequence[Step]) -> list[Answer]:
     """What there is to choose from, how much worse each is, what to do next."""
     best = [point for point in report.points if point.best and point.quality is not None]
     return [
         Answer("How small can it become, and how much worse is it then?", _family(report, best)),
         Answer("What could not be done?", _refused(report)),
-        Answer("What to do next?", _next_after_sweep(report, best)),
+        _next(steps),
     ]
 
 
@@ -117,18 +115,22 @@ def _on(latency: Latency) -> str:
     return f" ({latency.provider.removesuffix('ExecutionProvider')}, batch {latency.batch}{threads})"
 
 
-def _worse(quality: Quality | None, *, limit_name: str) -> list[Part]:
+def _worse(quality: Quality | None, *, held_out: bool) -> list[Part]:
+    """``held_out``: whether it is known that the samples had no say in what was made."""
     if quality is None:
         return [Text("This was not measured: there was no data, or nothing was compressed yet.")]
-    return [Text(" ".join([_drop_text(quality), *_gate_text(quality, limit_name), *_sample_text(quality)]))]
+    return [Text(" ".join([_drop_text(quality, held_out), *_gate_text(quality), *_sample_text(quality)]))]
 
 
-def _drop_text(quality: Quality) -> str:
+def _drop_text(quality: Quality, held_out: bool) -> str:
     name, low, high = quality.metric, *quality.interval
     before, after = (words.metric_value(name, value) for value in (quality.before, quality.after))
     what = METRIC_MEANINGS.get(name, f"The metric {name}")
     text = f"{what} went from {before} to {after} ({words.quality_change(quality)})"
-    text += f" on {words.plural(quality.n_samples, 'sample')} that {_was(quality)} used for nothing else."
+    text += f" on {words.plural(quality.n_samples, 'sample')}"
+    text += f" that {_was(quality)} used for nothing else." if held_out else "."
+    if low == high == 0:
+        return f"{text} No sample tells the two models apart."
     bounds = f"between {words.signed(name, -high)} and {words.signed(name, -low)}"
     if low <= 0 <= high:
         return f"{text} That may be chance: with 95 % confidence the true change lies {bounds}."
@@ -146,18 +148,18 @@ METRIC_MEANINGS = {
 }
 
 
-def _gate_text(quality: Quality, limit_name: str) -> list[str]:
+def _gate_text(quality: Quality) -> list[str]:
     if quality.max_drop is None:
-        return [f"There was no limit; {limit_name} sets one."]
+        return ["There was no limit; --max-drop sets one."]
     limit = words.signed(quality.metric, quality.max_drop).lstrip("+")
     if not quality.passed:
-        return [f"That is more than the limit of {limit} ({limit_name}): the gate failed."]
+        return [f"That is more than the limit of {limit} (--max-drop): the gate failed."]
     if quality.interval[1] > quality.max_drop:
         return [
             f"The measured change is within the limit of {limit}, but a true loss beyond it "
             "cannot be ruled out with this many samples."
         ]
-    return [f"That is within the limit of {limit} ({limit_name}), chance included."]
+    return [f"That is within the limit of {limit} (--max-drop), chance included."]
 
 
 def _sample_text(quality: Quality) -> list[str]:
@@ -220,62 +222,32 @@ def _frozen(frozen: Sequence[FrozenNode]) -> str:
 # ---------------------------------------------------------------- what next
 
 
-def _command(*parts: str) -> Command:
-    return Command(" ".join(part if part.isupper() else shlex.quote(part) for part in parts))
+def was_refused(report: CompressReport) -> bool:
+    """Whether a model was made and measured, and yet not written; a dry run measures nothing."""
+    return report.output is None and report.quality is not None
 
 
-def _next_after_compress(report: CompressReport) -> list[Part]:
-    quality = report.quality
-    if report.output is None and quality is not None and not quality.passed:
-        parts: list[Part] = [
-            Text(
-                "Nothing was written, since the gate failed. Keep more of the model (for example a larger "
-                "--keep-macs), train it after compression (--epochs 20), or accept a larger loss "
-                "(--max-drop)."
-            )
-        ]
-    elif report.output is None:
-        return [
-            Text(
-                "Nothing was written. If the plan is to your liking, run the same command without --dry-run."
-            )
-        ]
-    else:
-        parts = [
-            Text("Put it to a last test on data that had no say in any of this:"),
-            _command("hap-onnx", "validate", report.model, report.output, "--data", "DATA"),
-        ]
-    trained = any(one.method == "distill" for one in report.recovery)
-    if quality is not None and quality.interval[0] > 0 and not trained:
-        parts.append(
-            Text("Quality was lost. Training after compression wins part of it back: add --epochs 20.")
-        )
-    if quality is not None and quality.passed and quality.interval[0] <= 0:
-        parts.append(Text("No loss could be shown, so a smaller model may do: see what others would cost."))
-        parts.append(_command("hap-onnx", "compress", report.model, "--data", "DATA", "--sweep"))
-    return parts
+def _next(steps: Sequence[Step]) -> Answer:
+    parts: list[Part] = []
+    for step in steps:
+        parts.append(Text(step.why))
+        if step.command is not None:
+            parts.append(Command(step.command))
+    return Answer("What to do next?", parts)
 
 
-def _next_after_validate(report: ValidateReport) -> list[Part]:
-    if report.passed:
-        return [Text(f"{report.candidate} may take the place of {report.reference}.")]
-    if report.slower:
-        return [
-            Text(
-                "Do not use it: it is slower than the original. Wider steps of channels may help (--align 8)."
-            )
-        ]
-    return [
-        Text("Do not use it, or accept a larger loss (--max-drop). Keeping more of the model helps most.")
-    ]
+# ---------------------------------------------------------------- what may become of it
 
 
 def _could_become(report: AnalyzeReport) -> list[Part]:
     analysis = report.analysis
     if not analysis.sizes:
         return [Text("There is nothing in it that could be made smaller.")]
+    sizes = [point for point in analysis.sizes if math.isfinite(point.loss)]
+    if not sizes:
+        return [Text("It could become smaller, but what that costs is not known of any size.")]
     cost = words.COST_NAMES.get(analysis.objective, analysis.objective)
-    named = _landmarks(analysis.sizes, analysis.objective)
+    named = _landmarks(sizes, analysis.objective)
     losses = ", ".join(
         f"{point.loss:.2g} at {words.share(size_of(point, analysis.objective))}" for point in named
     )
@@ -325,15 +297,6 @@ def _depends_on(report: AnalyzeReport) -> list[Part]:
     return [Text(" ".join(text) or "There is nothing to compare.")]
 
 
-def _next_after_analyze(report: AnalyzeReport) -> list[Part]:
-    return [
-        Text("See what sizes cost in quality, measured on your data:"),
-        _command("hap-onnx", "compress", report.model, "--data", "DATA", "--sweep"),
-        Text("Or ask for the smallest model within one point of quality:"),
-        _command("hap-onnx", "compress", report.model, "--data", "DATA"),
-    ]
-
-
 def _family(report: SweepReport, best: Sequence[SweepPoint]) -> list[Part]:
     if not best:
         return [Text("No model was found that may be chosen.")]
@@ -362,18 +325,3 @@ def _refused(report: SweepReport) -> list[Part]:
             f"The sweep was interrupted: {words.plural(missing, 'point')} of {len(report.asked)} not done."
         )
     return [Text(note) for note in notes] or [Text("All that was asked for was reached.")]
-
-
-def _next_after_sweep(report: SweepReport, best: Sequence[SweepPoint]) -> list[Part]:
-    if not best:
-        return [Text("Ask for larger fractions (--sweep 0.9,0.8), or for a larger --max-drop.")]
-    unharmed = [point for point in best if point.quality is not None and point.quality.interval[0] <= 0]
-    chosen = (unharmed or best[:1])[-1]
-    why = "no loss could be shown" if unharmed else "the loss is least"
-    plan = str(Path(report.output or "") / (chosen.plan or ""))
-    return [
-        Text(f"Choose by what you can afford to lose. The smallest of which {why}:" if unharmed else
-             "Choose by what you can afford to lose. The one with the least loss:"),
-        _command("hap-onnx", "apply", report.model, plan),
-        Text(words.SWEEP_CAUTION),
-    ]  # fmt: skip

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 from hap_onnx.report import (
     AnalyzeReport,
@@ -18,27 +20,66 @@ from hap_onnx.report import (
     ValidateReport,
     words,
 )
+from hap_onnx.report.advice import Step, next_steps, repeat_command
 from hap_onnx.report.analysis import WorstSample
 from hap_onnx.report.html import answers, charts, plan_parts
-from hap_onnx.report.html.parts import Card, Cell, Chart, Image, Listing, Page, Part, Section, Table, Text
-from hap_onnx.report.printable import printable_parts
+from hap_onnx.report.html.parts import (
+    Card,
+    Cell,
+    Chart,
+    Command,
+    Image,
+    Listing,
+    Page,
+    Part,
+    Section,
+    Table,
+    Text,
+)
+from hap_onnx.report.printable import one_line, printable, printable_parts
 
 ReportOnPage = CompressReport | AnalyzeReport | SweepReport | ValidateReport
 
 
-def make_page(report: ReportOnPage, images: Mapping[int, bytes]) -> Page:
-    """Return what is on the page of a report; ``images`` are PNG files by the index of their sample."""
+@dataclass(frozen=True)
+class _Extra:
+    """What is on a page beside its report: see ``render_html``; ``again`` makes the report once more."""
+
+    images: Mapping[int, bytes]
+    refusal: str | None
+    steps: Sequence[Step]
+    again: str
+    preprocessing: str
+
+
+def make_page(
+    report: ReportOnPage,
+    *,
+    images: Mapping[int, bytes],
+    refusal: str | None,
+    data: Any,
+    options: Mapping[str, Any],
+    preprocessing: str,
+) -> Page:
+    """Return what is on the page of a report; see ``render_html``."""
     report = printable_parts(report)
+    extra = _Extra(
+        images,
+        None if refusal is None else one_line(refusal),
+        printable_parts(next_steps(report, data=data, options=options)),
+        printable(repeat_command(report, data=data, options=options)),
+        printable(preprocessing),
+    )
     if isinstance(report, AnalyzeReport):
-        return _analyze_page(report)
+        return _analyze_page(report, extra)
     if isinstance(report, SweepReport):
-        return _sweep_page(report)
+        return _sweep_page(report, extra)
     if isinstance(report, ValidateReport):
-        return _validate_page(report)
-    return _compress_page(report, images)
+        return _validate_page(report, extra)
+    return _compress_page(report, extra)
 
 
-def _compress_page(report: CompressReport, images: Mapping[int, bytes]) -> Page:
+def _compress_page(report: CompressReport, extra: _Extra) -> Page:
     sections = [
         _both_models(report.before, report.after, report),
         _then(report.then, report.quality),
@@ -48,23 +89,23 @@ def _compress_page(report: CompressReport, images: Mapping[int, bytes]) -> Page:
         plan_parts.predictions(report),
         _training(report.recovery),
         _frozen(report.frozen),
-        _worst(report.worst, images),
+        _worst(report.worst, extra.images),
         _time(report.seconds),
-        _provenance(report, _budget_rows(report)),
+        _provenance(report, _budget_rows(report), extra),
     ]
-    passed = None if report.quality is None else report.quality.passed
+    is_refused = extra.refusal is not None or answers.was_refused(report)
     return Page(
         kind="Compression report",
         model=report.model,
-        verdict=_compress_verdict(report),
-        passed=passed,
+        verdict=_compress_verdict(report, extra.refusal),
+        passed=False if is_refused else None if report.quality is None else report.quality.passed,
         cards=_cards(report.before, report.after, report),
-        answers=answers.compress_answers(report),
+        answers=answers.compress_answers(report, extra.steps),
         sections=[section for section in sections if section is not None],
     )
 
 
-def _compress_verdict(report: CompressReport) -> str:
+def _compress_verdict(report: CompressReport, refusal: str | None) -> str:
     smaller = words.change(report.before.bytes, report.after.bytes)
     if report.output is not None:
         gate = report.quality is not None and report.quality.max_drop is not None and report.quality.passed
@@ -73,14 +114,18 @@ def _compress_verdict(report: CompressReport) -> str:
         )
     if report.quality is not None and not report.quality.passed:
         return "Nothing was written: too much quality was lost."
+    if refusal is not None:
+        return f"Nothing was written: {refusal.rstrip('.')}."
+    if answers.was_refused(report):
+        return "Nothing was written: it was refused."
     return "Nothing was written: this is a plan only."
 
 
-def _validate_page(report: ValidateReport) -> Page:
+def _validate_page(report: ValidateReport, extra: _Extra) -> Page:
     sections = [
         _both_models(report.before, report.after, report),
         _time(report.seconds),
-        _provenance(report, [("compared with", report.reference)]),
+        _provenance(report, [("compared with", report.reference)], extra),
     ]
     if report.passed:
         verdict = "Passed: all gates hold."
@@ -92,12 +137,12 @@ def _validate_page(report: ValidateReport) -> Page:
         verdict=verdict,
         passed=report.passed,
         cards=_cards(report.before, report.after, report),
-        answers=answers.validate_answers(report),
+        answers=answers.validate_answers(report, extra.steps),
         sections=[section for section in sections if section is not None],
     )
 
 
-def _analyze_page(report: AnalyzeReport) -> Page:
+def _analyze_page(report: AnalyzeReport, extra: _Extra) -> Page:
     analysis = report.analysis
     sections = [
         *plan_parts.sensitivities(analysis),
@@ -105,7 +150,7 @@ def _analyze_page(report: AnalyzeReport) -> Page:
         plan_parts.predictions(report),
         _frozen(report.frozen),
         _time(report.seconds),
-        _provenance(report, []),
+        _provenance(report, [], extra),
     ]
     size = report.size
     cards = [
@@ -121,12 +166,12 @@ def _analyze_page(report: AnalyzeReport) -> Page:
         verdict="Nothing was changed: this page says how much each part of the model matters.",
         passed=None,
         cards=cards,
-        answers=answers.analyze_answers(report),
+        answers=answers.analyze_answers(report, extra.steps),
         sections=[section for section in sections if section is not None],
     )
 
 
-def _sweep_page(report: SweepReport) -> Page:
+def _sweep_page(report: SweepReport, extra: _Extra) -> Page:
     titles, *rows = words.sweep_rows(report)
     marks = {"": "", "*": "best", "x": "refused"}
     table = Table(
@@ -155,15 +200,18 @@ def _sweep_page(report: SweepReport) -> Page:
     sections = [
         Section("family", "The family of models", parts),
         _time(report.seconds),
-        _provenance(report, [("asked for", ", ".join(f"{keep:g}" for keep in report.asked))]),
+        _provenance(report, [("asked for", ", ".join(f"{keep:g}" for keep in report.asked))], extra),
     ]
+    verdict = f"{words.plural(best, 'model')} to choose from, of {len(report.asked)} asked for."
+    if extra.refusal is not None:
+        verdict = f"Nothing was written: {extra.refusal.rstrip('.')}."
     return Page(
         kind="Sweep",
         model=report.model,
-        verdict=f"{words.plural(best, 'model')} to choose from, of {len(report.asked)} asked for.",
-        passed=None,
+        verdict=verdict,
+        passed=None if extra.refusal is None else False,
         cards=[],
-        answers=answers.sweep_answers(report),
+        answers=answers.sweep_answers(report, extra.steps),
         sections=[section for section in sections if section is not None],
     )
 
@@ -216,7 +264,8 @@ def _quality_card(quality: Quality) -> Card:
 def _both_models(before: ModelFacts, after: ModelFacts, report: CompressReport | ValidateReport) -> Section:
     titles, *rows = words.facts_rows(report)
     table = Table("The original and the compressed model", titles, tuple(rows))
-    lines = [*words.latency_lines(report.latency), *words.quality_lines(report.quality)]
+    samples = "sample" if isinstance(report, ValidateReport) else "held-out sample"
+    lines = [*words.latency_lines(report.latency), *words.quality_lines(report.quality, of=samples)]
     lines += _fidelity(report.fidelity)
     return Section("before-after", "Before and after", [table, *map(Text, lines)])
 
@@ -365,11 +414,13 @@ def _budget_rows(report: CompressReport) -> list[tuple[str, str]]:
     return rows
 
 
-def _provenance(report: ReportOnPage, more: Sequence[tuple[str, str]]) -> Section:
+def _provenance(report: ReportOnPage, more: Sequence[tuple[str, str]], extra: _Extra) -> Section:
     rows = [("model", report.candidate if isinstance(report, ValidateReport) else report.model)]
     output = getattr(report, "output", None)
     if output is not None:
         rows.append(("written to", output))
+    if extra.preprocessing:
+        rows.append(("data", extra.preprocessing))
     rows += more
     analysis = getattr(report, "analysis", None)
     if analysis is not None:
@@ -384,4 +435,5 @@ def _provenance(report: ReportOnPage, more: Sequence[tuple[str, str]]) -> Sectio
     rows += [(name.replace("_", "-"), version) for name, version in report.versions.items()]
     rows.append(("form of the report", report.schema))
     table = Table("What it takes to get the same again", ("", "value"), tuple(rows), frozenset({0, 1}))
-    return Section("provenance", "Provenance", [table])
+    again: list[Part] = [Text("The same again, with the same files and versions:"), Command(extra.again)]
+    return Section("provenance", "Provenance", [*again, table])

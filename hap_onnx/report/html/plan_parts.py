@@ -163,6 +163,13 @@ def _layer_shares(
         share = kept_of.get(group.name)
         kept_of.update({node: share for node in group.nodes if share is not None and node not in kept_of})
     kept_of.update(dict.fromkeys(plan.removed_branches, 0.0))
+    # Pointwise kernels are in groups that only their layer produces, which bear its name.
+    pointwise = {
+        implant.node: (implant.rank or 0) / max(group.kept, 1)
+        for implant in plan.implants
+        for group in plan.groups
+        if implant.kind == "pointwise" and group.name == implant.node
+    }
     layers = plan.layers or tuple(LayerChosen(group.name, "dense", "") for group in plan.groups)
     shares = []
     for layer in layers:
@@ -170,7 +177,8 @@ def _layer_shares(
         if layer.choice == "removed":
             left = 0.0
         is_whole = layer.choice in ("dense", "removed")
-        parts = (left, 0.0, 100 - left) if is_whole else (0.0, left, 100 - left)
+        replaced = 0.0 if is_whole else left * min(1.0, pointwise.get(layer.node, 1.0))
+        parts = (left - replaced, replaced, 100 - left)
         shares.append((layer.node, parts, "" if is_whole else layer.choice))
     return shares
 

@@ -32,6 +32,7 @@ from hap_onnx.report import (
     Conversion,
     FrozenNode,
     GroupKept,
+    ImplantUsed,
     Latency,
     LayerChosen,
     ModelFacts,
@@ -180,6 +181,17 @@ def test_what_became_of_a_layer_is_told_in_shares_of_its_channels():
     assert "free 100 0 0 as it is" in text
 
 
+def test_pointwise_kernels_replace_only_some_channels_of_a_layer():
+    """The others keep their whole kernels beside them."""
+    plan = PlanSummary(
+        (GroupKept("a", 16, 12), GroupKept("b", 16, 16)),
+        (ImplantUsed("a", "pointwise", 3), ImplantUsed("b", "pointwise", 4)),
+        layers=(LayerChosen("a", "pointwise", "3 of 12"), LayerChosen("b", "pointwise", "4 of 16")),
+    )
+    text = Page(render_html(compress_report(plan=plan))).text
+    assert "a 56 19 25 pointwise 3 of 12 b 75 25 0 pointwise 4 of 16" in text
+
+
 def test_groups_of_an_analysis_say_which_layers_they_narrow():
     report = full_report(3, 3)
     shared = replace(report.analysis.groups[1], name="stream", nodes=(layer_name(0), layer_name(2)), kept=12)
@@ -271,6 +283,26 @@ def test_a_failed_gate_and_a_plan_say_that_nothing_was_written():
     assert "run the same command without --dry-run" in text
 
 
+def test_what_was_refused_for_its_speed_is_no_plan():
+    """All was measured and the quality gate holds, and yet there is no model: the page says why."""
+    slow = Latency(1.0, 1.5, 1.5, (1.4, 1.6), 99, 1, "CPU", 1)
+    report = compress_report(output=None, latency=slow)
+    why = "the result is slower than the original in onnxruntime; keep less, or pass --allow-slower"
+    for page in (Page(render_html(report, refusal=why)), Page(render_html(report))):
+        assert "plan only" not in page.text
+        assert "--dry-run" not in page.text
+        assert "too much quality" not in page.text
+        assert [attrs["class"] for tag, attrs in page.tags if "verdict" in (attrs.get("class") or "")] == [
+            "verdict bad"
+        ]
+    told = Page(render_html(report, refusal=why)).text
+    assert "Nothing was written: the result is slower than the original in onnxruntime" in told
+    assert "Nothing was written: it was refused." in Page(render_html(report)).text
+    sweep = sweep_report(points=sweep_report().points[3:])
+    told = Page(render_html(sweep, refusal="no point of the sweep is met")).text
+    assert "Nothing was written: no point of the sweep is met." in told
+
+
 @pytest.mark.parametrize(
     ("interval", "words"),
     [
@@ -284,6 +316,15 @@ def test_latency_is_told_by_its_interval(interval, words):
     assert words in Page(render_html(validate_report(latency=latency))).text
 
 
+def test_a_comparison_claims_nothing_about_its_samples():
+    """Anybody may compare two models on the data that one of them was made with."""
+    assert "used for nothing else" in Page(render_html(compress_report())).text
+    text = Page(render_html(validate_report())).text
+    assert "used for nothing else" not in text
+    assert "held-out" not in text
+    assert "on 1017 samples. With 95 % confidence" in text
+
+
 def test_a_page_tells_one_speed():
     """The ratio of the rounds, not that of the medians, which a busy machine may put outside the interval."""
     latency = Latency(0.890, 0.734, 0.783, (0.766, 0.807), 161, 1, "CPUExecutionProvider", 1)
@@ -291,6 +332,24 @@ def test_a_page_tells_one_speed():
     assert text.count("1.28x faster") == 2
     assert "it is 1.28 times as fast (0.89 ms before, 0.734 ms after)" in text
     assert "1.21" not in text
+
+
+def test_a_model_compared_with_itself_has_no_change_that_may_be_chance():
+    same = replace(QUALITY, after=QUALITY.before, drop=0.0, interval=(0.0, 0.0))
+    text = Page(render_html(validate_report(quality=same))).text
+    assert "No sample tells the two models apart." in text
+    assert "may be chance" not in text
+
+
+def test_sizes_of_which_nothing_is_known_are_not_named():
+    report = full_analysis()
+    known, *others = report.analysis.sizes
+    lost = tuple(replace(point, loss=math.inf) for point in others)
+    text = Page(render_html(full_analysis(analysis=replace(report.analysis, sizes=(known, *lost))))).text
+    assert "is expected at a share of the multiply-accumulates: " in text
+    assert "inf at" not in text
+    text = Page(render_html(full_analysis(analysis=replace(report.analysis, sizes=lost)))).text
+    assert "what that costs is not known of any size" in text
 
 
 def test_numbers_that_are_none_break_no_chart():
@@ -358,9 +417,22 @@ def test_any_name_can_be_a_label(name):
 
 def test_a_command_with_odd_file_names_is_quoted_for_a_shell():
     text = render_html(compress_report(model="my net.onnx", output="out;rm -rf.onnx"))
-    (command,) = re.findall("<pre><code>(.*?)</code></pre>", text)
+    command = re.findall("<pre><code>(.*?)</code></pre>", text)[0]
     shown = "".join(part for _, part in Page(command).texts)  # each word in a tag that holds it together
     assert shown == "hap-onnx validate 'my net.onnx' 'out;rm -rf.onnx' --data DATA"
+
+
+def test_a_page_tells_how_it_came_about_and_goes_on_in_the_same_way():
+    """Without the preprocessing and what was left alone, nobody gets the same again."""
+    given = {"preprocess": "raw", "exclude": (f"head{HOSTILE}",), "seed": 3, "html": Path("page.html")}
+    made = "Images are resized <somehow>."
+    page = Page(render_html(compress_report(), data=Path("my data"), options=given, preprocessing=made))
+    assert f"data {made}" in page.text
+    assert "hap-onnx compress models/net.onnx --data 'my data' --exclude 'head" in page.text
+    assert "--preprocess raw --seed 3 --html page.html" in page.text
+    assert "hap-onnx validate models/net.onnx models/net.hap.onnx --data DATA --preprocess raw" in page.text
+    assert page.count("script") == 0
+    assert "\x1b" not in page.text
 
 
 @pytest.mark.parametrize("name", REPORTS)
