@@ -478,9 +478,14 @@ def test_the_end_of_one_is_the_end_of_all(tmp_path: Path, victim: int, number: s
     assert "small.onnx" in outputs_in(tmp_path)
 
 
+def slowly(text: str, seconds: float) -> str:
+    time.sleep(seconds)
+    return text
+
+
 def test_a_leader_at_work_may_take_longer_than_the_timeout() -> None:
     def work(team: Team) -> tuple[str, float]:
-        made = team.lead(lambda: time.sleep(5) or "validated")
+        made = team.lead(lambda: slowly("validated", 5))
         return made, team.total(1.0)
 
     assert run_team(2, work, timeout_s=2.0) == [("validated", 2.0)] * 2
@@ -492,7 +497,7 @@ def test_what_is_finished_when_another_goes_is_no_failure(tmp_path: Path) -> Non
             team.total(1.0)
             if rank == 1:
                 os.kill(os.getpid(), signal.SIGKILL)
-            print(team.finish(lambda: time.sleep(1) or "written"))
+            print(team.finish(lambda: slowly("written", 1)))
         return 0
 
     ended = wait_for_team(start_team(2, work, folder=tmp_path), tmp_path)
