@@ -334,6 +334,50 @@ def test_two_processes_write_the_plan_of_one(tmp_path: Path, monkeypatch: pytest
     assert qualities[1] == pytest.approx(qualities[0], rel=0.05)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("--keep-macs", 0.5, "--rounds", 2, "--allow-slower"),
+        ("--keep-macs", 0.5, "--then", "int8", "--allow-slower"),
+        ("--keep-params", 0.5, "--preset", "paper", "--allow-slower"),
+        ("--keep-macs", 0.6, "--dry-run", "--sensitivity", "hutchinson"),
+        ("--max-drop", 0.3, "--method", "prune", "--allow-slower"),
+    ],
+    ids=lambda words: " ".join(map(str, words)),
+)
+def test_two_processes_do_it_as_one_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: tuple[Any, ...]
+) -> None:
+    fix_speed(monkeypatch)
+    plans = []
+    for size in (1, 2):
+        folder = prepare_folder(tmp_path / str(size))
+        ended = run_commands(size, folder, *WORDS, *words, "--save-plan", "plan.json")
+        assert [one.code for one in ended] == [0] * size, ended[0].err
+        assert [one.out + one.err for one in ended[1:]] == [""] * (size - 1)
+        plan = load_plan(folder / "plan.json")
+        plans.append([plan_of(Choice(one.decisions, one.replacements)) for one in (*plan.earlier, plan)])
+    assert plans[0] == plans[1]
+
+
+@pytest.mark.slow
+def test_two_processes_sweep_as_one_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fix_speed(monkeypatch)
+    found = []
+    for size in (1, 2):
+        folder = prepare_folder(tmp_path / str(size))
+        words = (*WORDS[:4], "-o", "sweep", "--threads", 1, "--sweep", "0.8,0.5", "--allow-slower")
+        ended = run_commands(size, folder, *words, "--html", "page.html")
+        assert [one.code for one in ended] == [0] * size, ended[0].err
+        assert [one.out + one.err for one in ended[1:]] == [""] * (size - 1)
+        names = sorted(path.name for path in (folder / "sweep").iterdir() if not path.name.startswith("."))
+        plans = [load_plan(folder / "sweep" / f"keep-macs-{keep}.json") for keep in ("0.80", "0.50")]
+        found.append((names, [plan_of(Choice(plan.decisions, plan.replacements)) for plan in plans]))
+        assert (folder / "page.html").is_file()
+    assert found[0] == found[1]
+
+
 def run_two(folder: Path, *words: Any, **options: Any) -> list[Ended]:
     return run_commands(2, prepare_folder(folder), *WORDS, *words, **options)
 
