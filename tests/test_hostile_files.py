@@ -382,7 +382,7 @@ def set_in(document: dict[str, Any], path: tuple[str | int, ...], value: Any) ->
 
 PLANS: dict[str, tuple[tuple[str | int, ...], Any, list[str]]] = {
     "another model": (("model_sha256",), "0" * 64, ["another model", "0000000000000000"]),
-    "another schema": (("schema",), "hap-onnx/plan/9", ["not a plan that this version can read"]),
+    "another schema": (("schema",), "hap-onnx/plan/9", ["written by a newer version"]),
     "a group that is not there": (("groups", 0, "name"), EVIL, ["no group", "\\x1b[31m"]),
     "no group": (("groups",), [], ["decides none"]),
     "groups that are none": (("groups",), 7, ["damaged"]),

@@ -75,13 +75,15 @@ class Mark:
     series: str
 
 
-def draw_dots(name: str, rows: Sequence[Dot], *, label: str) -> Drawing:
+def draw_dots(name: str, rows: Sequence[Dot], *, label: str, series: Sequence[str]) -> Drawing:
     """Values on a log axis with 95 % intervals, one row each, the first on top.
+
+    ``series`` says which of them has which colour, whether it is there or not.
 
     What is not above zero has no place on a log axis, and stands at its left end as an open mark; what is
     infinite, at its right end. There are no marks for what is no number.
     """
-    return _draw(name, partial(_dots, rows=rows, label=label))
+    return _draw(name, partial(_dots, rows=rows, label=label, series=series))
 
 
 def draw_bars(name: str, rows: Sequence[Bar], *, label: str, series: Sequence[str]) -> Drawing:
@@ -173,13 +175,15 @@ def _log_axis(axes: Axes, which: str, values: Sequence[float], *, n_ticks: int =
     return low
 
 
-def _dots(size: str, *, rows: Sequence[Dot], label: str) -> Figure:
-    names = list(dict.fromkeys(row.series for row in rows))
-    figure, axes = _rows_figure(size, [row.name for row in rows], label=label, n_keys=len(names))
+def _dots(size: str, *, rows: Sequence[Dot], label: str, series: Sequence[str]) -> Figure:
+    used = {row.series for row in rows}
+    figure, axes = _rows_figure(size, [row.name for row in rows], label=label, n_keys=len(used))
     left = _log_axis(axes, "x", [row.value for row in rows], n_ticks=4 if size == "narrow" else 7)
     marker_size = 6 if len(rows) <= _FULL_ROWS else 4
-    for series, (color, marker) in zip(names, _SERIES):
-        points = [(place, row) for place, row in enumerate(rows) if row.series == series]
+    for one, (color, marker) in zip(series, _SERIES):
+        if one not in used:
+            continue
+        points = [(place, row) for place, row in enumerate(rows) if row.series == one]
         shown = [(place, row) for place, row in points if left < row.value < math.inf]
         bars = [_Z95 * (row.std_error or 0.0) for _, row in shown]
         axes.errorbar(
@@ -191,7 +195,7 @@ def _dots(size: str, *, rows: Sequence[Dot], label: str) -> Figure:
             markersize=marker_size,
             elinewidth=1.2,
             capsize=2 if len(rows) <= _FULL_ROWS else 0,
-            label=series,
+            label=one,
         )
         ends = {"<": [place for place, row in points if row.value <= left],
                 ">": [place for place, row in points if row.value == math.inf]}  # fmt: skip

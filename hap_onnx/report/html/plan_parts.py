@@ -12,6 +12,10 @@ from hap_onnx.report.html.answers import size_of
 from hap_onnx.report.html.parts import Chart, Section, Table
 
 LOSS = "loss (0: no change, 1: ignores its input)"
+_FATES = ("kept whole", "made narrower", "removed")
+"""What may have become of a group; without a plan all are as the first, and the chart needs no legend."""
+_CHOICES = ("left as it is", "replaced", "removed")
+"""The same of a layer."""
 _HOW_ESTIMATED = {"obs": "Measured by taking away half of the group and repairing what reads it (obs)."}
 
 
@@ -38,7 +42,7 @@ def _unknown(scores: Sequence[float]) -> str:
 def _groups_section(analysis: Analysis) -> Section:
     groups = analysis.groups
     dots = [charts.Dot(group.name, group.score, _error(group.std_error), _fate(group)) for group in groups]
-    drawing = charts.draw_dots("groups", dots, label="sensitivity per channel")
+    drawing = charts.draw_dots("groups", dots, label="sensitivity per channel", series=_FATES)
     rows = [
         (group.name, group.role, str(group.size), "" if group.kept is None else str(group.kept),
         _sci(group.score),
@@ -63,14 +67,14 @@ def _groups_section(analysis: Analysis) -> Section:
 
 def _fate(group: GroupSensitivity) -> str:
     if group.kept is None:
-        return "channel group"
-    return "kept whole" if group.kept == group.size else "made narrower" if group.kept else "removed"
+        return _FATES[0]
+    return _FATES[0 if group.kept == group.size else 1 if group.kept else 2]
 
 
 def _layers_section(analysis: Analysis) -> Section:
     layers = analysis.layers
     dots = [charts.Dot(layer.node, layer.score, _error(layer.std_error), _choice(layer)) for layer in layers]
-    drawing = charts.draw_dots("layers", dots, label="expected loss at half its MACs")
+    drawing = charts.draw_dots("layers", dots, label="expected loss at half its MACs", series=_CHOICES)
     rows = [
         (layer.node, layer.op_type, layer.chosen or "", _sci(layer.score), _sci(layer.std_error),
          words.count(layer.params), words.count(layer.macs))
@@ -93,8 +97,8 @@ def _layers_section(analysis: Analysis) -> Section:
 
 def _choice(layer: LayerSensitivity) -> str:
     if layer.chosen is None:
-        return "layer"
-    return {"dense": "left as it is", "removed": "removed"}.get(layer.chosen, "replaced")
+        return _CHOICES[0]
+    return _CHOICES[{"dense": 0, "removed": 2}.get(layer.chosen, 1)]
 
 
 def _error(std_error: float | None) -> float | None:

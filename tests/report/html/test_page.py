@@ -411,7 +411,7 @@ def test_names_from_files_are_text_and_nothing_else():
 )
 def test_any_name_can_be_a_label(name):
     rows = [charts.Dot(name, 1.0, None, "layer"), charts.Dot("b", 2.0, 0.5, "layer")]
-    drawing = charts.draw_dots("x", rows, label="loss")
+    drawing = charts.draw_dots("x", rows, label="loss", series=["layer"])
     assert Page(str(drawing.narrow)).count("svg") == Page(str(drawing.wide)).count("svg") == 1
 
 
@@ -503,7 +503,7 @@ def test_settings_of_the_user_do_not_change_the_page():
 def test_charts_grow_with_layers_until_labels_thin_out():
     def measure(n: int) -> tuple[int, int]:
         rows = [charts.Dot(f"layer {place}", 1.0 + place, None, "layer") for place in range(n)]
-        page = Page(str(charts.draw_dots("x", rows, label="loss").wide))
+        page = Page(str(charts.draw_dots("x", rows, label="loss", series=["layer"]).wide))
         labels = sum(tag == "text" and text.startswith("layer") for tag, text in page.texts)
         return int(page.tags[0][1]["height"]), labels
 
@@ -561,3 +561,10 @@ def test_colours_stand_out_in_light_and_dark():
                 assert contrast(colors[ink], colors[paper]) >= 4.5, (ink, paper)
         for paint in ("first", "second", "third", "gone", "grid"):
             assert contrast(colors[paint], colors["paper"]) >= 3, paint
+
+
+@pytest.mark.parametrize("names", [("kept", "gone"), ("gone", "kept")])
+def test_colours_go_by_what_series_mean_and_not_by_what_comes_first(names):
+    rows = [charts.Dot(str(place), 1.0 + place, None, name) for place, name in enumerate(names)]
+    page = Page(str(charts.draw_dots("x", rows, label="loss", series=["kept", "gone"]).wide))
+    assert [text for tag, text in page.texts if tag == "text" and text in names] == ["kept", "gone"]
