@@ -56,6 +56,7 @@ NOT_RUN = (
     (r"README\.md", r"\.venv/bin/pip install .*", INSTALLS),
     (r"docs/(install|development)\.md", r"pip install .*", INSTALLS),
     (r"docs/development\.md", r"python -m pytest -W default", ITSELF),
+    (r"docs/faults\.md", r"python -m pytest tests/test_interrupts\.py -m slow", ITSELF),
     (r"docs/development\.md", r"python -m tools\.zoo export zoo/ && .*", HOURS),
     (r"docs/faults\.md", r"python -m tools\.faults kills .*", HOURS),
     (r"docs/fuzzing\.md", r"python -m tools\.fuzz (graphs|files) .*", HOURS),
