@@ -304,6 +304,7 @@ class Job:
         self.check_can_shrink()
         with self.lock():
             found = self._make()
+            self._plan_for_page()
         return self.team.finish(lambda: self._finish(found))
 
     @contextmanager
@@ -339,6 +340,11 @@ class Job:
         setting = self.rounds[0].setting
         with self.clock.stage("analysis"):
             return analyse(setting, objective=objective_of(self.config))
+
+    def _plan_for_page(self) -> None:
+        """Find what a page tells of sensitivities while all processes are there: they plan together."""
+        if self.config.html is not None:
+            _ = self._analysis
 
     def _explained(self, candidate: Candidate, plan: reports.PlanSummary) -> Analysis:
         """The analysis with what a candidate has made of it.
@@ -376,8 +382,6 @@ class Job:
         return plan, report, None
 
     def _make(self) -> Candidate:
-        if self.config.html is not None:
-            _ = self._analysis  # all processes plan for it; only the first one writes the report
         return self._compress_in_rounds(self._budgets()) if self.config.has_budget else self._search()
 
     def check_can_shrink(self) -> None:
@@ -498,11 +502,9 @@ class Job:
         limit, part = self.config.drop_limit, self.splits.choose
         assert limit is not None
         reference = run_outputs(self.session, part, batch_size=self.batch_size) if self.team.leads else {}
-
-        def check() -> None:
-            check_can_search(self.metric.measure(reference, reference, part.labels), limit=limit)
-
-        self.team.lead(check)
+        self.team.lead(
+            lambda: check_can_search(self.metric.measure(reference, reference, part.labels), limit=limit)
+        )
 
         def measure(candidate: Candidate) -> Quality:
             session = open_session(self._to_final(candidate), self.config)
@@ -510,21 +512,24 @@ class Job:
                 reference, run_outputs(session, part, batch_size=self.batch_size), part.labels
             )
 
-        def measure_once(candidate: Candidate) -> Quality:
-            return self.team.lead(lambda: measure(candidate))
-
         objectives = ("params", "macs") if self.config.objective is None else (self.config.objective,)
         full = {name: size for name, size in self.rounds[0].sizes().items() if name in objectives}
-        found = search_smallest(full, self._repair, measure_once, limit=limit, note=self.note)
+        found = search_smallest(
+            full,
+            self._repair,
+            lambda candidate: self.team.lead(lambda: measure(candidate)),
+            limit=limit,
+            note=self.note,
+        )
         if found.accepted is not None:
             return found.accepted
         error = BudgetError(
             f"no smaller model was found that loses at most {limit:g} of {self.metric.name} beyond doubt "
             f"on {part.n_samples} samples; allow more with --max-drop, or give more data"
         )
-
         refused = found.refused
         if refused is not None:
+            self._plan_for_page()
             self.team.lead(lambda: self._attach(error, refused))
         raise error
 

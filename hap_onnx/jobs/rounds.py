@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -30,7 +31,7 @@ from hap_onnx.planning.choose import Choice, moved_tensors, predicted_losses
 from hap_onnx.planning.cost_graph import cost_model
 from hap_onnx.planning.decide import LossModel, build_loss_model, with_times
 from hap_onnx.planning.kept import load_losses, save_losses
-from hap_onnx.planning.plan import CompressionPlan
+from hap_onnx.planning.plan import CompressionPlan, hash_file
 from hap_onnx.planning.times import NodeTimes
 from hap_onnx.prepare import PreparedModel
 from hap_onnx.report.summary import explain_groups, explain_layers, plan_words, with_measured
@@ -131,8 +132,7 @@ class Round:
 
     def _kept_losses(self, path: Path) -> LossModel | None:
         """Read what an earlier run has found; None unless all processes have the same file."""
-        found = self.shop.team.gather(_hash_file(path))
-        if found[0] is None or found != found[:1] * len(found):
+        if not self._is_everywhere(path):
             return None
         losses = None
         try:
@@ -143,6 +143,16 @@ class Round:
             return None
         self.shop.note(f"sensitivities are those of an earlier run, from {path}")
         return losses
+
+    def _is_everywhere(self, path: Path) -> bool:
+        team = self.shop.team
+        if team.size == 1:
+            return path.is_file()
+        own = None
+        with suppress(OSError):
+            own = hash_file(path)
+        first, *others = team.gather(own)
+        return first is not None and all(other == first for other in others)
 
     def _find_losses(self) -> LossModel:
         shop, config = self.shop, self.shop.config
@@ -355,15 +365,3 @@ class Round:
             earlier=self.earlier,
         )
         return Candidate(compressed, plan)
-
-
-def _hash_file(path: Path) -> str | None:
-    """Return what tells a file from others; None if there is none."""
-    digest = hashlib.sha256()
-    try:
-        with path.open("rb") as file:
-            for block in iter(lambda: file.read(2**20), b""):
-                digest.update(block)
-    except OSError:
-        return None
-    return digest.hexdigest()

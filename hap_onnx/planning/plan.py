@@ -245,7 +245,7 @@ def save_plan(plan: CompressionPlan, path: str | Path) -> None:
             with interruptible():
                 stored = {name: _as_storable(array) for name, array in _all_weights(plan).items()}
                 safetensors.numpy.save_file(stored, temporary[0])
-                document = _to_document(plan, _hash_file(temporary[0]))
+                document = _to_document(plan, hash_file(temporary[0]))
                 text = json.dumps(document, sort_keys=True, indent=1, allow_nan=False) + "\n"
                 temporary[1].write_text(text, encoding="utf-8")
                 shutil.copymode(temporary[1], temporary[0])  # safetensors lets nobody else read
@@ -609,7 +609,8 @@ def _load_weights(path: Path, entry: Any) -> dict[str, np.ndarray]:
     return weights
 
 
-def _hash_file(path: Path) -> str:
+def hash_file(path: Path) -> str:
+    """Return the SHA-256 of a file's content; raises OSError if it cannot be read."""
     digest = hashlib.sha256()
     if path.exists() and not path.is_file():
         raise OSError(errno.EINVAL, "not a regular file")

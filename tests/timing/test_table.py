@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -39,6 +41,16 @@ def write_table(table: LatencyTable, path: Path) -> None:
     kept = KeptTable(table.machine, path)
     kept.table = table
     kept.save()
+
+
+def write_changed(folder: Path, change: Callable[[Any], object]) -> Path:
+    """Write the example's table with a change to its content; returns where."""
+    path = folder / "t.json"
+    write_table(example(), path)
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+    return path
 
 
 def test_times_are_rounded_before_anything_is_made_of_them() -> None:
@@ -76,11 +88,7 @@ def test_only_points_that_are_not_there_are_missing() -> None:
     ],
 )
 def test_damaged_tables_are_refused(tmp_path: Path, change, message: str) -> None:
-    path = tmp_path / "t.json"
-    write_table(example(), path)
-    content = json.loads(path.read_text())
-    change(content)
-    path.write_text(json.dumps(content))
+    path = write_changed(tmp_path, change)
     with pytest.raises(ModelError, match=message) as caught:
         read_table(path, HERE)
     assert str(path) in str(caught.value)
@@ -96,11 +104,7 @@ def test_damaged_tables_are_refused(tmp_path: Path, change, message: str) -> Non
     ],
 )
 def test_a_table_of_another_version_is_not_called_damaged(tmp_path: Path, change, age: str) -> None:
-    path = tmp_path / "t.json"
-    write_table(example(), path)
-    content = json.loads(path.read_text())
-    change(content)
-    path.write_text(json.dumps(content))
+    path = write_changed(tmp_path, change)
     with pytest.raises(UsageError, match=f"{age} of hap-onnx .* remove it, or .* --latency-table, .* anew"):
         read_table(path, HERE)
     assert KeptTable(HERE, path, is_cache=True).table == LatencyTable(HERE)
